@@ -1,0 +1,47 @@
+"""How every command starts and ends: flags in, one sentence and a status out."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from solar_jax.errors import UserError
+
+USAGE_STATUS = 2  # of bad flags and bad input
+
+
+def start(main: Callable[[Sequence[str]], None]) -> None:
+    """Parses absl's flags and runs `main`; bad flags and `UserError` become one sentence and status 2."""
+    app.run(lambda argv: _guarded(lambda: main(_no_rest(argv))), flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    # A config file is read while its flag is parsed, so whatever it does wrong appears here too.
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, UserError) as e:
+        text = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
+        if "Traceback" in text:  # a config file that failed: the user's own code, so all of it is of use
+            sys.stderr.write(text + "\n")
+            sys.exit(USAGE_STATUS)
+        _stop(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def _no_rest(argv: Sequence[str]) -> Sequence[str]:
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value.")
+    return argv
+
+
+def _guarded(run: Callable[[], None]) -> None:
+    try:
+        run()
+    except UserError as e:
+        _stop(str(e))
+    except KeyboardInterrupt:
+        _stop("interrupted; the same command goes on from the last checkpoint.", 130)
+
+
+def _stop(sentence: str, status: int = USAGE_STATUS) -> None:
+    sys.stderr.write(f"error: {sentence}\n")
+    sys.exit(status)

@@ -1,0 +1,228 @@
+"""The typed config tree of a run: defaults, types and checks.
+
+A file under `configs/` returns `defaults()` with some values changed; the command line may change more
+(`--config.optimizer.learning_rate=3e-5`). `resolve` turns the result into frozen dataclasses and refuses unknown
+keys, wrong types and impossible values before anything is allocated. The dataclasses are the only list of keys.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import ml_collections
+
+from solar_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a Llama-family decoder; field names are Hugging Face's `config.json` keys.
+
+    In a run's config these are what the checkpoint is expected to be: a value of 0 (or an unset window) means
+    "as the checkpoint says", any other value has to agree with it.
+    """
+
+    vocab_size: int = 0  # V
+    hidden_size: int = 0  # D
+    intermediate_size: int = 0  # F
+    num_hidden_layers: int = 0  # L
+    num_attention_heads: int = 0  # N
+    num_key_value_heads: int = 0  # K
+    head_dim: int = 0  # H
+    max_position_embeddings: int = 0  # tokens
+    rope_theta: float = 0.0
+    rms_norm_eps: float = 0.0
+    tie_word_embeddings: bool = False
+    sliding_window: int = 0  # tokens that a query sees, itself included; 0: all before it
+
+
+@dataclasses.dataclass(frozen=True)
+class GrowthConfig:
+    operator: str = "dus"  # a name of growth.plan.OPERATORS, or "slices"
+    m: int = 8  # dus, zeroed: layers cut from each side of the seam
+    a: int = 0  # block_repeat: first layer of the block
+    b: int = 0  # block_repeat: first layer after the block
+    every: int = 4  # llama_pro, average: a new layer after every so many
+    copies: int = 2  # naive, interleave: how often each layer stands
+    slices: str = ""  # slices: half-open source ranges, e.g. "0:24,8:32"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    # Each entry is "PATH[:weight]": a text or JSONL file (.gz too), a folder or glob of them, or "pydoc-topics",
+    # the documentation topics that every CPython carries. Weights are shares of the rows.
+    sources: tuple[str, ...] = ("pydoc-topics",)
+    text_key: str = "text"  # JSONL: the field that holds the text
+    sequence_length: int = 4096  # T, tokens a row
+    holdout_every: int = 8  # of each source, documents 0, k, 2k, ... are held out for evaluation
+    mask_documents: bool = True  # tokens see only their own document within a packed row
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 0
+    batch_size: int = 0  # B, rows a step over all devices
+    accumulation: int = 1  # microbatches that one step's batch is split into
+    trainable: str = "all"  # a name of training.optimizer.TRAINABLE
+    remat: str = "full"  # a name of model.llama.REMAT
+    compute_dtype: str = "bfloat16"  # of matmuls and activations; parameters and optimiser state are float32
+    control: bool = False  # also train the base without growth, on the same tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 2e-5  # peak
+    schedule: str = "cosine"  # a name of training.optimizer.SCHEDULES
+    warmup_steps: int = 0
+    final_fraction: float = 0.1  # of the peak, at the last step
+    decay_fraction: float = 0.2  # wsd: share of the steps that the final decay takes
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices, not on norm scales
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 0  # steps between held-out evaluations during training; 0: only before and after
+    windows: int = 40  # held-out rows
+    batch_size: int = 8  # rows at a time over all devices
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = 1  # replicas of the parameters; -1 in one of the three: what is left of the devices
+    fsdp: int = -1  # shards of parameters and optimiser state, gathered a layer at a time
+    tensor: int = 1  # shards of heads and mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 100  # steps
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    dtype: str = "bfloat16"
+    max_shard_size: str = "5GB"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str = ""
+    seed: int = 0
+    source: str = ""  # checkpoint to grow: HF folder or hub id, .gguf file, one of our own, or "smollm2"
+    fallback: str = ""  # the sibling config to name when this one does not fit the machine
+    model: ModelConfig = ModelConfig()
+    growth: GrowthConfig = GrowthConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """Every key with its default, for a config file to change."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def resolve(config: ml_collections.ConfigDict) -> Config:
+    """The typed tree of a config file's result.
+
+    Raises:
+      UserError: a key is unknown, has another type than its default, or an impossible value.
+    """
+    resolved = _typed(Config, config.to_dict(), "config")
+    _check(resolved)
+    return resolved
+
+
+def _typed(cls: type, values: Any, path: str) -> Any:
+    """`values` as dataclass `cls`, every key known and of its field's type."""
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys, found {values!r}.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{path}.{key} is not a key of the config; {path} has {', '.join(fields)}.")
+    types = typing.get_type_hints(cls)
+    out = {}
+    for key, value in values.items():
+        expected = types[key]
+        if dataclasses.is_dataclass(expected):
+            out[key] = _typed(typing.cast(type, expected), value, f"{path}.{key}")
+            continue
+        if expected is float and type(value) is int:
+            value = float(value)
+        if expected == tuple[str, ...]:
+            value = tuple(value) if isinstance(value, (list, tuple)) else value
+            fits = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+        else:
+            fits = type(value) is expected
+        if not fits:
+            raise UserError(f"{path}.{key} must be of type {getattr(expected, '__name__', expected)}, found {value!r}.")
+        out[key] = value
+    return cls(**out)
+
+
+def _check(c: Config) -> None:
+    """Raises a UserError for values that no run could use."""
+    from_one = {
+        "train.steps": c.train.steps,
+        "train.batch_size": c.train.batch_size,
+        "train.accumulation": c.train.accumulation,
+        "data.sequence_length": c.data.sequence_length,
+        "evaluation.windows": c.evaluation.windows,
+        "evaluation.batch_size": c.evaluation.batch_size,
+        "checkpoint.every": c.checkpoint.every,
+        "checkpoint.keep": c.checkpoint.keep,
+    }
+    for key, value in from_one.items():
+        if value < 1:
+            raise UserError(f"config.{key} must be at least 1, found {value}.")
+    from_zero = {
+        "seed": c.seed,
+        "evaluation.every": c.evaluation.every,
+        "optimizer.warmup_steps": c.optimizer.warmup_steps,
+        "optimizer.weight_decay": c.optimizer.weight_decay,
+        "optimizer.clip_norm": c.optimizer.clip_norm,
+        "optimizer.learning_rate": c.optimizer.learning_rate,
+    }
+    for key, value in from_zero.items():
+        if not value >= 0:  # a NaN is refused too
+            raise UserError(f"config.{key} must not be negative, found {value}.")
+    for key, value in (
+        ("optimizer.final_fraction", c.optimizer.final_fraction),
+        ("optimizer.decay_fraction", c.optimizer.decay_fraction),
+        ("optimizer.b1", c.optimizer.b1),
+        ("optimizer.b2", c.optimizer.b2),
+    ):
+        if not 0 <= value <= 1:
+            raise UserError(f"config.{key} must lie between 0 and 1, found {value}.")
+    if not c.source:
+        raise UserError("config.source must name a checkpoint (HF folder, hub id, .gguf file or smollm2), found ''.")
+    if not c.data.sources:
+        raise UserError("config.data.sources must name at least one text, found ().")
+    if c.data.holdout_every < 2:
+        raise UserError(f"config.data.holdout_every must be at least 2, found {c.data.holdout_every}.")
+    if c.train.batch_size % c.train.accumulation:
+        raise UserError(
+            f"config.train.batch_size={c.train.batch_size} must be a multiple of "
+            f"config.train.accumulation={c.train.accumulation}."
+        )
+    if c.optimizer.warmup_steps > c.train.steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} must not exceed "
+            f"config.train.steps={c.train.steps}."
+        )
+    for key, value in (("train.compute_dtype", c.train.compute_dtype), ("export.dtype", c.export.dtype)):
+        if value not in DTYPES:
+            raise UserError(f"config.{key} must be one of {', '.join(DTYPES)}, found {value!r}.")

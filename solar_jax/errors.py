@@ -1,0 +1,9 @@
+"""The one exception that a user of the commands is meant to see."""
+
+
+class UserError(Exception):
+    """Bad input, told in one sentence that names the file, tensor or key, what was expected and what was found.
+
+    Commands print it without a traceback and exit with status 2; everything else that escapes is a bug and keeps
+    its traceback.
+    """

@@ -1,0 +1,79 @@
+"""The one table between our arrays and the tensors of Hugging Face and GGUF files; it serves both directions.
+
+A torch linear layer stores [out, in]. Ours keep the contracted axes first and heads apart, so each conversion is a
+reshape and a transpose, never arithmetic: a tensor that comes in and goes out again is the same bits.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from solar_jax.config import ModelConfig
+from solar_jax.model.llama import LAYER_AXES, sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    axes: str  # ours, without L
+    hf_axes: tuple[str, ...]  # the file's; letters that share a string share an axis of the file
+    hf: str  # name in a Hugging Face checkpoint, {} the layer
+    gguf: str  # name in a GGUF file
+
+
+TENSORS = {
+    "embed": Tensor("VD", ("V", "D"), "model.embed_tokens.weight", "token_embd.weight"),
+    "layers/attn_norm": Tensor("D", ("D",), "model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+    "layers/q_proj": Tensor("DNH", ("NH", "D"), "model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
+    "layers/k_proj": Tensor("DKH", ("KH", "D"), "model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
+    "layers/v_proj": Tensor("DKH", ("KH", "D"), "model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
+    "layers/o_proj": Tensor("NHD", ("D", "NH"), "model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
+    "layers/mlp_norm": Tensor("D", ("D",), "model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    "layers/gate_proj": Tensor("DF", ("F", "D"), "model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
+    "layers/up_proj": Tensor("DF", ("F", "D"), "model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
+    "layers/down_proj": Tensor("FD", ("D", "F"), "model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+    "final_norm": Tensor("D", ("D",), "model.norm.weight", "output_norm.weight"),
+    "lm_head": Tensor("DV", ("V", "D"), "lm_head.weight", "output.weight"),
+}
+assert {f"layers/{name}" for name in LAYER_AXES} == {path for path in TENSORS if "/" in path}
+
+# Buffers that old checkpoints carry and that config.json determines.
+DERIVED = (".self_attn.rotary_emb.inv_freq", ".self_attn.rotary_emb.cos_cached", ".self_attn.rotary_emb.sin_cached")
+
+
+def paths(cfg: ModelConfig) -> list[str]:
+    """The table's rows that a model of `cfg` has."""
+    return [path for path in TENSORS if not (path == "lm_head" and cfg.tie_word_embeddings)]
+
+
+def hf_shape(path: str, cfg: ModelConfig) -> tuple[int, ...]:
+    """The shape that the file's tensor must have."""
+    size = sizes(cfg)
+    return tuple(math.prod(size[x] for x in group) for group in TENSORS[path].hf_axes)
+
+
+def hf_tensors(cfg: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
+    """(HF name, path, layer) of every tensor of a checkpoint, in the order that HF writes them."""
+    per_layer = [path for path in paths(cfg) if path.startswith("layers/")]
+    for path in paths(cfg):
+        if path == per_layer[0]:
+            for layer in range(cfg.num_hidden_layers):
+                for p in per_layer:
+                    yield TENSORS[p].hf.format(layer), p, layer
+        elif path not in per_layer:
+            yield TENSORS[path].hf, path, None
+
+
+def from_hf(x: np.ndarray, path: str, cfg: ModelConfig) -> np.ndarray:
+    """The file's tensor, e.g. [N*H, D], as ours, e.g. [D, N, H]; a view where numpy can make one."""
+    row, size = TENSORS[path], sizes(cfg)
+    letters = "".join(row.hf_axes)
+    return x.reshape([size[a] for a in letters]).transpose([letters.index(a) for a in row.axes])
+
+
+def to_hf(x: np.ndarray, path: str, cfg: ModelConfig) -> np.ndarray:
+    """The inverse of `from_hf`."""
+    row = TENSORS[path]
+    letters = "".join(row.hf_axes)
+    return x.transpose([row.axes.index(a) for a in letters]).reshape(hf_shape(path, cfg))

@@ -1,0 +1,229 @@
+"""The Llama-family decoder: one block, stacked over a leading layer axis and scanned.
+
+The state is a plain pytree whose layers lie on axis L. What an array is called and which axes it has is said once,
+in `LAYER_AXES` and `axes`; shapes, sharding rules and the conversion table all read it there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from solar_jax.config import ModelConfig
+from solar_jax.model.attention import attention, attention_mask
+from solar_jax.model.rope import apply_rope, rope_angles
+
+Params = dict[str, Any]  # {"embed", "layers": {...}, "final_norm", "lm_head"}, arrays or anything shaped like them
+# (array, its axis letters) -> the same array, laid out on a mesh; a dot is an axis that is kept whole.
+Constrain = Callable[[jax.Array, str], jax.Array]
+
+LAYER_AXES = {
+    "attn_norm": "D",
+    "q_proj": "DNH",
+    "k_proj": "DKH",
+    "v_proj": "DKH",
+    "o_proj": "NHD",
+    "mlp_norm": "D",
+    "gate_proj": "DF",
+    "up_proj": "DF",
+    "down_proj": "FD",
+}
+
+# What the backward pass finds saved instead of computing it again; None saves everything.
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def axes(cfg: ModelConfig) -> Params:
+    """The axis letters of every array of the state, as a tree of strings."""
+    tree: Params = {"embed": "VD", "layers": {k: "L" + v for k, v in LAYER_AXES.items()}, "final_norm": "D"}
+    return tree if cfg.tie_word_embeddings else tree | {"lm_head": "DV"}
+
+
+def sizes(cfg: ModelConfig) -> dict[str, int]:
+    """The size of each axis letter."""
+    return {
+        "V": cfg.vocab_size,
+        "D": cfg.hidden_size,
+        "F": cfg.intermediate_size,
+        "L": cfg.num_hidden_layers,
+        "N": cfg.num_attention_heads,
+        "K": cfg.num_key_value_heads,
+        "H": cfg.head_dim,
+    }
+
+
+def shapes(cfg: ModelConfig) -> Params:
+    """The shape of every array of the state, as a tree of float32 `jax.ShapeDtypeStruct`."""
+    size = sizes(cfg)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(tuple(size[x] for x in a), jnp.float32), axes(cfg))
+
+
+def parameter_count(cfg: ModelConfig) -> int:
+    return sum(s.size for s in jax.tree.leaves(shapes(cfg)))
+
+
+def identity(x: jax.Array, axes: str) -> jax.Array:
+    """The `Constrain` of a single device."""
+    del axes
+    return x
+
+
+def _initial(rngs: nnx.Rngs, cfg: ModelConfig, letters: str) -> nnx.Param:
+    """Ones for a norm's scale, normal(0, 0.02) for a matrix (HF `initializer_range`), float32."""
+    shape = tuple(sizes(cfg)[x] for x in letters)
+    if len(shape) == 1:
+        return nnx.Param(jnp.ones(shape))
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis in HF's order: normalise in float32, cast to x's dtype, multiply by the scale."""
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def _einsum(subscripts: str, x: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
+    """An einsum in x's dtype; float32 is then float32 on a TPU too, whose default is bfloat16 passes."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, x, weight.astype(x.dtype), precision=precision, preferred_element_type=out)
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and SwiGLU, each behind an RMSNorm and a residual sum."""
+
+    attn_norm: nnx.Param  # [D]
+    q_proj: nnx.Param  # [D, N, H]
+    k_proj: nnx.Param  # [D, K, H]
+    v_proj: nnx.Param  # [D, K, H]
+    o_proj: nnx.Param  # [N, H, D]
+    mlp_norm: nnx.Param  # [D]
+    gate_proj: nnx.Param  # [D, F]
+    up_proj: nnx.Param  # [D, F]
+    down_proj: nnx.Param  # [F, D]
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.eps = cfg.rms_norm_eps
+        for name, letters in LAYER_AXES.items():
+            setattr(self, name, _initial(rngs, cfg, letters))
+
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, constrain: Constrain
+    ) -> jax.Array:
+        """x: [B, T, D] -> [B, T, D]."""
+        with jax.named_scope("attention"):
+            h = rms_norm(x, self.attn_norm[...], self.eps)
+            q = constrain(_einsum("btd,dnh->btnh", h, self.q_proj[...]), "BTNH")
+            k = constrain(_einsum("btd,dkh->btkh", h, self.k_proj[...]), "BTKH")
+            v = constrain(_einsum("btd,dkh->btkh", h, self.v_proj[...]), "BTKH")
+            h = attention(apply_rope(q, rope), apply_rope(k, rope), v, mask)
+            x = x + constrain(_einsum("btnh,nhd->btd", h, self.o_proj[...]), "BTD")
+        with jax.named_scope("mlp"):
+            h = rms_norm(x, self.mlp_norm[...], self.eps)
+            gate = constrain(_einsum("btd,df->btf", h, self.gate_proj[...]), "BTF")
+            up = constrain(_einsum("btd,df->btf", h, self.up_proj[...]), "BTF")
+            return x + constrain(_einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.down_proj[...]), "BTD")
+
+
+class Llama(nnx.Module):
+    """Embedding, L scanned blocks, final norm, logits."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed = _initial(rngs, cfg, "VD")
+        self.layers = nnx.vmap(lambda r: Block(cfg, r))(rngs.fork(split=cfg.num_hidden_layers))
+        self.final_norm = _initial(rngs, cfg, "D")
+        if not cfg.tie_word_embeddings:
+            self.lm_head = _initial(rngs, cfg, "DV")
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        *,
+        compute_dtype: Any,
+        remat: str,
+        constrain: Constrain,
+    ) -> jax.Array:
+        """Final-norm output [B, T, D] in compute_dtype, for tokens, positions and segment ids [B, T]."""
+        rope = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        mask = attention_mask(tokens.shape[1], segment_ids, self.cfg.sliding_window)
+        # The table is gathered before the look-up: a look-up in a table split over D and V makes XLA fall back to
+        # full rematerialisation of the result.
+        x = constrain(constrain(self.embed[...].astype(compute_dtype), ".D")[tokens], "BTD")
+
+        def body(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            return block(x, rope, mask, constrain), None
+
+        if (policy := REMAT[remat]) is not None:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        x, _ = jax.lax.scan(body, x, self.layers)
+        return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] -> float32 logits [B, T, V]."""
+        if self.cfg.tie_word_embeddings:
+            return _einsum("btd,vd->btv", x, self.embed[...], jnp.float32)
+        return _einsum("btd,dv->btv", x, self.lm_head[...], jnp.float32)
+
+
+def graph(cfg: ModelConfig) -> nnx.GraphDef:
+    """The model without its arrays: `nnx.merge(graph(cfg), params)` is a Llama."""
+    return nnx.split(nnx.eval_shape(lambda: Llama(cfg, nnx.Rngs(0))))[0]
+
+
+def initial_params(cfg: ModelConfig, seed: int) -> Params:
+    """Random float32 parameters; wrap in `jax.jit(..., out_shardings=...)` to create them sharded."""
+    return nnx.to_pure_dict(nnx.state(Llama(cfg, nnx.Rngs(seed))))
+
+
+def compute_copy(params: Params, compute_dtype: Any) -> Params:
+    """The parameters as matmuls use them: matrices in compute_dtype, norm scales left as they are.
+
+    Cast before the scan, so that what moves between chips for each layer is the narrow copy.
+    """
+    return jax.tree.map_with_path(
+        lambda path, p: p if path[-1].key.endswith("norm") else p.astype(compute_dtype), params
+    )
+
+
+def logits(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    compute_dtype: Any = jnp.float32,
+    remat: str = "none",
+    constrain: Constrain = identity,
+) -> jax.Array:
+    """Next-token logits.
+
+    Args:
+      cfg: the architecture.
+      params: the state, any float dtype.
+      tokens: [B, T] integers.
+      positions: [B, T], a token's place in its document; counted from the row's start if None.
+      segment_ids: [B, T], the document of each token within its row; one document if None.
+      compute_dtype: of matmuls and activations.
+      remat: a name of `REMAT`.
+      constrain: lays activations out on a mesh.
+
+    Returns:
+      float32 [B, T, V].
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    model = nnx.merge(graph(cfg), compute_copy(params, compute_dtype))
+    x = model.hidden(
+        tokens, positions, segment_ids, compute_dtype=compute_dtype, remat=remat, constrain=constrain
+    )
+    return constrain(model.unembed(x), "BTV")

@@ -1,0 +1,107 @@
+"""Sharding as two tables of axis letters: where parameters rest, and how activations are laid out.
+
+Parameters, and optimiser state with them, are split over fsdp on D and over tensor on heads, mlp and vocabulary.
+Activations are split over their batch, and over tensor where a weight made them so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from solar_jax.config import ModelConfig
+from solar_jax.errors import UserError
+from solar_jax.model.llama import Params, axes, sizes
+
+MeshAxes = str | tuple[str, ...] | None
+
+PARAMETERS: dict[str, MeshAxes] = {
+    "L": None, "V": "tensor", "D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor", "H": None,
+}  # fmt: skip
+ACTIVATIONS: dict[str, MeshAxes] = {
+    "B": ("data", "fsdp"), "T": None, "D": None, "F": "tensor", "N": "tensor", "K": "tensor", "H": None,
+    "V": "tensor", ".": None,
+}  # fmt: skip
+BATCH_AXES = ("data", "fsdp")
+
+_KEY = {
+    "V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "N": "num_attention_heads",
+    "K": "num_key_value_heads",
+}  # fmt: skip
+
+
+def spec(letters: str, table: dict[str, MeshAxes]) -> PartitionSpec:
+    """The table's mesh axes of each letter.
+
+    Raises:
+      ValueError: a letter that the table lacks, or a mesh axis that would split two axes of one array.
+    """
+    for letter in letters:
+        if letter not in table:
+            raise ValueError(f"axis {letter!r} of an array {letters!r} is in no sharding rule.")
+    entries = [table[letter] for letter in letters]
+    used = [a for e in entries for a in ((e,) if isinstance(e, str) else e or ())]
+    if len(set(used)) != len(used):
+        raise ValueError(f"an array {letters!r} would be split over one mesh axis twice: {entries}.")
+    return PartitionSpec(*entries)
+
+
+def parameter_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
+    """The sharding of every array of the state.
+
+    Raises:
+      UserError: a mesh axis does not divide the axis that it splits.
+    """
+    size = sizes(cfg)
+    for letter, axis in PARAMETERS.items():
+        if isinstance(axis, str) and size[letter] % mesh.shape[axis]:
+            raise UserError(
+                f"config.mesh.{axis}={mesh.shape[axis]} does not divide the model's {_KEY[letter]}={size[letter]}."
+            )
+    return jax.tree.map(lambda letters: NamedSharding(mesh, spec(letters, PARAMETERS)), axes(cfg))
+
+
+def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh) -> Any:
+    """Shardings for a tree that holds copies of the parameters' tree, as an optimiser's state does.
+
+    A leaf follows the parameter whose path its own path ends with; scalars are replicated.
+
+    Raises:
+      ValueError: a leaf is neither.
+    """
+    by_path = {
+        jax.tree_util.keystr(path): sharding
+        for path, sharding in jax.tree.leaves_with_path(parameter_shardings(cfg, mesh))
+    }
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        for i in range(len(path)):
+            if (key := jax.tree_util.keystr(path[i:])) in by_path:
+                return by_path[key]
+        if leaf.ndim == 0:
+            return replicated(mesh)
+        raise ValueError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} is in no sharding rule.")
+
+    return jax.tree.map_with_path(one, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of [B, T]: rows split over the devices that do not share one row's work."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(key: str, rows: int, mesh: Mesh) -> None:
+    """Raises a UserError unless `rows`, the value that `key` names, can be split over the mesh."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise UserError(f"{key}={rows} must be a multiple of mesh data x fsdp = {ways}.")
+
+
+def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
+    """A `model.llama.Constrain` that lays activations out on `mesh`."""
+    return lambda x, letters: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATIONS)))

@@ -1,0 +1,267 @@
+"""Grow a checkpoint, heal it by continued pretraining, and write it out as a Hugging Face folder.
+
+    python -m solar_jax.train --config configs/dus_48l.py:smollm2 [--config.train.steps=40] [--workdir DIR]
+
+The same command again goes on from the last checkpoint. Left in DIR: config.json, metrics.jsonl (one line a step),
+evals.jsonl, summary.json, loss.png, checkpoints/, hf/, model/, and control/ where a control was asked for.
+"""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import config_flags
+
+from solar_jax import cli
+from solar_jax.config import Config, ModelConfig, resolve
+from solar_jax.data.pipeline import Corpus, heldout_batches, heldout_rows, load_corpus, training_rows
+from solar_jax.errors import UserError
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.picture import layer_list, picture
+from solar_jax.growth.plan import GrowthPlan, identity, make_plan
+from solar_jax.hf import families
+from solar_jax.hf.reader import Checkpoint, eos_id, load_tokenizer, open_checkpoint
+from solar_jax.hf.writer import new_folder, parse_size, write_checkpoint
+from solar_jax.model.llama import REMAT, parameter_count
+from solar_jax.parallel import chips, rules
+from solar_jax.parallel.mesh import make_mesh
+from solar_jax.training import metrics, workdir
+from solar_jax.training.loop import Arm, Run, evaluate, initial_params, make_arm_optimizer, say, train
+from solar_jax.training.memory import GIB, Need, estimate
+from solar_jax.training.optimizer import learning_rate, make_optimizer, trainable_layers
+from solar_jax.training.step import abstract_state, state_shardings
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config name> if not given.")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
+    config = resolve(_CONFIG.value)
+    run(config, pathlib.Path(_WORKDIR.value or f"runs/{config.name}"))
+
+
+def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
+    """The whole run, from the checkpoint to the healed model's HF folder.
+
+    Returns:
+      The content of summary.json.
+
+    Raises:
+      UserError: something that the config names is missing, damaged or does not fit; nothing is left behind.
+    """
+    begin = time.perf_counter()
+    # ---- What is asked for: every refusal comes here, before anything is allocated or written -------------------
+    check_names(config)
+    mesh = make_mesh(config.mesh)
+    if config.model.num_hidden_layers:  # the shape is known, so what cannot fit is told without a checkpoint
+        check_fits(config, config.model, make_plan(config.model.num_hidden_layers, config.growth), mesh)
+    checkpoint = open_checkpoint(config.source)
+    check_model(config, checkpoint)
+    plan = make_plan(checkpoint.cfg.num_hidden_layers, config.growth)
+    trained = trainable_layers(config.train.trainable, plan)[0]
+    cfg = grown_config(checkpoint.cfg, plan)
+    need = check_fits(config, checkpoint.cfg, plan, mesh)
+    tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
+    goes_on = workdir.check_owner(folder, config)
+    if (folder / "summary.json").exists():
+        summary = metrics.read_json(folder / "summary.json")
+        say(f"{folder}: this run is complete.\n{table(summary)}")
+        return summary
+    corpus = load_corpus(config.data, tokenizer, eos)
+
+    # ---- What will be done ----------------------------------------------------------------------------------------
+    hf_config = families.grown_hf_config(checkpoint.hf_config, plan.layers, config.export.dtype)
+    heldout = heldout_rows(corpus, config.evaluation.windows)
+    announce(config, folder, checkpoint, plan, trained, mesh, need, corpus, len(heldout), goes_on)
+    if not goes_on:
+        workdir.create(folder, config, checkpoint, hf_config)
+    shared = Run(
+        config=config,
+        workdir=folder,
+        checkpoint=checkpoint,
+        mesh=mesh,
+        rows=training_rows(corpus, config.seed),
+        heldout=heldout_batches(heldout, config.evaluation.batch_size, rules.batch_sharding(mesh)),
+        evals=metrics.JsonLines(folder / "evals.jsonl"),
+    )
+
+    # ---- The base as it is, the grown model, and the control ------------------------------------------------------
+    unchanged = identity(checkpoint.cfg.num_hidden_layers)
+    if not any(r["arm"] == "base" for r in shared.evals.read()):
+        loss = evaluate(shared, "base", 0, checkpoint.cfg, initial_params(shared, unchanged))
+        say(f"base: held-out loss {loss:.4f}")
+    healed = Arm("healed", plan, folder, config.train.trainable)
+    params = train(shared, healed)
+    if not (folder / "hf").exists():
+        with new_folder(folder / "hf") as out:
+            size = parse_size(config.export.max_shard_size)
+            write_checkpoint(out, params, cfg, hf_config, checkpoint.companions, config.export.dtype, size)
+    say(f"healed: written to {folder / 'hf'}")
+    del params
+    if config.train.control:
+        # A base has no new layers and no seam, so that a control of such a run trains them all.
+        trainable = config.train.trainable if config.train.trainable == "no_embed" else "all"
+        train(shared, Arm("control", unchanged, folder / "control", trainable))
+
+    # ---- What came of it --------------------------------------------------------------------------------------------
+    summary = summarise(shared, plan, cfg, time.perf_counter() - begin)
+    draw(shared, summary)
+    metrics.write_json(folder / "summary.json", summary)
+    say(f"\n{table(summary)}\n{folder}: summary.json, metrics.jsonl, loss.png, checkpoints/, hf/")
+    return summary
+
+
+def check_names(config: Config) -> None:
+    """Raises a UserError for a name in the config that stands in none of the tables."""
+    learning_rate(config.optimizer, config.train.steps)
+    parse_size(config.export.max_shard_size)
+    if config.train.remat not in REMAT:
+        raise UserError(f"config.train.remat must be one of {', '.join(REMAT)}, found {config.train.remat!r}.")
+
+
+def check_model(config: Config, checkpoint: Checkpoint) -> None:
+    """Raises a UserError where the checkpoint is not what the config expects, or too short for its rows."""
+    for key, (expected, found) in families.differences(config.model, checkpoint.cfg).items():
+        raise UserError(f"{checkpoint.where}: config.model.{key} expects {expected}, found {found}.")
+    longest = checkpoint.cfg.max_position_embeddings
+    if config.data.sequence_length > longest:
+        raise UserError(
+            f"config.data.sequence_length={config.data.sequence_length} exceeds the model's "
+            f"max_position_embeddings={longest}."
+        )
+
+
+def check_fits(config: Config, base: ModelConfig, plan: GrowthPlan, mesh: jax.sharding.Mesh) -> Need:
+    """What a step of the grown model needs a device.
+
+    Raises:
+      UserError: a device has less, or the mesh does not divide the model or the batch.
+    """
+    cfg = grown_config(base, plan)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    shardings = state_shardings(cfg, optimizer, mesh)
+    need = estimate(cfg, config, abstract_state(cfg, optimizer, shardings), mesh)
+    device = jax.local_devices()[0]
+    there = chips.memory_bytes(device)
+    if need.total > there:
+        fits = f"; {config.fallback} fits a laptop" if config.fallback else ""
+        raise UserError(
+            f"{config.name}, {parameter_count(cfg):,} parameters, needs {need}, but each of the {jax.device_count()} "
+            f"{device.device_kind} device(s) here has {there / GIB:.1f} GiB{fits}."
+        )
+    microbatch = config.train.batch_size // config.train.accumulation
+    rules.check_batch("config.train.batch_size / config.train.accumulation", microbatch, mesh)
+    rules.check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
+    return need
+
+
+def announce(
+    config: Config, folder: pathlib.Path, checkpoint: Checkpoint, plan: GrowthPlan, trained: tuple[bool, ...],
+    mesh: jax.sharding.Mesh, need: Need, corpus: Corpus, windows: int, goes_on: bool,
+) -> None:  # fmt: skip
+    """Says everything that is about to happen."""
+    base, cfg = checkpoint.cfg, grown_config(checkpoint.cfg, plan)
+    say("\n".join(f"{key} = {value!r}" for key, value in workdir.flat(dataclasses.asdict(config)).items()))
+    say(f"\n{'Going on with' if goes_on else 'Starting'} {config.name} in {folder}")
+    say(f"base      {checkpoint.where}: {base.num_hidden_layers} layers, stored as {checkpoint.dtype}")
+    say(f"growth    {picture(plan, parameter_count(base), parameter_count(cfg))}")
+    say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(trained) if t])}")
+    for source, rows in corpus.train:
+        say(f"data      {source.path}: {len(rows.tokens):,} training tokens, {len(rows):,} rows, weight {source.weight:g}")
+    for source, rows in corpus.heldout:
+        say(f"held out  {source.path}: {len(rows.tokens):,} tokens")
+    tokens = config.train.batch_size * config.data.sequence_length
+    say(
+        f"training  {config.train.steps} steps of {config.train.batch_size} x {config.data.sequence_length} = {tokens:,} "
+        f"tokens, {config.train.steps * tokens:,} in all{', and the control the same' if config.train.control else ''}; "
+        f"held-out loss on {windows} rows"
+    )
+    kind = jax.devices()[0].device_kind
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    say(f"devices   {jax.device_count()} x {kind}, mesh {shape}, {jax.process_count()} process(es)")
+    say(f"memory    about {need}; a device here has {chips.memory_bytes(jax.local_devices()[0]) / GIB:.1f} GiB")
+    say(f"time      about {metrics.duration(expected_seconds(config, base, cfg, windows))}; steps will show what is left\n")
+
+
+def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, windows: int) -> float:
+    """A first guess: the run's model FLOPs at half of what one matmul reaches here, or at 40 % of the chip's peak."""
+    length = config.data.sequence_length
+    train_tokens = config.train.steps * config.train.batch_size * length
+    per_arm = 2 + (config.train.steps // config.evaluation.every - 1 if config.evaluation.every else 0)
+    flops = 0.0
+    for arm, trains in ((base, config.train.control), (cfg, True)):
+        evals = per_arm if trains else 1
+        flops += metrics.flops_per_token(arm, length) * (train_tokens * trains + evals * windows * length / 3)
+    peak = chips.peak_flops(jax.devices()[0])
+    rate = 0.4 * peak * jax.device_count() if peak else 0.5 * chips.measured_flops(jnp.dtype(config.train.compute_dtype))
+    return flops / rate
+
+
+def summarise(run: Run, plan: GrowthPlan, cfg: ModelConfig, seconds: float) -> dict[str, Any]:
+    """The content of summary.json; losses are held-out means in nats a token."""
+    config, base = run.config, run.checkpoint.cfg
+    loss = {(r["arm"], r["step"]): r["loss"] for r in run.evals.read()}
+    lines = metrics.JsonLines(run.workdir / "metrics.jsonl").read()
+    rates = sorted(r["tokens_per_second"] for r in lines)
+    used = [r["mfu"] for r in lines if r["mfu"] is not None]
+    return {
+        "name": config.name,
+        "base_loss": loss["base", 0],
+        "zero_token_loss": loss["healed", 0],
+        "final_loss": loss["healed", config.train.steps],
+        "control_loss": loss.get(("control", config.train.steps)),
+        "layers": cfg.num_hidden_layers,
+        "params": parameter_count(cfg),
+        "tokens": lines[-1]["tokens"],
+        "source_layers": list(plan.source),
+        "operator": plan.operator,
+        "base_layers": base.num_hidden_layers,
+        "base_params": parameter_count(base),
+        "steps": config.train.steps,
+        "heldout_targets": int(sum(float(b["weights"].sum()) for b in run.heldout)),
+        "tokens_per_second": rates[len(rates) // 2],
+        "mfu": sorted(used)[len(used) // 2] if used else None,
+        "seconds": round(seconds, 1),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "mesh": dict(run.mesh.shape),
+        "source": run.checkpoint.where,
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
+    }
+
+
+def draw(run: Run, summary: dict[str, Any]) -> None:
+    """loss.png: the healing curve against the base's line and the control's."""
+    arms = {}
+    for name, folder in (("healed", run.workdir), ("control", run.workdir / "control")):
+        if heldout := [(r["step"], r["loss"]) for r in run.evals.read() if r["arm"] == name]:
+            lines = metrics.JsonLines(folder / "metrics.jsonl").read()
+            arms[name] = {"heldout": heldout, "train": [(r["step"], r["loss"]) for r in lines]}
+    title = f"{summary['operator']}: {summary['base_layers']} to {summary['layers']} layers, {summary['tokens']:,} tokens"
+    metrics.plot_losses(run.workdir / "loss.png", title, summary["base_loss"], arms)
+
+
+def table(s: dict[str, Any]) -> str:
+    """The result in four lines."""
+    rows = [
+        ("base", s["base_layers"], s["base_params"], 0, s["base_loss"]),
+        (f"grown, {s['operator']}", s["layers"], s["params"], 0, s["zero_token_loss"]),
+        ("healed", s["layers"], s["params"], s["tokens"], s["final_loss"]),
+    ]
+    if s["control_loss"] is not None:
+        rows.append(("control, not grown", s["base_layers"], s["base_params"], s["tokens"], s["control_loss"]))
+    lines = [f"{'model':<24}{'layers':>7}{'parameters':>16}{'tokens':>14}{'held-out loss':>15}"]
+    lines += [f"{name:<24}{layers:>7}{params:>16,}{tokens:>14,}{loss:>15.4f}" for name, layers, params, tokens, loss in rows]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.start(main)

@@ -1,0 +1,141 @@
+"""What a run records and shows: FLOPs and MFU, metrics files, the loss picture."""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from solar_jax.config import ModelConfig
+
+
+def flops_per_token(cfg: ModelConfig, sequence_length: int) -> float:
+    """Model FLOPs of training on one token, forward and backward, attention counted as causal.
+
+    A matmul costs 2 FLOPs a weight and token, and its backward pass twice its forward: 6 x the weights of all
+    matmuls, the output projection included and the embedding look-up not. Scores and their product with the values
+    add 2 x 2 x N x H x S forward; a causal query sees T / 2 keys on average (at most the sliding window).
+    Rematerialisation is not counted.
+    """
+    D, F, L, V = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, cfg.vocab_size
+    N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    keys = sequence_length / 2
+    if cfg.sliding_window:
+        keys = min(keys, cfg.sliding_window)
+    weights = L * (D * H * (2 * N + 2 * K) + 3 * D * F) + D * V
+    return 6 * weights + 3 * L * 4 * N * H * keys
+
+
+def mfu(tokens_per_second: float, flops_a_token: float, peak: float | None, devices: int) -> float | None:
+    """Model FLOPs utilisation, 0 to 1: model FLOPs done over what the chips could do; None without a known peak."""
+    return None if peak is None else tokens_per_second * flops_a_token / (peak * devices)
+
+
+class JsonLines:
+    """A file of one JSON object a line, each on disk as soon as it is written."""
+
+    def __init__(self, file: pathlib.Path):
+        self.file = file
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines there are; one that a crash cut short is left out."""
+        records = []
+        if self.file.exists():
+            for line in self.file.read_text().splitlines():
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    break
+        return records
+
+    def keep_if(self, condition: Callable[[dict[str, Any]], bool]) -> None:
+        """Drops the other lines, as those of steps that a resumed run will take again."""
+        kept = [r for r in self.read() if condition(r)]
+        write_text(self.file, "".join(json.dumps(r) + "\n" for r in kept))
+
+    def append(self, record: dict[str, Any]) -> None:
+        with open(self.file, "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+
+def write_text(file: pathlib.Path, text: str) -> None:
+    """Replaces a file at once: a reader sees the old content or the new, never a part."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+def read_json(file: pathlib.Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+    write_text(file, json.dumps(value, indent=2) + "\n")
+
+
+class Clock:
+    """Seconds a step, and what is left; the first step of a session is not counted, as it warms up."""
+
+    def __init__(self, remaining_steps: int):
+        self.remaining = remaining_steps
+        self.seconds: list[float] = []
+        self._start = time.perf_counter()
+
+    def start(self) -> None:
+        self._start = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds since `start`."""
+        self.remaining -= 1
+        self.seconds.append(time.perf_counter() - self._start)
+        return self.seconds[-1]
+
+    def eta(self) -> float:
+        """Seconds for the remaining steps, from the median of the last ones."""
+        recent = sorted(self.seconds[1:][-20:] or self.seconds)
+        return self.remaining * recent[len(recent) // 2]
+
+
+def duration(seconds: float) -> str:
+    """E.g. "48 s", "3 min 20 s", "2 h 05 min", "3 d 04 h"."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86400} d {s % 86400 // 3600:02d} h"
+
+
+def plot_losses(file: pathlib.Path, title: str, base_loss: float, arms: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
+    """The healing curve: training and held-out loss of each arm by step, against the base's line.
+
+    Args:
+      file: PNG to write.
+      title: above the picture.
+      base_loss: held-out, before growth.
+      arms: name -> {"train": [(step, loss)], "heldout": [(step, loss)]}.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, ax = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    ax.axhline(base_loss, color="0.4", linestyle="--", linewidth=1.2)
+    ax.annotate(f"base {base_loss:.3f}", (1, base_loss), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                color="0.4", xytext=(-4, 2), textcoords="offset points")  # fmt: skip
+    for (name, curves), color in zip(arms.items(), ("C1", "C0"), strict=False):
+        steps, losses = zip(*curves["heldout"], strict=True)
+        ax.plot(steps, losses, "o-", color=color, label=f"{name}, held out")
+        if curves["train"]:
+            ax.plot(*zip(*curves["train"], strict=True), color=color, alpha=0.35, linewidth=1, label=f"{name}, training batches")
+        ax.annotate(f"{losses[0]:.3f}", (steps[0], losses[0]), xytext=(6, 2), textcoords="offset points", color=color)
+        ax.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(0, 7), textcoords="offset points", color=color, ha="right")
+    ax.set(title=title, xlabel="step", ylabel="loss (nats a token)")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,110 @@
+"""The training step and the evaluation step: pure functions of state and batch, compiled for a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from solar_jax.config import Config, ModelConfig
+from solar_jax.data.pipeline import Batch
+from solar_jax.errors import UserError
+from solar_jax.model import llama
+from solar_jax.model.llama import Params
+from solar_jax.parallel import rules
+from solar_jax.training.objectives import next_token_loss
+
+State = dict[str, Any]  # {"params", "opt_state"}
+
+
+def state_shardings(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """Where parameters and optimiser state rest: every moment where its parameter does."""
+    opt_state = jax.eval_shape(optimizer.init, llama.shapes(cfg))
+    return {
+        "params": rules.parameter_shardings(cfg, mesh),
+        "opt_state": rules.like_parameters(opt_state, cfg, mesh),
+    }
+
+
+def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, shardings: State) -> State:
+    """Shapes, dtypes and shardings of the state, nothing allocated."""
+    shapes = {"params": llama.shapes(cfg), "opt_state": jax.eval_shape(optimizer.init, llama.shapes(cfg))}
+    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
+
+
+def _summed_loss(cfg: ModelConfig, config: Config, mesh: Mesh) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """(params, batch) -> summed loss in nats and the number of targets."""
+    if config.train.remat not in llama.REMAT:
+        raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {config.train.remat!r}.")
+
+    def summed_loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        logits = llama.logits(
+            cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"],
+            compute_dtype=jnp.dtype(config.train.compute_dtype),
+            remat=config.train.remat, constrain=rules.constrain(mesh),
+        )  # fmt: skip
+        return next_token_loss(logits, batch["targets"], batch["weights"])
+
+    return summed_loss
+
+
+def make_train_step(
+    cfg: ModelConfig, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """A jitted (state, batch) -> (state, {"loss", "grad_norm"}); the old state's memory is given to the new one.
+
+    The loss is the mean over the targets of the whole batch, and so is the gradient, however many microbatches it
+    is summed from.
+    """
+    summed_loss = _summed_loss(cfg, config, mesh)
+    shardings = state_shardings(cfg, optimizer, mesh)
+    microbatches = config.train.accumulation
+    batch_sharding = rules.batch_sharding(mesh)
+
+    def gradients(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Params]:
+        (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(params, batch)
+        return loss, targets, jax.lax.with_sharding_constraint(grads, shardings["params"])
+
+    def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        params = state["params"]
+        if microbatches == 1:
+            loss, targets, grads = gradients(params, batch)
+        else:
+            # [B, T] -> [microbatches, B / microbatches, T] with each device keeping its own rows.
+            split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+            def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+                microbatch = jax.lax.with_sharding_constraint(microbatch, batch_sharding)
+                return jax.tree.map(jnp.add, total, gradients(params, microbatch)), None
+
+            zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+            (loss, targets, grads), _ = jax.lax.scan(add, zero, split)
+        targets = jnp.maximum(targets, 1.0)
+        grads = jax.tree.map(lambda g: g / targets, grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+        new_state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
+        return new_state, {"loss": loss / targets, "grad_norm": optax.global_norm(grads)}
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=(shardings, rules.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(cfg: ModelConfig, config: Config, mesh: Mesh) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """A jitted (params, batch) -> summed loss in nats, number of targets."""
+    return jax.jit(
+        _summed_loss(cfg, config, mesh),
+        in_shardings=(rules.parameter_shardings(cfg, mesh), rules.batch_sharding(mesh)),
+        out_shardings=rules.replicated(mesh),
+    )
+
+
+def mean_loss(eval_step: Callable[[Params, Batch], tuple[jax.Array, jax.Array]], params: Params, batches: list[Batch]) -> float:
+    """Mean loss a target over all batches, in nats; the sums are added in float64."""
+    sums = [eval_step(params, batch) for batch in batches]
+    return sum(float(loss) for loss, _ in sums) / sum(float(targets) for _, targets in sums)
