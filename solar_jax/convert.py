@@ -1,7 +1,7 @@
 """A checkpoint in another form: SRC to a Hugging Face folder or to one of our own checkpoints.
 
-    python -m solar_jax.convert --source SRC --out DIR --to hf [--dtype bfloat16]
-    python -m solar_jax.convert --source SRC --out DIR --to orbax
+python -m solar_jax.convert --source SRC --out DIR --to hf [--dtype bfloat16]
+python -m solar_jax.convert --source SRC --out DIR --to orbax
 """
 
 import pathlib
@@ -51,7 +51,10 @@ def convert(source: str, out: pathlib.Path, to: str, dtype: str | None, max_shar
     checkpoint = open_checkpoint(source)
     check_target(out)
     dtype = dtype or ("float32" if to == "orbax" else checkpoint.dtype)
-    print(f"writing {checkpoint.where} ({parameter_count(checkpoint.cfg):,} parameters) as {to}, {dtype}, to {out}", flush=True)
+    print(
+        f"writing {checkpoint.where} ({parameter_count(checkpoint.cfg):,} parameters) as {to}, {dtype}, to {out}",
+        flush=True,
+    )
     params = load_params(checkpoint, dtype=numpy_dtype("float32" if to == "orbax" else checkpoint.dtype))
     hf_config = families.grown_hf_config(checkpoint.hf_config, checkpoint.cfg.num_hidden_layers, dtype)
     with new_folder(out) as folder:

@@ -33,7 +33,7 @@ from solar_jax.parallel import chips, rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.source import open_checkpoint
 from solar_jax.training import metrics, workdir
-from solar_jax.training.loop import Arm, Run, evaluate, initial_params, make_arm_optimizer, say, train
+from solar_jax.training.loop import Arm, Run, evaluate, initial_params, say, train
 from solar_jax.training.memory import GIB, Need, estimate
 from solar_jax.training.optimizer import learning_rate, make_optimizer, trainable_layers
 from solar_jax.training.step import abstract_state, state_shardings
@@ -178,7 +178,9 @@ def announce(
     say(f"growth    {picture(plan, parameter_count(base), parameter_count(cfg))}")
     say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(trained) if t])}")
     for source, rows in corpus.train:
-        say(f"data      {source.path}: {len(rows.tokens):,} training tokens, {len(rows):,} rows, weight {source.weight:g}")
+        say(
+            f"data      {source.path}: {len(rows.tokens):,} training tokens, {len(rows):,} rows, weight {source.weight:g}"
+        )
     for source, rows in corpus.heldout:
         say(f"held out  {source.path}: {len(rows.tokens):,} tokens")
     tokens = config.train.batch_size * config.data.sequence_length
@@ -191,7 +193,9 @@ def announce(
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"devices   {jax.device_count()} x {kind}, mesh {shape}, {jax.process_count()} process(es)")
     say(f"memory    about {need}; a device here has {chips.memory_bytes(jax.local_devices()[0]) / GIB:.1f} GiB")
-    say(f"time      about {metrics.duration(expected_seconds(config, base, cfg, windows))}; steps will show what is left\n")
+    say(
+        f"time      about {metrics.duration(expected_seconds(config, base, cfg, windows))}; steps will show what is left\n"
+    )
 
 
 def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, windows: int) -> float:
@@ -204,7 +208,9 @@ def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, window
         evals = per_arm if trains else 1
         flops += metrics.flops_per_token(arm, length) * (train_tokens * trains + evals * windows * length / 3)
     peak = chips.peak_flops(jax.devices()[0])
-    rate = 0.4 * peak * jax.device_count() if peak else 0.5 * chips.measured_flops(jnp.dtype(config.train.compute_dtype))
+    rate = (
+        0.4 * peak * jax.device_count() if peak else 0.5 * chips.measured_flops(jnp.dtype(config.train.compute_dtype))
+    )
     return flops / rate
 
 
@@ -247,7 +253,9 @@ def draw(run: Run, summary: dict[str, Any]) -> None:
         heldout = [(r["step"], r["loss"]) for r in run.evals.read() if r["arm"] == name]
         if lines := metrics.JsonLines(folder / "metrics.jsonl").read():
             arms[name] = {"heldout": heldout, "train": [(r["step"], r["loss"]) for r in lines]}
-    title = f"{summary['operator']}: {summary['base_layers']} to {summary['layers']} layers, {summary['tokens']:,} tokens"
+    title = (
+        f"{summary['operator']}: {summary['base_layers']} to {summary['layers']} layers, {summary['tokens']:,} tokens"
+    )
     metrics.plot_losses(run.workdir / "loss.png", title, summary["base_loss"], arms)
 
 
@@ -261,7 +269,9 @@ def table(s: dict[str, Any]) -> str:
     if s["control_loss"] is not None:
         rows.append(("control, not grown", s["base_layers"], s["base_params"], s["tokens"], s["control_loss"]))
     lines = [f"{'model':<24}{'layers':>7}{'parameters':>16}{'tokens':>14}{'held-out loss':>15}"]
-    lines += [f"{name:<24}{layers:>7}{params:>16,}{tokens:>14,}{loss:>15.4f}" for name, layers, params, tokens, loss in rows]
+    lines += [
+        f"{name:<24}{layers:>7}{params:>16,}{tokens:>14,}{loss:>15.4f}" for name, layers, params, tokens, loss in rows
+    ]
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Grow a checkpoint without training it, and write it out as a Hugging Face folder.
 
-    python -m solar_jax.upscale --source SRC --out DIR --operator dus --m 8
-    python -m solar_jax.upscale --source SRC --out DIR --slices 0:24,8:32 [--dtype bfloat16] [--dry_run]
+python -m solar_jax.upscale --source SRC --out DIR --operator dus --m 8
+python -m solar_jax.upscale --source SRC --out DIR --slices 0:24,8:32 [--dtype bfloat16] [--dry_run]
 """
 
 import pathlib
@@ -67,7 +67,13 @@ def growth_config() -> GrowthConfig:
 
 
 def upscale(
-    source: str, out: pathlib.Path | None, growth: GrowthConfig, *, dtype: str | None, max_shard_size: int, dry_run: bool
+    source: str,
+    out: pathlib.Path | None,
+    growth: GrowthConfig,
+    *,
+    dtype: str | None,
+    max_shard_size: int,
+    dry_run: bool,
 ) -> None:
     """Writes the grown model to `out`, or only shows the plan.
 

@@ -42,9 +42,7 @@ class Rows:
         }
 
 
-def pack(
-    texts: list[str], tokenizer: tokenizers.Tokenizer, eos: int, length: int, mask_documents: bool
-) -> Rows:
+def pack(texts: list[str], tokenizer: tokenizers.Tokenizer, eos: int, length: int, mask_documents: bool) -> Rows:
     """Rows of T = `length` tokens with their T targets; what is left over at the end is dropped."""
     pieces, starts, count = [], [], 0
     for i in range(0, len(texts), _DOCUMENTS_AT_A_TIME):

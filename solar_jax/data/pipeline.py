@@ -32,7 +32,9 @@ def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int) -> C
     train, heldout = [], []
     for source in parse_sources(cfg.sources):
         texts = [text for text in documents(source, cfg.text_key) if text]
-        for part, into, name in zip(split(texts, cfg.holdout_every), (train, heldout), ("training", "held-out"), strict=True):
+        for part, into, name in zip(
+            split(texts, cfg.holdout_every), (train, heldout), ("training", "held-out"), strict=True
+        ):
             rows = pack(part, tokenizer, eos, cfg.sequence_length, cfg.mask_documents)
             if not len(rows):
                 raise UserError(
@@ -84,7 +86,9 @@ def _place(row, size: int, sharding: jax.sharding.Sharding) -> Batch:
             made[i] = row(i)
         return made[i]
 
-    example = cached(min(range(size)[index[0]][0] for index in sharding.addressable_devices_indices_map((size,)).values()))
+    example = cached(
+        min(range(size)[index[0]][0] for index in sharding.addressable_devices_indices_map((size,)).values())
+    )
     return {
         name: jax.make_array_from_callback(
             (size, *value.shape),

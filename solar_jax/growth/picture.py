@@ -33,7 +33,9 @@ def picture(plan: GrowthPlan, base_parameters: int, parameters: int) -> str:
     ]
     runs = plan.runs()
     if len(runs) <= _MOST_BARS:
-        lines.append(f"  output   <- source      0 {'source layers'.center(max(plan.base_layers - 4, 13))} {plan.base_layers - 1}")
+        lines.append(
+            f"  output   <- source      0 {'source layers'.center(max(plan.base_layers - 4, 13))} {plan.base_layers - 1}"
+        )
         for start, stop in runs:
             lines.append(
                 f"  {start:>3}..{stop - 1:<3} <- {plan.source[start]:>3}..{plan.source[stop - 1]:<3}    "
@@ -58,7 +60,8 @@ def picture(plan: GrowthPlan, base_parameters: int, parameters: int) -> str:
     zeroed = sum(s == 0 for s in plan.scale)
     means = sum(a != b for a, b in zip(plan.source, plan.partner, strict=True))
     lines.append(
-        f"  {sum(plan.new)} new layers" + (f", {zeroed} with o_proj and down_proj zeroed" if zeroed else "")
+        f"  {sum(plan.new)} new layers"
+        + (f", {zeroed} with o_proj and down_proj zeroed" if zeroed else "")
         + (f", {means} means of two neighbours" if means else "")
     )
     return "\n".join(lines)

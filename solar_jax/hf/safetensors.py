@@ -47,7 +47,9 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
-                raise UserError(f"{file}: a header of {length} bytes does not fit a file of {size} bytes; is it cut short?")
+                raise UserError(
+                    f"{file}: a header of {length} bytes does not fit a file of {size} bytes; is it cut short?"
+                )
             header = json.loads(f.read(length))
     except OSError as e:
         raise UserError(f"{file}: cannot be read: {e.strerror}.") from e

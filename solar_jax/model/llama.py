@@ -223,7 +223,5 @@ def logits(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     model = nnx.merge(graph(cfg), compute_copy(params, compute_dtype))
-    x = model.hidden(
-        tokens, positions, segment_ids, compute_dtype=compute_dtype, remat=remat, constrain=constrain
-    )
+    x = model.hidden(tokens, positions, segment_ids, compute_dtype=compute_dtype, remat=remat, constrain=constrain)
     return constrain(model.unembed(x), "BTV")

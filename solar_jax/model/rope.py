@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -15,7 +16,8 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
     Returns:
       Two float32 arrays [B, T, H/2].
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    # In float64 while tracing: an error of a float32 power would grow with the position.
+    frequencies = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -155,7 +155,9 @@ def _steps(
         lines.append(record)
         say(_line(arm.name, steps, record, clock))
         if step == steps or (config.evaluation.every and step % config.evaluation.every == 0):
-            say(f"{arm.name}: held-out loss {evaluate(run, arm.name, step, cfg, state['params']):.4f} after step {step}")
+            say(
+                f"{arm.name}: held-out loss {evaluate(run, arm.name, step, cfg, state['params']):.4f} after step {step}"
+            )
         if step == steps or step % config.checkpoint.every == 0:
             store.save(step, **state, host={"step": step, "tokens": record["tokens"]})
     return state["params"]

@@ -109,7 +109,9 @@ def duration(seconds: float) -> str:
     return f"{s // 86400} d {s % 86400 // 3600:02d} h"
 
 
-def plot_losses(file: pathlib.Path, title: str, base_loss: float, arms: dict[str, dict[str, list[tuple[int, float]]]]) -> None:
+def plot_losses(
+    file: pathlib.Path, title: str, base_loss: float, arms: dict[str, dict[str, list[tuple[int, float]]]]
+) -> None:
     """The healing curve: training and held-out loss of each arm by step, against the base's line.
 
     Args:
@@ -131,9 +133,22 @@ def plot_losses(file: pathlib.Path, title: str, base_loss: float, arms: dict[str
         steps, losses = zip(*curves["heldout"], strict=True)
         ax.plot(steps, losses, "o-", color=color, label=f"{name}, held out")
         if curves["train"]:
-            ax.plot(*zip(*curves["train"], strict=True), color=color, alpha=0.35, linewidth=1, label=f"{name}, training batches")
+            ax.plot(
+                *zip(*curves["train"], strict=True),
+                color=color,
+                alpha=0.35,
+                linewidth=1,
+                label=f"{name}, training batches",
+            )
         ax.annotate(f"{losses[0]:.3f}", (steps[0], losses[0]), xytext=(6, 2), textcoords="offset points", color=color)
-        ax.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), xytext=(0, 7), textcoords="offset points", color=color, ha="right")
+        ax.annotate(
+            f"{losses[-1]:.3f}",
+            (steps[-1], losses[-1]),
+            xytext=(0, 7),
+            textcoords="offset points",
+            color=color,
+            ha="right",
+        )
     ax.set(title=title, xlabel="step", ylabel="loss (nats a token)")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)

@@ -34,7 +34,9 @@ def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, sh
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
 
 
-def _summed_loss(cfg: ModelConfig, config: Config, mesh: Mesh) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+def _summed_loss(
+    cfg: ModelConfig, config: Config, mesh: Mesh
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """(params, batch) -> summed loss in nats and the number of targets."""
     if config.train.remat not in llama.REMAT:
         raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {config.train.remat!r}.")
@@ -95,7 +97,9 @@ def make_train_step(
     )
 
 
-def make_eval_step(cfg: ModelConfig, config: Config, mesh: Mesh) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(
+    cfg: ModelConfig, config: Config, mesh: Mesh
+) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """A jitted (params, batch) -> summed loss in nats, number of targets."""
     return jax.jit(
         _summed_loss(cfg, config, mesh),
@@ -104,7 +108,9 @@ def make_eval_step(cfg: ModelConfig, config: Config, mesh: Mesh) -> Callable[[Pa
     )
 
 
-def mean_loss(eval_step: Callable[[Params, Batch], tuple[jax.Array, jax.Array]], params: Params, batches: list[Batch]) -> float:
+def mean_loss(
+    eval_step: Callable[[Params, Batch], tuple[jax.Array, jax.Array]], params: Params, batches: list[Batch]
+) -> float:
     """Mean loss a target over all batches, in nats; the sums are added in float64."""
     sums = [eval_step(params, batch) for batch in batches]
     return sum(float(loss) for loss, _ in sums) / sum(float(targets) for _, targets in sums)

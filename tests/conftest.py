@@ -1,0 +1,82 @@
+"""What tests share: eight CPU devices, small models of real architecture, and the embedded real one."""
+
+import os
+
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers must not look for models elsewhere
+
+import json
+import pathlib
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
+
+from solar_jax.hf.reader import Checkpoint
+from solar_jax.source import open_checkpoint
+
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,  # apart from hidden / heads
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.1,  # logits of a few units, which a wrong layout changes visibly
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
+def hf_model(kind: str = "llama", seed: int = 0, **changes) -> transformers.PreTrainedModel:
+    """A randomly initialised transformers model, float32, eager attention."""
+    torch.manual_seed(seed)
+    keys = TINY | {"attn_implementation": "eager"} | changes
+    rope_theta = keys.pop("rope_theta", 10000.0)
+    keys["rope_parameters"] = {"rope_type": "default", "rope_theta": rope_theta}
+    cls = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[kind]
+    model = transformers.AutoModelForCausalLM.from_config(cls(**keys), dtype=torch.float32).eval()
+    with torch.no_grad():  # norms start at one, where a swapped or forgotten one would not show
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """256 bytes and three special tokens; every text encodes to as many tokens as it has bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+def save_hf(model: transformers.PreTrainedModel, folder: pathlib.Path, **kwargs) -> pathlib.Path:
+    """The model and a byte tokenizer as a Hugging Face folder."""
+    model.save_pretrained(folder, **kwargs)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> pathlib.Path:
+    """A tiny untied Llama as an HF folder."""
+    return save_hf(hf_model(), tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Checkpoint:
+    """SmolLM2-135M-Instruct, the real model that a package carries."""
+    return open_checkpoint("smollm2")

@@ -1,0 +1,128 @@
+"""The forward pass against transformers, with negative controls that the same check must refuse."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from solar_jax.config import ModelConfig
+from solar_jax.hf.reader import load_params
+from solar_jax.model import llama
+from solar_jax.source import open_checkpoint
+from tests.conftest import hf_model, save_hf
+
+TOLERANCE = 1e-4  # absolute, float32 logits
+
+
+def torch_logits(model, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def difference(model, cfg: ModelConfig, params, length: int) -> float:
+    """Largest absolute difference of logits on two random rows."""
+    tokens = np.random.default_rng(length).integers(0, cfg.vocab_size, (2, length))
+    ours = jax.jit(lambda p, t: llama.logits(cfg, p, t))(params, jnp.array(tokens))
+    return float(np.abs(np.asarray(ours) - torch_logits(model, tokens)).max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"num_key_value_heads": 4}),
+        ("llama", {"num_key_value_heads": 1, "rope_theta": 1e6}),
+        ("llama", {"head_dim": 16, "rms_norm_eps": 1e-3}),
+        ("mistral", {"sliding_window": 100}),
+        ("mistral", {"sliding_window": None}),
+    ],
+)
+@pytest.mark.parametrize("length", [7, 500])
+def test_logits_agree_with_transformers(tmp_path, kind, changes, length):
+    model = hf_model(kind, **changes)
+    checkpoint = open_checkpoint(str(save_hf(model, tmp_path / "m")))
+    assert difference(model, checkpoint.cfg, load_params(checkpoint), length) < TOLERANCE
+
+
+def interleaved(params):
+    """q_proj and k_proj with the rotary pairs side by side, as llama.cpp and Meta's own files have them."""
+
+    def one(x):
+        return x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2).swapaxes(-1, -2).reshape(x.shape)
+
+    layers = params["layers"]
+    return params | {"layers": layers | {"q_proj": one(layers["q_proj"]), "k_proj": one(layers["k_proj"])}}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda cfg, p: (cfg, interleaved(p)),
+        lambda cfg, p: (dataclasses.replace(cfg, rope_theta=10500.0), p),
+        lambda cfg, p: (dataclasses.replace(cfg, rms_norm_eps=1e-3), p),
+        lambda cfg, p: (dataclasses.replace(cfg, sliding_window=499), p),
+    ],
+    ids=["interleaved rotary layout", "theta off by 5 %", "wrong eps", "window one short of the row"],
+)
+def test_the_parity_check_refuses_a_wrong_model(tiny, damage):
+    checkpoint = open_checkpoint(str(tiny))
+    cfg, params = damage(checkpoint.cfg, load_params(checkpoint))
+    assert difference(hf_model(), cfg, params, 500) > 10 * TOLERANCE
+
+
+def test_packed_documents_do_not_see_each_other(tiny):
+    checkpoint = open_checkpoint(str(tiny))
+    cfg, params = checkpoint.cfg, load_params(checkpoint)
+    tokens = jnp.array(np.random.default_rng(0).integers(0, cfg.vocab_size, (1, 40)))
+    positions = jnp.concatenate([jnp.arange(25), jnp.arange(15)])[None]
+    segments = jnp.concatenate([jnp.zeros(25, int), jnp.ones(15, int)])[None]
+    packed = llama.logits(cfg, params, tokens, positions, segments)
+    np.testing.assert_allclose(packed[:, :25], llama.logits(cfg, params, tokens[:, :25]), atol=1e-4)
+    np.testing.assert_allclose(packed[:, 25:], llama.logits(cfg, params, tokens[:, 25:]), atol=1e-4)
+    leaking = llama.logits(cfg, params, tokens, positions)
+    assert float(jnp.abs(leaking[:, 25:] - packed[:, 25:]).max()) > 1e-2
+
+
+@pytest.mark.parametrize("remat", sorted(llama.REMAT))
+def test_remat_changes_no_gradient(tiny, remat):
+    checkpoint = open_checkpoint(str(tiny))
+    tokens = jnp.array(np.random.default_rng(1).integers(0, checkpoint.cfg.vocab_size, (2, 16)))
+
+    def loss(params, remat):
+        return jnp.mean(llama.logits(checkpoint.cfg, params, tokens, remat=remat) ** 2)
+
+    params = load_params(checkpoint)
+    expected, found = jax.jit(jax.grad(loss), static_argnums=1)(params, "none"), jax.grad(loss)(params, remat)
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * scale)
+
+
+def test_parameter_counts_are_the_papers():
+    mistral = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
+    counts = [llama.parameter_count(dataclasses.replace(mistral, num_hidden_layers=n)) for n in (32, 48, 64)]
+    assert counts == [7_241_732_096, 10_731_524_096, 14_221_316_096]
+
+
+def test_initial_params_have_the_declared_shapes(tiny):
+    cfg = open_checkpoint(str(tiny)).cfg
+    found = jax.tree.map(lambda x: (x.shape, x.dtype), llama.initial_params(cfg, 0))
+    assert found == jax.tree.map(lambda x: (x.shape, x.dtype), llama.shapes(cfg))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [12, 500])
+def test_smollm2_from_gguf_agrees_with_transformers_own_gguf_reader(smollm2, length):
+    import pathlib
+
+    import transformers
+
+    file = pathlib.Path(smollm2.where)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    assert difference(model, smollm2.cfg, load_params(smollm2), length) < TOLERANCE
