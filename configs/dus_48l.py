@@ -21,11 +21,12 @@ Full size
 import ml_collections
 
 from solar_jax.config import defaults
+from solar_jax.errors import UserError
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
     if size not in ("full", "smollm2"):
-        raise ValueError(f"configs/dus_48l.py has the sizes full and smollm2, found {size!r}.")
+        raise UserError(f"configs/dus_48l.py has the sizes full and smollm2, found {size!r}.")
     config = defaults()
     config.growth.operator = "dus"
     config.optimizer.b1, config.optimizer.b2 = 0.9, 0.95

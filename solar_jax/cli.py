@@ -1,10 +1,15 @@
 """How every command starts and ends: flags in, one sentence and a status out."""
 
+import itertools
+import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 
+from solar_jax.config import check_override
 from solar_jax.errors import UserError
 
 USAGE_STATUS = 2  # of bad flags and bad input
@@ -19,6 +24,13 @@ def start(main: Callable[[Sequence[str]], None]) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     # A config file is read while its flag is parsed, so whatever it does wrong appears here too.
     try:
+        for arg, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+            if match := re.fullmatch(r"--?(config(?:\.\w+)+)(?:=.*)?", arg, re.DOTALL):
+                check_override(match[1])
+            elif match := re.fullmatch(r"--?config(?:=(.*))?", arg):
+                file = (following if match[1] is None else match[1]).split(":", 1)[0]
+                if not pathlib.Path(file).is_file():
+                    raise UserError(f"--config: {file}: no such file.")
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, UserError) as e:
         text = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
@@ -43,6 +55,6 @@ def _guarded(run: Callable[[], None]) -> None:
         _stop("interrupted; the same command goes on from the last checkpoint.", 130)
 
 
-def _stop(sentence: str, status: int = USAGE_STATUS) -> None:
+def _stop(sentence: str, status: int = USAGE_STATUS) -> NoReturn:
     sys.stderr.write(f"error: {sentence}\n")
     sys.exit(status)

@@ -6,6 +6,7 @@ keys, wrong types and impossible values before anything is allocated. The datacl
 """
 
 import dataclasses
+import difflib
 import typing
 from typing import Any
 
@@ -143,6 +144,22 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     resolved = _typed(Config, config.to_dict(), "config")
     _check(resolved)
     return resolved
+
+
+def check_override(path: str) -> None:
+    """Raises a UserError unless `path`, as in `--config.train.steps`, is a key of the tree."""
+    cls: Any = Config
+    done = "config"
+    for key in path.split(".")[1:]:
+        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            hint = (
+                f"did you mean {done}.{near[0]}?" if near else f"{done} has {', '.join(names) or 'no keys of its own'}."
+            )
+            raise UserError(f"{done}.{key} is not a key of the config; {hint}")
+        cls = typing.get_type_hints(cls)[key]
+        done += f".{key}"
 
 
 def _typed(cls: type, values: Any, path: str) -> Any:

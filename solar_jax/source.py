@@ -48,7 +48,8 @@ def find(source: str) -> pathlib.Path:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.is_dir():
         return _from_hub(source)
     raise UserError(
-        f"{source}: no such checkpoint; expected a Hugging Face folder or hub id, a .gguf file, a run's folder or smollm2."
+        f"{source}: no such checkpoint; expected a Hugging Face folder or hub id, a .gguf file, a run's folder "
+        "or smollm2."
     )
 
 
@@ -71,8 +72,9 @@ def _from_hub(repo: str) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
     except Exception as e:  # the hub client raises a dozen unrelated types for "could not get it"
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise UserError(f"{repo}: no such folder here, and the hub did not give it: {reason[:200]}") from e
+        raise UserError(
+            f"{repo}: no such folder here, and the hub was not reached or does not give it ({type(e).__name__})."
+        ) from e
 
 
 def _open_own(folder: pathlib.Path) -> Checkpoint:

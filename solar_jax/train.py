@@ -91,7 +91,9 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
         checkpoint=checkpoint,
         mesh=mesh,
         rows=training_rows(corpus, config.seed),
-        heldout=heldout_batches(heldout, config.evaluation.batch_size, rules.batch_sharding(mesh)),
+        heldout=heldout_batches(
+            heldout, rules.padded_rows(config.evaluation.batch_size, mesh), rules.batch_sharding(mesh)
+        ),
         evals=metrics.JsonLines(folder / "evals.jsonl"),
     )
 
@@ -146,7 +148,7 @@ def check_fits(config: Config, base: ModelConfig, plan: GrowthPlan, mesh: jax.sh
     """What a step of the grown model needs a device.
 
     Raises:
-      UserError: a device has less, or the mesh does not divide the model or the batch.
+      UserError: a device has less, or the mesh does not divide the model.
     """
     cfg = grown_config(base, plan)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -160,9 +162,6 @@ def check_fits(config: Config, base: ModelConfig, plan: GrowthPlan, mesh: jax.sh
             f"{config.name}, {parameter_count(cfg):,} parameters, needs {need}, but each of the {jax.device_count()} "
             f"{device.device_kind} device(s) here has {there / GIB:.1f} GiB{fits}."
         )
-    microbatch = config.train.batch_size // config.train.accumulation
-    rules.check_batch("config.train.batch_size / config.train.accumulation", microbatch, mesh)
-    rules.check_batch("config.evaluation.batch_size", config.evaluation.batch_size, mesh)
     return need
 
 
@@ -179,23 +178,25 @@ def announce(
     say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(trained) if t])}")
     for source, rows in corpus.train:
         say(
-            f"data      {source.path}: {len(rows.tokens):,} training tokens, {len(rows):,} rows, weight {source.weight:g}"
+            f"data      {source.path}: {len(rows.tokens):,} training tokens, {len(rows):,} rows, "
+            f"weight {source.weight:g}"
         )
     for source, rows in corpus.heldout:
         say(f"held out  {source.path}: {len(rows.tokens):,} tokens")
-    tokens = config.train.batch_size * config.data.sequence_length
+    batch, length, steps = config.train.batch_size, config.data.sequence_length, config.train.steps
     say(
-        f"training  {config.train.steps} steps of {config.train.batch_size} x {config.data.sequence_length} = {tokens:,} "
-        f"tokens, {config.train.steps * tokens:,} in all{', and the control the same' if config.train.control else ''}; "
-        f"held-out loss on {windows} rows"
+        f"training  {steps} steps of {batch} x {length} = {batch * length:,} tokens, {steps * batch * length:,} in all"
+        f"{', and the control the same' if config.train.control else ''}; held-out loss on {windows} rows"
     )
+    padded = rules.padded_rows(batch, mesh, config.train.accumulation)
+    if padded > batch:
+        say(f"padding   {batch} rows a step do not divide over the mesh: {padded - batch} empty rows are added")
     kind = jax.devices()[0].device_kind
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"devices   {jax.device_count()} x {kind}, mesh {shape}, {jax.process_count()} process(es)")
     say(f"memory    about {need}; a device here has {chips.memory_bytes(jax.local_devices()[0]) / GIB:.1f} GiB")
-    say(
-        f"time      about {metrics.duration(expected_seconds(config, base, cfg, windows))}; steps will show what is left\n"
-    )
+    seconds = expected_seconds(config, base, cfg, windows)
+    say(f"time      about {metrics.duration(seconds)}; each step will show what is left\n")
 
 
 def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, windows: int) -> float:

@@ -22,8 +22,8 @@ class Rows:
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.length)
 
-    def __getitem__(self, i: SupportsIndex) -> Row:
-        begin = int(i) * self.length
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        begin = int(index) * self.length
         place = np.arange(begin, begin + self.length)
         window = self.tokens[begin : begin + self.length + 1]
         document = np.searchsorted(self.starts, place, side="right") - 1

@@ -1,6 +1,9 @@
 """Rows to batches: the global batch of a step is a pure function of the step, whatever the hosts and devices."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import grain
 import jax
@@ -65,35 +68,47 @@ def heldout_rows(corpus: Corpus, windows: int) -> list[Row]:
     return out
 
 
-def training_batch(rows: grain.MapDataset, step: int, size: int, sharding: jax.sharding.Sharding) -> Batch:
-    """The global batch [B, T] of a step: rows step * B up to (step + 1) * B, each device reading its own."""
-    return _place(lambda i: rows[step * size + i], size, sharding)
+def training_batch(rows: grain.MapDataset, step: int, size: int, padded: int, sharding: jax.sharding.Sharding) -> Batch:
+    """The global batch of a step: rows step * B up to (step + 1) * B, each device reading its own.
+
+    Args:
+      rows: of `training_rows`.
+      step: counted from 0.
+      size: B.
+      padded: rows of the result, at least B; those after B are copies of weight 0, which change no sum.
+      sharding: of the rows.
+
+    Returns:
+      Arrays [padded, T].
+    """
+
+    def row(i: int) -> Row:
+        found: Any = rows[step * size + min(i, size - 1)]
+        return found if i < size else _filler(found)
+
+    return _place(row, padded, sharding)
 
 
 def heldout_batches(rows: list[Row], size: int, sharding: jax.sharding.Sharding) -> list[Batch]:
-    """All held-out rows in batches [B, T]; the last is filled up with rows of weight 0."""
-    filler = rows[0] | {"weights": np.zeros_like(rows[0]["weights"])}
-    padded = rows + [filler] * (-len(rows) % size)
+    """All held-out rows in batches [size, T]; the last is filled up with rows of weight 0."""
+    padded = rows + [_filler(rows[0])] * (-len(rows) % size)
     return [_place(lambda i, k=k: padded[k + i], size, sharding) for k in range(0, len(padded), size)]
 
 
-def _place(row, size: int, sharding: jax.sharding.Sharding) -> Batch:
+def _filler(row: Row) -> Row:
+    return row | {"weights": np.zeros_like(row["weights"])}
+
+
+def _place(row: Callable[[int], Row], size: int, sharding: jax.sharding.Sharding) -> Batch:
     """Rows 0..B as arrays laid out by `sharding`; only the rows of this process's devices are made."""
-    made: dict[int, Row] = {}
+    cached = functools.cache(row)
 
-    def cached(i: int) -> Row:
-        if i not in made:
-            made[i] = row(i)
-        return made[i]
+    def part(name: str, index: Any) -> np.ndarray:
+        return np.stack([cached(i)[name] for i in range(size)[index[0]]])[:, *index[1:]]
 
-    example = cached(
-        min(range(size)[index[0]][0] for index in sharding.addressable_devices_indices_map((size,)).values())
-    )
+    local: Any = sharding.addressable_devices_indices_map((size,)).values()
+    example = cached(min(range(size)[index[0]][0] for index in local))
     return {
-        name: jax.make_array_from_callback(
-            (size, *value.shape),
-            sharding,
-            lambda index, name=name: np.stack([cached(i)[name] for i in range(size)[index[0]]])[:, *index[1:]],
-        )
+        name: jax.make_array_from_callback((size, *value.shape), sharding, functools.partial(part, name))
         for name, value in example.items()
     }

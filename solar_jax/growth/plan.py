@@ -5,6 +5,7 @@ A plan says of every output layer which source layer it copies. Layer ranges are
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable
 
@@ -41,17 +42,17 @@ class GrowthPlan:
     @property
     def distances(self) -> tuple[int, ...]:
         """|difference of source index| between neighbours (paper section 2: 1 but at the seam), L - 1 of them."""
-        return tuple(abs(b - a) for a, b in zip(self.source, self.source[1:], strict=False))
+        return tuple(abs(b - a) for a, b in itertools.pairwise(self.source))
 
     @property
     def seams(self) -> tuple[int, ...]:
         """Output layers i whose successor i + 1 does not continue the source's order."""
-        return tuple(i for i, (a, b) in enumerate(zip(self.source, self.source[1:], strict=False)) if b != a + 1)
+        return tuple(i for i, (a, b) in enumerate(itertools.pairwise(self.source)) if b != a + 1)
 
     def runs(self) -> list[tuple[int, int]]:
         """Half-open output ranges within which the source layers are consecutive."""
         cuts = [0, *(i + 1 for i in self.seams), self.layers]
-        return list(zip(cuts, cuts[1:], strict=False))
+        return list(itertools.pairwise(cuts))
 
 
 def _repeats(source: tuple[int, ...]) -> tuple[bool, ...]:

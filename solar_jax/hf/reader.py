@@ -179,7 +179,7 @@ def load_params(c: Checkpoint, shardings: Params | None = None, dtype: Any = np.
                 return out
             return np.ascontiguousarray(from_hf(c.read(row.hf), path, c.cfg)[index], dtype)
 
-        def cached(index: tuple[slice, ...]) -> np.ndarray:
+        def cached(index: Any) -> np.ndarray:
             key = str(index)
             if key not in read:
                 read[key] = part(index)

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -57,26 +58,25 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
         raise UserError(f"{file}: the header is not JSON: {e}.") from e
     if not isinstance(header, dict):
         raise UserError(f"{file}: the header must be a JSON object, found {type(header).__name__}.")
-    entries = {}
-    for name, info in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            code, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-            sane = all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and isinstance(code, str)
-        except (TypeError, KeyError, ValueError):
-            sane = False
-        if not sane:
-            raise UserError(f"{file}: the header's entry of {name} is malformed: {info!r}.")
-        start, stop = 8 + length + start, 8 + length + stop
-        if not start <= stop <= size:
-            raise UserError(
-                f"{file}: {name} should lie in bytes {start}..{stop}, but the file ends at {size}; is it cut short?"
-            )
-        if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != stop - start:
-            raise UserError(f"{file}: {name} of {code} {shape} does not take {stop - start} bytes.")
-        entries[name] = Entry(file, code, shape, start, stop)
-    return entries
+    return {name: _entry(file, name, info, 8 + length, size) for name, info in header.items() if name != "__metadata__"}
+
+
+def _entry(file: pathlib.Path, name: str, info: Any, data: int, size: int) -> Entry:
+    """One tensor of a header whose data begin at byte `data` of a file of `size` bytes, checked."""
+    try:
+        code, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+    except (TypeError, KeyError, ValueError) as e:
+        raise UserError(f"{file}: the header's entry of {name} is malformed: {info!r}.") from e
+    if not isinstance(code, str) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        raise UserError(f"{file}: the header's entry of {name} is malformed: {info!r}.")
+    start, stop = data + start, data + stop
+    if not start <= stop <= size:
+        raise UserError(
+            f"{file}: {name} should lie in bytes {start}..{stop}, but the file ends at {size}; is it cut short?"
+        )
+    if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != stop - start:
+        raise UserError(f"{file}: {name} of {code} {shape} does not take {stop - start} bytes.")
+    return Entry(file, code, shape, start, stop)
 
 
 def read(name: str, entry: Entry) -> np.ndarray:

@@ -95,11 +95,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch(key: str, rows: int, mesh: Mesh) -> None:
-    """Raises a UserError unless `rows`, the value that `key` names, can be split over the mesh."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % ways:
-        raise UserError(f"{key}={rows} must be a multiple of mesh data x fsdp = {ways}.")
+def padded_rows(rows: int, mesh: Mesh, microbatches: int = 1) -> int:
+    """`rows` made up to what divides over the devices and microbatches; the added rows get weight 0."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * microbatches
+    return -(-rows // ways) * ways
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:

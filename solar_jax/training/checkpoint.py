@@ -19,11 +19,11 @@ class CheckpointStore:
 
     def __init__(self, workdir: pathlib.Path, keep: int = 1):
         # Both policies are given, since Orbax's own save at every chance and keep everything; when to save is the
-        # training loop's decision.
+        # training loop's decision. (Orbax's own types of its policies disagree, hence the two marks.)
         self._checkpointer = ocp.training.Checkpointer(
-            (workdir / FOLDER).resolve(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str((workdir / FOLDER).resolve()),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyrefly: ignore
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyrefly: ignore
             cleanup_tmp_directories=True,
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import grain
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
 from solar_jax.config import Config, ModelConfig
@@ -128,7 +128,9 @@ def _steps(
 
     step_fn = make_train_step(cfg, config, optimizer, run.mesh)
     begin = time.perf_counter()
-    batch = training_batch(run.rows, done, config.train.batch_size, batch_sharding)
+    size = config.train.batch_size
+    padded = rules.padded_rows(size, run.mesh, config.train.accumulation)
+    batch = training_batch(run.rows, done, size, padded, batch_sharding)
     compiled = step_fn.lower(state, batch).compile()
     m = compiled.memory_analysis()
     if m is not None:
@@ -139,7 +141,7 @@ def _steps(
     clock = metrics.Clock(steps - done)
     for step in range(done + 1, steps + 1):
         clock.start()
-        batch = training_batch(run.rows, step - 1, config.train.batch_size, batch_sharding)
+        batch = training_batch(run.rows, step - 1, size, padded, batch_sharding)
         state, measured = compiled(state, batch)
         loss, grad_norm = float(measured["loss"]), float(measured["grad_norm"])
         seconds = clock.stop()
@@ -147,7 +149,7 @@ def _steps(
             "step": step,
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": float(rate(np.int32(step - 1))),
+            "learning_rate": float(jnp.asarray(rate(step - 1))),
             "tokens": step * tokens_a_step,
             "tokens_per_second": tokens_a_step / seconds,
             "mfu": metrics.mfu(tokens_a_step / seconds, flops, peak, devices),

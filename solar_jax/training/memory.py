@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from solar_jax.config import Config, ModelConfig
+from solar_jax.parallel.rules import padded_rows
 from solar_jax.training.step import State
 
 GIB = 2**30
@@ -47,7 +48,8 @@ def estimate(cfg: ModelConfig, config: Config, state: State, mesh: jax.sharding.
     """
     width = jnp.dtype(config.train.compute_dtype).itemsize
     parameters = shard_bytes(state["params"])
-    rows = config.train.batch_size // config.train.accumulation / (mesh.shape["data"] * mesh.shape["fsdp"])
+    padded = padded_rows(config.train.batch_size, mesh, config.train.accumulation)
+    rows = padded / config.train.accumulation / (mesh.shape["data"] * mesh.shape["fsdp"])
     tokens, tensor = rows * config.data.sequence_length, mesh.shape["tensor"]
     D, F, N, K, H = (
         cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim,

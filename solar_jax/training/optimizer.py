@@ -12,13 +12,24 @@ from solar_jax.errors import UserError
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.model.llama import Params
 
-# (peak, last, steps of decay, decay fraction) -> the schedule after warmup
+
+def _cosine(peak: float, last: float, steps: int, decay_fraction: float) -> optax.Schedule:
+    del decay_fraction
+    return optax.cosine_decay_schedule(peak, steps, alpha=last / peak if peak else 0.0)
+
+
+def _warmup_stable_decay(peak: float, last: float, steps: int, decay_fraction: float) -> optax.Schedule:
+    decay = max(1, round(steps * decay_fraction))
+    return optax.linear_schedule(peak, last, decay, transition_begin=steps - decay)
+
+
+# name -> (peak, last, steps after warmup, share of them that the final decay takes) -> the schedule after warmup
 SCHEDULES: dict[str, Callable[[float, float, int, float], optax.Schedule]] = {
-    "constant": lambda peak, last, n, fraction: optax.constant_schedule(peak),
-    "linear": lambda peak, last, n, fraction: optax.linear_schedule(peak, last, n),
-    "cosine": lambda peak, last, n, fraction: optax.cosine_decay_schedule(peak, n, alpha=last / peak if peak else 0.0),
-    "wsd": lambda peak, last, n, fraction: optax.linear_schedule(peak, last, max(1, round(n * fraction)), n - max(1, round(n * fraction))),
-}  # fmt: skip
+    "constant": lambda peak, last, steps, decay_fraction: optax.constant_schedule(peak),
+    "linear": lambda peak, last, steps, decay_fraction: optax.linear_schedule(peak, last, steps),
+    "cosine": _cosine,
+    "wsd": _warmup_stable_decay,
+}
 
 # name -> (which layers train, which of the arrays outside the layers do)
 TRAINABLE: dict[str, Callable[[GrowthPlan], tuple[tuple[bool, ...], dict[str, bool]]]] = {

@@ -54,7 +54,7 @@ def _summed_loss(
 
 def make_train_step(
     cfg: ModelConfig, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """A jitted (state, batch) -> (state, {"loss", "grad_norm"}); the old state's memory is given to the new one.
 
     The loss is the mean over the targets of the whole batch, and so is the gradient, however many microbatches it

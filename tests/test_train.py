@@ -1,0 +1,295 @@
+"""Whole runs: what they leave behind, that they go on exactly, and that bad input leaves nothing."""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from solar_jax import train
+from solar_jax.config import Config, defaults, resolve
+from solar_jax.errors import UserError
+from solar_jax.hf.reader import load_params
+from solar_jax.model import llama
+from solar_jax.source import open_checkpoint
+from solar_jax.training import loop
+from tests.conftest import byte_tokenizer, hf_model, save_hf
+
+REPO = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> pathlib.Path:
+    """A small text with something to learn in it."""
+    file = tmp_path_factory.mktemp("text") / "corpus.txt"
+    rng = np.random.default_rng(0)
+    words = ["depth", "up", "scaling", "grows", "a", "model", "by", "its", "own", "layers", "and", "heals", "it"]
+    file.write_text(" ".join(rng.choice(words, 3000)))
+    return file
+
+
+def make_config(source: pathlib.Path | str, text: pathlib.Path, **changes) -> Config:
+    """A run of seconds; `changes` are dotted keys with _ for the dot of the first level, as train_steps."""
+    config = defaults()
+    config.name, config.source = "test", str(source)
+    config.growth.m = 2
+    config.data.sources, config.data.sequence_length = (str(text),), 32
+    config.train.steps, config.train.batch_size, config.train.remat = 6, 8, "none"
+    config.train.compute_dtype = "float32"
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-3, 2
+    config.evaluation.every, config.evaluation.windows, config.evaluation.batch_size = 2, 8, 8
+    config.checkpoint.every, config.export.dtype = 3, "float32"
+    for key, value in changes.items():
+        group, _, name = key.partition("_")
+        if name:
+            config[group][name] = value
+        else:
+            config[group] = value
+    return resolve(config)
+
+
+def metrics(folder: pathlib.Path) -> list[tuple]:
+    """What of each step must repeat bit by bit; rates are the machine's."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"], r["grad_norm"], r["learning_rate"], r["tokens"]) for r in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, text, tmp_path_factory) -> tuple[Config, pathlib.Path, dict]:
+    """An uninterrupted run with a control."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    config = make_config(tiny, text, train_control=True)
+    return config, folder, train.run(config, folder)
+
+
+def test_a_run_leaves_every_promised_file_and_key(finished):
+    config, folder, summary = finished
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert summary["layers"] == 8
+    assert summary["base_layers"] == 6
+    assert summary["source_layers"] == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert summary["tokens"] == 6 * 8 * 32
+    assert summary["params"] == llama.parameter_count(open_checkpoint(str(folder / "hf")).cfg)
+    assert [r[0] for r in metrics(folder)] == list(range(1, 7))
+    keys = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu"}
+    assert set(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])) == keys
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == config.train.steps
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoints", "config.json", "control", "evals.jsonl", "hf", "loss.png", "metrics.jsonl", "model",
+        "summary.json",
+    ]  # fmt: skip
+
+
+def test_training_heals_and_the_control_starts_from_the_base(finished):
+    _, folder, summary = finished
+    evals = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
+    loss = {(r["arm"], r["step"]): r["loss"] for r in evals}
+    assert summary["final_loss"] < summary["zero_token_loss"]
+    assert summary["control_loss"] < summary["base_loss"] == loss["control", 0]
+    assert {step for arm, step in loss if arm == "healed"} == {0, 2, 4, 6}
+
+
+def test_transformers_loads_the_healed_model_with_our_logits(finished):
+    _, folder, _ = finished
+    tokens = np.random.default_rng(3).integers(0, 320, (2, 100))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    ours = open_checkpoint(str(folder))  # the run's own checkpoint, not what was exported from it
+    np.testing.assert_allclose(llama.logits(ours.cfg, load_params(ours), jnp.array(tokens)), theirs, atol=1e-4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    assert tokenizer("depth")["input_ids"] == byte_tokenizer().encode("depth").ids
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    config, folder, summary = finished
+    monkeypatch.setattr(train, "train", None)
+    assert train.run(config, folder) == summary
+
+
+@pytest.mark.parametrize("moment", ["healed step 5", "healed: written", "control step 2", "control: held-out loss"])
+def test_an_interrupted_run_goes_on_bit_by_bit(finished, tmp_path, monkeypatch, moment):
+    config, whole, summary = finished
+
+    def interrupt(line=""):
+        if line.startswith(moment):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "say", interrupt)
+        patch.setattr(train, "say", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    resumed = train.run(config, tmp_path / "run")
+    for part in ("", "control"):
+        assert metrics(tmp_path / "run" / part) == metrics(whole / part)
+    for key in ("base_loss", "zero_token_loss", "final_loss", "control_loss"):
+        assert resumed[key] == summary[key]
+    weights = [(f / "hf" / "model.safetensors").read_bytes() for f in (tmp_path / "run", whole)]
+    assert weights[0] == weights[1]
+
+
+def test_the_mesh_changes_no_loss(finished, tiny, text, tmp_path):
+    config, whole, _ = finished
+    expected = [r[1] for r in metrics(whole)]
+    for i, (data, fsdp, tensor) in enumerate([(8, 1, 1), (2, 2, 2), (1, 4, 2)]):
+        mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
+        other = dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, control=False))
+        train.run(other, tmp_path / str(i))
+        np.testing.assert_allclose([r[1] for r in metrics(tmp_path / str(i))], expected, rtol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_padded_and_gives_the_same_loss(tiny, text, tmp_path):
+    """Five rows: padded to eight where rows are split eight ways, and where they are split four ways too."""
+    config = make_config(tiny, text, train_batch_size=5, train_steps=2)
+    train.run(config, tmp_path / "padded")
+    tensor = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=4, fsdp=1, tensor=2))
+    train.run(tensor, tmp_path / "tensor")
+    padded, other = ([r[1] for r in metrics(tmp_path / name)] for name in ("padded", "tensor"))
+    np.testing.assert_allclose(padded, other, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("trainable", "moved"), [("new", {4, 5}), ("seam", {3, 4}), ("no_embed", set(range(8)))])
+def test_frozen_layers_leave_the_run_as_they_came(tiny, text, tmp_path, trainable, moved):
+    train.run(make_config(tiny, text, train_trainable=trainable, train_steps=2), tmp_path / "run")
+    base = safetensors.numpy.load_file(tiny / "model.safetensors")
+    out = safetensors.numpy.load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    source = [0, 1, 2, 3, 2, 3, 4, 5]
+    changed = {
+        i
+        for i in range(8)
+        for name in base
+        if f"layers.{source[i]}." in name
+        and not np.array_equal(out[name.replace(f"layers.{source[i]}.", f"layers.{i}.")], base[name])
+    }
+    assert changed == moved
+    assert np.array_equal(out["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+    assert np.array_equal(out["lm_head.weight"], base["lm_head.weight"])
+
+
+def test_training_goes_on_from_our_own_checkpoint(finished, text, tmp_path):
+    _, folder, summary = finished
+    again = train.run(make_config(folder, text, growth_operator="identity", train_steps=2), tmp_path / "run")
+    assert again["base_layers"] == 8
+    assert again["base_loss"] == pytest.approx(summary["final_loss"], rel=1e-6)
+
+
+def broken(tiny: pathlib.Path, tmp_path: pathlib.Path, what: str) -> pathlib.Path:
+    """A copy of the tiny checkpoint with one thing wrong."""
+    folder = save_hf(hf_model(), tmp_path / what)
+    if what == "truncated":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:-1000])
+    if what == "vocabulary":
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens([f"extra{i}" for i in range(100)])
+        tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"source": "/no/such/checkpoint"}, ["/no/such/checkpoint", "no such checkpoint"]),
+        ({"source": "truncated"}, ["model.safetensors", "cut short"]),
+        ({"source": "vocabulary"}, ["tokenizer has ids up to 358", "vocab_size is 320"]),
+        ({"growth_m": 3}, ["dus(m=3)", "6 layers"]),
+        ({"growth_operator": "double"}, ["growth.operator", "'double'"]),
+        ({"train_trainable": "old"}, ["config.train.trainable", "'old'"]),
+        ({"train_remat": "half"}, ["config.train.remat", "'half'"]),
+        ({"optimizer_schedule": "step"}, ["config.optimizer.schedule", "'step'"]),
+        ({"data_sources": ("/no/such/text",)}, ["/no/such/text"]),
+        ({"data_sequence_length": 2000}, ["sequence_length=2000", "max_position_embeddings=1024"]),
+        ({"mesh_tensor": 8, "mesh_fsdp": 1}, ["mesh.tensor=8", "num_attention_heads=4"]),
+        ({"mesh_data": 3}, ["data=3", "8 device(s)"]),
+        ({"model_num_hidden_layers": 7}, ["config.model.num_hidden_layers", "7", "6"]),
+        ({"export_max_shard_size": "big"}, ["max_shard_size", "'big'"]),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_leaves_nothing(tiny, text, tmp_path, changes, words):
+    if changes.get("source") in ("truncated", "vocabulary"):
+        changes = {"source": str(broken(tiny, tmp_path, changes["source"]))}
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as refused:
+        train.run(make_config(**({"source": tiny, "text": text} | changes)), tmp_path / "run")
+    message = str(refused.value)
+    assert "\n" not in message
+    assert message.endswith((".", "?"))
+    for word in words:
+        assert word in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(finished, tmp_path):
+    config, folder, _ = finished
+    other = dataclasses.replace(config, seed=1)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    with pytest.raises(UserError, match=r"another run, whose config\.seed is 0 where this one's is 1"):
+        train.run(other, folder)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files but no run"):
+        train.run(config, tmp_path)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "solar_jax.train", *arguments], cwd=REPO, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/dus_48l.py:smollm2", "--config.unknown=1"], ["config.unknown"]),
+        (["--config=configs/dus_48l.py:smollm2", "--config.train.stepz=1"], ["config.train.steps"]),
+        (["--config=configs/dus_48l.py:huge"], ["'huge'"]),
+        (["--config=configs/none.py"], ["configs/none.py"]),
+        (["--config=configs/dus_48l.py"], ["10,731,524,096", "GiB", "configs/dus_48l.py:smollm2"]),
+    ],
+)
+def test_the_command_refuses_with_one_line_and_status_2(tmp_path, arguments, words):
+    done = command(*arguments, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_then_the_same_command_goes_on(finished, tmp_path):
+    """The real thing: another process, killed by the system in the middle of a step."""
+    config, whole, _ = finished
+    file = tmp_path / "config.py"
+    file.write_text(
+        "import json, ml_collections\n"
+        f"def get_config(): return ml_collections.ConfigDict(json.loads({json.dumps(dataclasses.asdict(config))!r}))\n"
+    )
+    arguments = [f"--config={file}", f"--workdir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "solar_jax.train", *arguments], cwd=REPO, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("healed step 5"):
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "going on from the checkpoint of step 3" in done.stdout
+    assert metrics(tmp_path / "run") == metrics(whole)
