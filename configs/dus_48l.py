@@ -5,8 +5,8 @@
 
 Full size
   trains    32 layers, 7,241,732,096 parameters -> [0..24) + [8..32) -> 48 layers, 10,731,524,096 parameters
-  needs     16 bytes a parameter of state and gradients, 160 GiB over all chips, and activations: a TPU v5p-128 (64
-            chips) or larger at this batch
+  needs     16 bytes a parameter of state and gradients, 160 GiB over all chips, and activations: on a TPU v5p-128 (64
+            chips) 26 of a chip's 95 GiB, by the TPU compiler
   expect    the zero-token loss well above the base's, most of the gap gone within the first thousand steps
   from the paper: base, m = 8, the resulting shape, sequence length 4096
   chosen here, as the paper does not tell: tokens, batch, optimiser, learning rate, schedule

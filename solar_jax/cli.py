@@ -15,8 +15,12 @@ from solar_jax.errors import UserError
 USAGE_STATUS = 2  # of bad flags and bad input
 
 
-def start(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses absl's flags and runs `main`; bad flags and `UserError` become one sentence and status 2."""
+def start(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]) -> None:
+    """Defines and parses absl's flags and runs `main`; bad flags and `UserError` become one sentence and status 2.
+
+    Flags are defined here and not on import, so that commands can be imported side by side.
+    """
+    define_flags()
     logging.set_verbosity(logging.WARNING)  # the libraries' notes on every file they touch; --verbosity=0 shows them
     app.run(lambda argv: _guarded(lambda: main(_no_rest(argv))), flags_parser=_parse)
 

@@ -26,20 +26,23 @@ from solar_jax.model.llama import parameter_count
 from solar_jax.source import open_checkpoint
 from solar_jax.training.checkpoint import MODEL_FOLDER, CheckpointStore
 
-_SOURCE = flags.DEFINE_string("source", None, "SRC: HF folder or hub id, .gguf file, a run's folder, or smollm2.")
-_OUT = flags.DEFINE_string("out", None, "New folder to write.")
-_TO = flags.DEFINE_enum("to", None, ("hf", "orbax"), "The form to write.")
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights written; the source's if not given (orbax: float32).")
-_SHARD = flags.DEFINE_string("max_shard_size", "5GB", "hf: most bytes of weights in one file.")
+
+def define_flags() -> None:
+    flags.DEFINE_string("source", None, "SRC: HF folder or hub id, .gguf file, a run's folder, or smollm2.")
+    flags.DEFINE_string("out", None, "New folder to write.")
+    flags.DEFINE_enum("to", None, ("hf", "orbax"), "The form to write.")
+    flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights written; the source's if not given (orbax: float32).")
+    flags.DEFINE_string("max_shard_size", "5GB", "hf: most bytes of weights in one file.")
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    if not _SOURCE.value or not _OUT.value or not _TO.value:
+    f = flags.FLAGS
+    if not f.source or not f.out or not f.to:
         raise UserError("convert needs --source SRC, --out DIR and --to hf|orbax.")
-    if _TO.value == "orbax" and _DTYPE.value not in (None, "float32"):
-        raise UserError(f"--to orbax holds training state, which is float32, found --dtype={_DTYPE.value}.")
-    convert(_SOURCE.value, pathlib.Path(_OUT.value), _TO.value, _DTYPE.value, parse_size(_SHARD.value))
+    if f.to == "orbax" and f.dtype not in (None, "float32"):
+        raise UserError(f"--to orbax holds training state, which is float32, found --dtype={f.dtype}.")
+    convert(f.source, pathlib.Path(f.out), f.to, f.dtype, parse_size(f.max_shard_size))
 
 
 def convert(source: str, out: pathlib.Path, to: str, dtype: str | None, max_shard_size: int) -> None:
@@ -69,4 +72,4 @@ def convert(source: str, out: pathlib.Path, to: str, dtype: str | None, max_shar
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, define_flags)

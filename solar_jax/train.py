@@ -38,16 +38,18 @@ from solar_jax.training.memory import GIB, Need, estimate
 from solar_jax.training.optimizer import learning_rate, make_optimizer, trainable_layers
 from solar_jax.training.step import abstract_state, state_shardings
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config name> if not given.")
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
+    flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config name> if not given.")
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    if _CONFIG.value is None:
+    if flags.FLAGS.config is None:
         raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
-    config = resolve(_CONFIG.value)
-    run(config, pathlib.Path(_WORKDIR.value or f"runs/{config.name}"))
+    config = resolve(flags.FLAGS.config)
+    run(config, pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}"))
 
 
 def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
@@ -277,4 +279,4 @@ def table(s: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, define_flags)

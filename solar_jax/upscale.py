@@ -22,48 +22,42 @@ from solar_jax.hf.writer import check_target, new_folder, numpy_dtype, parse_siz
 from solar_jax.model.llama import parameter_count
 from solar_jax.source import open_checkpoint
 
-_DEFAULT = GrowthConfig()
-_SOURCE = flags.DEFINE_string("source", None, "SRC: HF folder or hub id, .gguf file, a run's folder, or smollm2.")
-_OUT = flags.DEFINE_string("out", None, "New folder to write.")
-_OPERATOR = flags.DEFINE_enum("operator", None, sorted(OPERATORS), "Growth operator.")
-_SLICES = flags.DEFINE_string("slices", None, "Half-open source ranges one after another, e.g. 0:24,8:32.")
-_NUMBERS = {
-    key: flags.DEFINE_integer(key, getattr(_DEFAULT, key), f"Of the operator, as config.growth.{key}.")
-    for key in ("m", "a", "b", "every", "copies")
-}
-_DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights written; the source's if not given.")
-_SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Most bytes of weights in one file.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show the plan and stop.")
+NUMBERS = ("m", "a", "b", "every", "copies")  # the operators' numbers, fields of GrowthConfig
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("source", None, "SRC: HF folder or hub id, .gguf file, a run's folder, or smollm2.")
+    flags.DEFINE_string("out", None, "New folder to write.")
+    flags.DEFINE_enum("operator", None, sorted(OPERATORS), "Growth operator.")
+    flags.DEFINE_string("slices", None, "Half-open source ranges one after another, e.g. 0:24,8:32.")
+    for key in NUMBERS:
+        flags.DEFINE_integer(key, getattr(GrowthConfig(), key), f"Of the operator, as config.growth.{key}.")
+    flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights written; the source's if not given.")
+    flags.DEFINE_string("max_shard_size", "5GB", "Most bytes of weights in one file.")
+    flags.DEFINE_bool("dry_run", False, "Show the plan and stop.")
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    if not _SOURCE.value or not (_OUT.value or _DRY_RUN.value):
+    f = flags.FLAGS
+    if not f.source or not (f.out or f.dry_run):
         raise UserError("upscale needs --source SRC and --out DIR (or --dry_run).")
-    upscale(
-        _SOURCE.value,
-        pathlib.Path(_OUT.value) if _OUT.value else None,
-        growth_config(),
-        dtype=_DTYPE.value,
-        max_shard_size=parse_size(_SHARD.value),
-        dry_run=_DRY_RUN.value,
-    )
+    growth = growth_config(f.operator, f.slices, {key: f[key].value for key in NUMBERS})
+    out = pathlib.Path(f.out) if f.out else None
+    upscale(f.source, out, growth, dtype=f.dtype, max_shard_size=parse_size(f.max_shard_size), dry_run=f.dry_run)
 
 
-def growth_config() -> GrowthConfig:
-    """The operator that the flags name.
+def growth_config(operator: str | None, slices: str | None, numbers: dict[str, int]) -> GrowthConfig:
+    """The growth that the flags name.
 
     Raises:
-      UserError: none, or both an operator and slices.
+      UserError: neither an operator nor slices, or both.
     """
-    numbers = {key: flag.value for key, flag in _NUMBERS.items()}
-    if _SLICES.value is not None:
-        if _OPERATOR.value not in (None, "slices"):
-            raise UserError(f"--slices and --operator={_OPERATOR.value} exclude each other.")
-        return GrowthConfig("slices", slices=_SLICES.value, **numbers)
-    if _OPERATOR.value is None:
+    if slices is not None and operator not in (None, "slices"):
+        raise UserError(f"--slices and --operator={operator} exclude each other.")
+    if slices is None and operator is None:
         raise UserError("upscale needs --operator NAME or --slices RANGES.")
-    return GrowthConfig(_OPERATOR.value, **numbers)
+    return GrowthConfig("slices" if slices is not None else str(operator), slices=slices or "", **numbers)
 
 
 def upscale(
@@ -98,4 +92,4 @@ def upscale(
 
 
 if __name__ == "__main__":
-    cli.start(main)
+    cli.start(main, define_flags)

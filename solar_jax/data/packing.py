@@ -24,20 +24,20 @@ class Rows:
 
     def __getitem__(self, index: SupportsIndex) -> Row:
         begin = int(index) * self.length
-        place = np.arange(begin, begin + self.length)
+        place = np.arange(begin, begin + self.length + 1)  # of the inputs, and one further for the last target
         window = self.tokens[begin : begin + self.length + 1]
         document = np.searchsorted(self.starts, place, side="right") - 1
         positions, weights = place - begin, np.ones(self.length, np.float32)
         if self.mask_documents:
             positions = place - np.maximum(self.starts[document], begin)
-            weights[np.isin(place + 1, self.starts)] = 0  # the next token belongs to another document
+            weights[document[1:] != document[:-1]] = 0  # the target belongs to another document
         else:
             document = np.zeros_like(document)
         return {
             "tokens": window[:-1],
             "targets": window[1:],
-            "positions": positions.astype(np.int32),
-            "segment_ids": (document - document[0]).astype(np.int32),
+            "positions": positions[:-1].astype(np.int32),
+            "segment_ids": (document - document[0])[:-1].astype(np.int32),
             "weights": weights,
         }
 

@@ -38,7 +38,7 @@ def shard_bytes(tree: Any) -> int:
 
 
 def estimate(cfg: ModelConfig, config: Config, state: State, mesh: jax.sharding.Mesh) -> Need:
-    """The need of one step; the activations are a rule of thumb, within about a quarter of what compilers report.
+    """The need of one step; the activations are a rule of thumb that errs on the high side of what compilers report.
 
     Args:
       cfg: the grown model.

@@ -126,29 +126,14 @@ def plot_losses(
     from matplotlib import pyplot
 
     figure, ax = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    ax.axhline(base_loss, color="0.4", linestyle="--", linewidth=1.2)
-    ax.annotate(f"base {base_loss:.3f}", (1, base_loss), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                color="0.4", xytext=(-4, 2), textcoords="offset points")  # fmt: skip
+    ax.axhline(base_loss, color="0.4", linestyle="--", linewidth=1.2, label=f"base, {base_loss:.3f}")
     for (name, curves), color in zip(arms.items(), ("C1", "C0"), strict=False):
         steps, losses = zip(*curves["heldout"], strict=True)
-        ax.plot(steps, losses, "o-", color=color, label=f"{name}, held out")
+        label = f"{name}, held out: {losses[0]:.3f} to {losses[-1]:.3f}"
+        ax.plot(steps, losses, "o-", color=color, label=label)
         if curves["train"]:
-            ax.plot(
-                *zip(*curves["train"], strict=True),
-                color=color,
-                alpha=0.35,
-                linewidth=1,
-                label=f"{name}, training batches",
-            )
-        ax.annotate(f"{losses[0]:.3f}", (steps[0], losses[0]), xytext=(6, 2), textcoords="offset points", color=color)
-        ax.annotate(
-            f"{losses[-1]:.3f}",
-            (steps[-1], losses[-1]),
-            xytext=(0, 7),
-            textcoords="offset points",
-            color=color,
-            ha="right",
-        )
+            faint = {"color": color, "alpha": 0.35, "linewidth": 1}
+            ax.plot(*zip(*curves["train"], strict=True), label=f"{name}, training batches", **faint)
     ax.set(title=title, xlabel="step", ylabel="loss (nats a token)")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)

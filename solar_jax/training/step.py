@@ -1,5 +1,6 @@
 """The training step and the evaluation step: pure functions of state and batch, compiled for a mesh."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,7 @@ def make_train_step(
     )
 
 
+@functools.cache  # evaluations come again and again; each new jit would compile again
 def make_eval_step(
     cfg: ModelConfig, config: Config, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:

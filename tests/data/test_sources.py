@@ -1,0 +1,184 @@
+"""Text in: every kind of file read in a fixed order, split without overlap, and damage told by file and line."""
+
+import gzip
+import json
+import pathlib
+from pydoc_data.topics import topics
+
+import pytest
+
+from solar_jax.data.sources import EMBEDDED, TextSource, documents, parse_sources, split
+from solar_jax.errors import UserError
+
+
+def read(path: pathlib.Path | str, text_key: str = "text") -> list[str]:
+    return list(documents(TextSource(str(path), 1.0), text_key))
+
+
+def write(file: pathlib.Path, content: str | bytes) -> pathlib.Path:
+    """A file, compressed where its name says so."""
+    content = content.encode() if isinstance(content, str) else content
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    return file
+
+
+def jsonl(*texts: str, key: str = "text") -> str:
+    return "".join(json.dumps({key: text, "id": i}) + "\n" for i, text in enumerate(texts))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.md", "a"])
+def test_any_other_file_is_one_document_of_text(tmp_path, name):
+    assert read(write(tmp_path / name, "first line\n\nzweite Zeile: äöü\n")) == ["first line\n\nzweite Zeile: äöü\n"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_jsonl_is_a_document_a_record_in_order(tmp_path, name):
+    content = jsonl("b\nwith a break", "a", "ü") + "\n" + jsonl("after an empty line")
+    assert read(write(tmp_path / name, content)) == ["b\nwith a break", "a", "ü", "after an empty line"]
+
+
+def test_jsonl_text_is_taken_from_the_named_field(tmp_path):
+    file = write(tmp_path / "a.jsonl", jsonl("x", "y", key="content"))
+    assert read(file, "content") == ["x", "y"]
+
+
+def test_a_folder_is_read_by_name_without_hidden_files(tmp_path):
+    for name in ("b.txt", "a.jsonl", "c/d.txt.gz", ".hidden"):
+        write(tmp_path / name, jsonl("from a") if name == "a.jsonl" else f"from {name}")
+    assert read(tmp_path) == ["from a", "from b.txt", "from c/d.txt.gz"]
+
+
+def test_a_pattern_is_read_by_name(tmp_path):
+    for name in ("b.txt", "a.txt", "c.md", "d/e.txt"):
+        write(tmp_path / name, name)
+    assert read(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+    assert read(tmp_path / "**" / "*.txt") == ["a.txt", "b.txt", "d/e.txt"]
+
+
+def test_a_source_is_read_the_same_twice(tmp_path):
+    for i in range(20):
+        write(tmp_path / f"{i}.txt", str(i))
+    assert read(tmp_path) == read(tmp_path)
+
+
+def test_the_embedded_corpus_is_pythons_topics_by_name():
+    assert read(EMBEDDED) == [topics[name] for name in sorted(topics)]
+
+
+def test_every_eighth_topic_is_held_out_from_the_first_on():
+    names = sorted(topics)
+    training, heldout = split(read(EMBEDDED), 8)
+    assert heldout == [topics[name] for name in names[0::8]]
+    assert training == [topics[name] for i, name in enumerate(names) if i % 8 != 0]
+    assert len(training) + len(heldout) == len(names)
+
+
+def test_a_split_of_as_many_documents_as_the_step_holds_one_out():
+    texts = [str(i) for i in range(8)]
+    assert split(texts, 8) == (texts[1:], ["0"])
+
+
+def test_a_source_of_few_documents_is_cut_by_characters():
+    # Without this a single text file would have nothing to evaluate on, or nothing to train on.
+    long, short = "0123456789" * 8, "abcdefgh"
+    training, heldout = split([long, short], 8)
+    assert training == [long[:70], "abcdefg"]
+    assert heldout == [long[70:], "h"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ("corpus.txt", ("corpus.txt", 1.0)),
+        ("corpus.txt:3", ("corpus.txt", 3.0)),
+        ("corpus.txt:0.25", ("corpus.txt", 0.25)),
+        ("corpus.txt:.5", ("corpus.txt", 0.5)),
+        ("pydoc-topics:2", ("pydoc-topics", 2.0)),
+        ("/data/a:b/c.txt", ("/data/a:b/c.txt", 1.0)),  # a colon within a path is no weight
+        ("/data/*.jsonl.gz:10", ("/data/*.jsonl.gz", 10.0)),
+    ],
+)
+def test_a_weight_is_what_follows_the_last_colon(entry, expected):
+    (source,) = parse_sources((entry,))
+    assert (source.path, source.weight) == expected
+
+
+@pytest.mark.parametrize(("entry", "found"), [("a.txt:0", "a.txt must be above 0, found 0"), ("", "found ''")])
+def test_an_entry_without_a_path_or_share_is_refused(entry, found):
+    with pytest.raises(UserError, match=found):
+        parse_sources((entry,))
+
+
+def refusal(path: pathlib.Path | str, text_key: str = "text") -> str:
+    with pytest.raises(UserError) as e:
+        read(path, text_key)
+    return str(e.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_broken_json_line_is_told_by_file_and_line(tmp_path, name):
+    file = write(tmp_path / name, jsonl("x", "y") + '{"text": "cut sho\n' + jsonl("z"))
+    assert refusal(file).startswith(f"{file}:3: is not JSON")
+
+
+def test_a_missing_field_is_told_by_file_line_key_and_what_is_there(tmp_path):
+    file = write(tmp_path / "a.jsonl", jsonl("x") + '{"body": "y", "id": 1}\n')
+    found = refusal(file)
+    assert found.startswith(f"{file}:2: must hold text under 'text' (config.data.text_key)")
+    assert "['body', 'id']" in found
+
+
+@pytest.mark.parametrize(("line", "found"), [('["x"]', "list"), ('{"text": 3}', "text"), ('{"text": null}', "text")])
+def test_a_record_that_holds_no_text_is_told_by_file_and_line(tmp_path, line, found):
+    file = write(tmp_path / "a.jsonl", jsonl("x") + line + "\n")
+    message = refusal(file)
+    assert message.startswith(f"{file}:2: must hold text under 'text'")
+    assert found in message
+
+
+def test_text_that_is_not_utf8_is_told_by_file_and_byte(tmp_path):
+    file = write(tmp_path / "a.txt", b"caf\xe9 au lait")
+    assert refusal(file) == f"{file}: is not UTF-8 text: invalid continuation byte at byte 3."
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_record_that_is_not_utf8_is_told_by_file_and_line(tmp_path, name):
+    # Beyond the first read of some 8 KiB, where a byte number counted by the decoder would be of that read.
+    file = write(tmp_path / name, jsonl(*["x" * 100] * 200).encode() + b'{"text": "caf\xe9"}\n')
+    assert refusal(file).startswith(f"{file}:201: is not UTF-8 text")
+
+
+def test_a_record_with_half_a_character_is_told_by_file_and_line(tmp_path):
+    # JSON can write one half of a surrogate pair, which is no text that a tokenizer takes.
+    file = write(tmp_path / "a.jsonl", jsonl("x") + '{"text": "half \\ud83d"}\n')
+    assert refusal(file).startswith(f"{file}:2: ")
+
+
+def test_a_missing_file_is_told_by_key_and_path(tmp_path):
+    path = tmp_path / "nowhere.txt"
+    assert refusal(path) == f"config.data.sources: {path}: no such file, folder or pattern."
+
+
+def test_a_folder_without_files_is_not_called_missing(tmp_path):
+    found = refusal(tmp_path)
+    assert str(tmp_path) in found
+    assert "no such" not in found
+
+
+def test_a_truncated_gz_is_told_by_file(tmp_path):
+    file = tmp_path / "a.txt.gz"
+    file.write_bytes(gzip.compress(b"some text " * 100)[:-12])
+    assert refusal(file).startswith(f"{file}: cannot be read: ")
+
+
+def test_a_damaged_gz_is_told_by_file(tmp_path):
+    file = tmp_path / "a.txt.gz"
+    file.write_bytes(gzip.compress(b"some text " * 100)[:10] + b"\xff" * 40)  # a good header, no deflate stream
+    assert refusal(file).startswith(f"{file}: cannot be read: ")
+
+
+def test_a_file_that_only_claims_to_be_gz_is_told_by_file(tmp_path):
+    file = tmp_path / "a.txt.gz"
+    file.write_text("plain text")
+    assert refusal(file).startswith(f"{file}: cannot be read: ")

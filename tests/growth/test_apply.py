@@ -1,0 +1,156 @@
+"""Growth of the weights: the gather against a loop over layers, and what it does to the model's output."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solar_jax.config import GrowthConfig, ModelConfig
+from solar_jax.growth.apply import SCALED, grow, grown_config
+from solar_jax.growth.plan import OPERATORS, GrowthPlan, identity, make_plan
+from solar_jax.model import llama
+from solar_jax.parallel import rules
+from tests.parallel.test_mesh import mesh_of
+
+CFG = ModelConfig(64, 32, 48, 6, 4, 2, 8, 1024, 10000.0, 1e-5)
+GROWTHS = [
+    GrowthConfig("dus", m=2),
+    GrowthConfig("naive"),
+    GrowthConfig("interleave"),
+    GrowthConfig("block_repeat", a=1, b=4),
+    GrowthConfig("llama_pro", every=2),
+    GrowthConfig("zeroed", m=2),
+    GrowthConfig("average", every=2),
+    GrowthConfig("identity"),
+    GrowthConfig("slices", slices="4:6,0:3"),
+]
+IDS = [g.operator for g in GROWTHS]
+
+
+def random_params(dtype=jnp.float32) -> llama.Params:
+    """Every array random, norm scales too, and large enough that a layer matters."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: jnp.array(0.3 * rng.standard_normal(s.shape), dtype), llama.shapes(CFG))
+
+
+def bits(x) -> np.ndarray:
+    """The bytes of an array, which tell -0 from 0."""
+    x = np.ascontiguousarray(x)
+    return x.view(f"u{x.dtype.itemsize}")
+
+
+def assert_same_bits(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(bits(a), bits(b))
+
+
+@functools.cache
+def forward(layers: int):
+    """The compiled model of a depth, shared by the tests."""
+    cfg = dataclasses.replace(CFG, num_hidden_layers=layers)
+    tokens = jnp.array(np.random.default_rng(1).integers(0, cfg.vocab_size, (2, 12)))
+    return jax.jit(lambda params: llama.logits(cfg, params, tokens))
+
+
+def output(params: llama.Params) -> np.ndarray:
+    return np.asarray(forward(len(params["layers"]["q_proj"]))(params))
+
+
+def test_every_operator_is_tried_here():
+    assert set(IDS) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("growth", GROWTHS, ids=IDS)
+def test_the_gather_is_a_loop_over_layers_bit_by_bit(growth, dtype):
+    params = random_params(dtype)
+    plan = make_plan(6, growth)
+    found = grow(params, plan)
+    shapes = jax.tree.map(lambda s: s.shape, llama.shapes(grown_config(CFG, plan)))
+    assert jax.tree.map(lambda x: x.shape, found) == shapes
+    for name, stacked in params["layers"].items():
+        stacked = np.asarray(stacked)
+        for i in range(plan.layers):
+            layer = stacked[plan.source[i]]
+            if plan.partner[i] != plan.source[i]:
+                other = stacked[plan.partner[i]]
+                layer = ((layer.astype(np.float32) + other.astype(np.float32)) / 2).astype(layer.dtype)
+            grown = np.asarray(found["layers"][name][i])
+            if plan.scale[i] == 0 and name in SCALED:
+                assert not grown.any(), (name, i)
+            else:
+                np.testing.assert_array_equal(bits(grown), bits(layer), err_msg=f"{name} of layer {i}")
+    for name in ("embed", "final_norm", "lm_head"):
+        assert_same_bits(found[name], params[name])
+
+
+def test_only_what_adds_to_the_residual_stream_is_zeroed():
+    assert set(SCALED) == {"o_proj", "down_proj"}
+
+
+def test_the_identity_gives_the_bases_logits_bitwise():
+    params = random_params()
+    np.testing.assert_array_equal(bits(output(grow(params, identity(6)))), bits(output(params)))
+
+
+@pytest.mark.parametrize("growth", [GrowthConfig("llama_pro", every=2), GrowthConfig("llama_pro", every=1)])
+def test_llama_pro_changes_no_logit(growth):
+    # Bitwise: a zeroed layer adds exactly 0 to the residual stream, and the scan runs the same code for each layer.
+    params, plan = random_params(), make_plan(6, growth)
+    np.testing.assert_array_equal(output(grow(params, plan)), output(params))
+
+
+def test_llama_pro_without_the_zeros_changes_the_logits():
+    # The control of the test above: the copies must matter where they are not zeroed.
+    params, plan = random_params(), make_plan(6, GrowthConfig("llama_pro", every=2))
+    copies = dataclasses.replace(plan, scale=(1.0,) * plan.layers)
+    found = output(grow(params, copies))
+    assert np.abs(found - output(params)).max() > 1e-2
+
+
+@pytest.mark.parametrize("forgotten", SCALED)
+def test_llama_pro_needs_both_zeros(forgotten):
+    params, plan = random_params(), make_plan(6, GrowthConfig("llama_pro", every=2))
+    copies = grow(params, dataclasses.replace(plan, scale=(1.0,) * plan.layers))
+    damaged = grow(params, plan)
+    damaged["layers"][forgotten] = copies["layers"][forgotten]
+    assert np.abs(output(damaged) - output(params)).max() > 1e-2
+
+
+def test_a_plan_for_another_depth_raises_with_both_numbers():
+    with pytest.raises(ValueError, match=r"layers/\w+ has 6 layers, the plan is for 8"):
+        grow(random_params(), make_plan(8, GrowthConfig("dus", m=2)))
+
+
+def test_the_grown_config_differs_in_depth_alone():
+    plan = GrowthPlan("slices", 6, (0, 1, 2, 1, 2, 3, 4))
+    assert grown_config(CFG, plan) == dataclasses.replace(CFG, num_hidden_layers=7)
+
+
+@pytest.mark.parametrize("growth", [g for g in GROWTHS if g.operator in ("dus", "zeroed", "average")])
+def test_growing_a_sharded_base_gives_the_same_bits_sharded_by_the_rules(growth):
+    mesh, params, plan = mesh_of(2, 2, 2), random_params(), make_plan(6, growth)
+    shardings = rules.parameter_shardings(grown_config(CFG, plan), mesh)
+    base = jax.device_put(params, rules.parameter_shardings(CFG, mesh))
+    found = jax.jit(lambda p: grow(p, plan), out_shardings=shardings)(base)
+    for x, sharding in zip(jax.tree.leaves(found), jax.tree.leaves(shardings), strict=True):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    assert_same_bits(found, grow(params, plan))
+
+
+def test_growth_moves_no_weight_between_devices():
+    # The gather runs along the one axis that is never split; a collective in it would be a wrong layout.
+    mesh, plan = mesh_of(2, 2, 2), make_plan(6, GrowthConfig("dus", m=2))
+    shardings = rules.parameter_shardings(CFG, mesh)
+    abstract = jax.tree.map(
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), llama.shapes(CFG), shardings
+    )
+    out = rules.parameter_shardings(grown_config(CFG, plan), mesh)
+    text = jax.jit(lambda p: grow(p, plan), out_shardings=out).lower(abstract).compile().as_text()
+    assert "gather(" in text or "dynamic-slice" in text  # the text is the program's
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in text

@@ -1,0 +1,47 @@
+"""The loss against PyTorch's cross-entropy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from solar_jax.training.objectives import next_token_loss
+
+RNG = np.random.default_rng(0)
+LOGITS = (5 * RNG.standard_normal((3, 7, 11))).astype(np.float32)
+TARGETS = RNG.integers(0, 11, (3, 7))
+WEIGHTS = (RNG.random((3, 7)) < 0.6).astype(np.float32)
+
+
+def reference(logits: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray]:
+    """The weighted sum and its gradient."""
+    x = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    losses = torch.nn.functional.cross_entropy(x.reshape(-1, 11), torch.tensor(TARGETS).reshape(-1), reduction="none")
+    loss = (torch.tensor(weights, dtype=torch.float64).reshape(-1) * losses).sum()
+    loss.backward()
+    return float(loss.detach()), x.grad.numpy()
+
+
+@pytest.mark.parametrize("weights", [np.ones((3, 7), np.float32), WEIGHTS, 0.5 * WEIGHTS], ids=["one", "0/1", "half"])
+def test_the_sum_and_its_gradient_are_torchs_cross_entropy(weights):
+    def loss(x):
+        return next_token_loss(x, jnp.array(TARGETS), jnp.array(weights))
+
+    (found, targets), grad = jax.value_and_grad(loss, has_aux=True)(jnp.array(LOGITS))
+    expected, expected_grad = reference(LOGITS, weights)
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+    assert float(targets) == pytest.approx(weights.sum(), rel=1e-6)
+    np.testing.assert_allclose(grad, expected_grad, atol=1e-6)
+
+
+def test_a_target_of_weight_zero_changes_nothing():
+    other = np.where(WEIGHTS > 0, TARGETS, (TARGETS + 1) % 11)
+    found = [next_token_loss(jnp.array(LOGITS), jnp.array(t), jnp.array(WEIGHTS)) for t in (TARGETS, other)]
+    assert found[0] == found[1]
+
+
+def test_large_logits_give_no_infinity():
+    # exp of 200 overflows float32
+    found, _ = next_token_loss(jnp.array(40 * LOGITS), jnp.array(TARGETS), jnp.array(WEIGHTS))
+    assert float(found) == pytest.approx(reference(40 * LOGITS, WEIGHTS)[0], rel=1e-6)

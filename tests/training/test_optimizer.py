@@ -1,0 +1,217 @@
+"""Schedules by hand, AdamW against PyTorch's, and that what is frozen does not move by a bit."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from solar_jax.config import GrowthConfig, OptimizerConfig
+from solar_jax.errors import UserError
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.plan import identity, make_plan
+from solar_jax.model import llama
+from solar_jax.training.optimizer import (
+    SCHEDULES,
+    TRAINABLE,
+    learning_rate,
+    make_optimizer,
+    trainable_layers,
+    trainable_mask,
+)
+from tests.parallel.test_rules import SMALL
+
+PEAK, LAST = 1e-3, 1e-4  # final_fraction 0.1
+
+
+def rates(schedule: str, steps: int, warmup: int, **changes) -> list[float]:
+    cfg = OptimizerConfig(
+        learning_rate=PEAK, schedule=schedule, warmup_steps=warmup, **({"final_fraction": 0.1} | changes)
+    )
+    rate = learning_rate(cfg, steps)
+    return [float(rate(step)) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_warmup_rises_evenly_to_the_peak(schedule):
+    assert rates(schedule, 21, 4)[:4] == pytest.approx([PEAK / 4, PEAK / 2, 3 * PEAK / 4, PEAK])
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", PEAK), ("linear", LAST), ("cosine", LAST), ("wsd", LAST)])
+@pytest.mark.parametrize(("steps", "warmup"), [(21, 4), (21, 0), (21, 1), (2, 0), (500, 20)])
+def test_the_first_and_last_rates_are_those_of_the_config(schedule, last, steps, warmup):
+    found = rates(schedule, steps, warmup)
+    assert found[0] == pytest.approx(PEAK / max(warmup, 1))
+    assert found[-1] == pytest.approx(last)
+    assert max(found) == pytest.approx(PEAK)
+
+
+def test_every_schedule_has_its_values_by_hand():
+    assert set(SCHEDULES) == {"constant", "linear", "cosine", "wsd"}
+
+
+def test_linear_falls_evenly():
+    # 4 of warmup, then 16 equal steps down from the peak.
+    expected = [PEAK + (LAST - PEAK) * i / 16 for i in range(17)]
+    assert rates("linear", 21, 4)[4:] == pytest.approx(expected)
+
+
+def test_cosine_falls_along_half_a_wave():
+    expected = [LAST + (PEAK - LAST) * (1 + math.cos(math.pi * i / 16)) / 2 for i in range(17)]
+    assert rates("cosine", 21, 4)[4:] == pytest.approx(expected)
+
+
+def test_wsd_stays_at_the_peak_until_the_final_decay():
+    # The decay takes a quarter of the 16 steps after warmup.
+    expected = [PEAK] * 13 + [PEAK + (LAST - PEAK) * i / 4 for i in range(1, 5)]
+    assert rates("wsd", 21, 4, decay_fraction=0.25)[4:] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_a_run_that_is_all_warmup_ends_at_the_peak(schedule):
+    assert rates(schedule, 4, 4) == pytest.approx([PEAK / 4, PEAK / 2, 3 * PEAK / 4, PEAK])
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_a_rate_of_zero_stays_zero(schedule):
+    cfg = OptimizerConfig(learning_rate=0.0, schedule=schedule, warmup_steps=2)
+    rate = learning_rate(cfg, 8)
+    assert [float(rate(step)) for step in range(8)] == [0.0] * 8
+
+
+def test_an_unknown_schedule_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"config\.optimizer\.schedule must be one of .*wsd, found 'step'"):
+        learning_rate(OptimizerConfig(schedule="step"), 10)
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, 0.0, 1e6], ids=["clipped", "off", "never reached"])
+def test_five_steps_are_those_of_torch_adamw(clip_norm):
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (6, 4), "final_norm": (4,), "layers": {"q_proj": (2, 4, 3), "attn_norm": (2, 4)}}
+    params = jax.tree.map(lambda s: rng.standard_normal(s).astype(np.float32), shapes, is_leaf=_is_shape)
+    gradients = [jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), params) for _ in range(5)]
+    cfg = OptimizerConfig(
+        learning_rate=1e-2, schedule="linear", warmup_steps=2, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.3,
+        clip_norm=clip_norm,
+    )  # fmt: skip
+
+    optimizer = make_optimizer(cfg, 5)
+    ours, state = params, optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for g in gradients:
+        updates, state = update(g, state, ours)
+        ours = optax.apply_updates(ours, updates)
+
+    theirs = {jax.tree_util.keystr(k): torch.tensor(p) for k, p in jax.tree.leaves_with_path(params)}
+    groups = [  # decay on matrices, none on norm scales
+        {"params": [p for k, p in theirs.items() if "norm" not in k], "weight_decay": 0.3},
+        {"params": [p for k, p in theirs.items() if "norm" in k], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.9), eps=1e-6)
+    rate = learning_rate(cfg, 5)
+    for step, g in enumerate(gradients):
+        for key, grad in jax.tree.leaves_with_path(g):
+            theirs[jax.tree_util.keystr(key)].grad = torch.tensor(grad)
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(theirs.values(), clip_norm)
+        for group in adamw.param_groups:
+            group["lr"] = float(rate(step))
+        adamw.step()
+
+    for key, p in jax.tree.leaves_with_path(ours):
+        expected = theirs[jax.tree_util.keystr(key)].numpy()
+        # torch divides by norm + 1e-6 when it clips, which moves the gradient by about one part in a million
+        np.testing.assert_allclose(p, expected, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(key))
+
+
+def _is_shape(x) -> bool:
+    return isinstance(x, tuple)
+
+
+@pytest.mark.parametrize("name", ["final_norm", "attn_norm"])
+def test_weight_decay_leaves_norm_scales_alone(name):
+    params = {name: jnp.ones(3), "layers": {name: jnp.ones((2, 3)), "o_proj": jnp.ones((2, 3))}}
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 1)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    assert not updates[name].any()
+    assert not updates["layers"][name].any()
+    np.testing.assert_allclose(updates["layers"]["o_proj"], -0.05, rtol=1e-6)
+
+
+PLAN = make_plan(4, GrowthConfig("dus", m=1))  # 0 1 2 | 1 2 3: the seam is 2|3, the copies are 3 and 4
+OTHERS = ("embed", "final_norm", "lm_head")
+MOVES = {  # which layers, which other arrays
+    "all": ([0, 1, 2, 3, 4, 5], OTHERS),
+    "new": ([3, 4], ()),
+    "seam": ([2, 3], ()),
+    "no_embed": ([0, 1, 2, 3, 4, 5], ("final_norm",)),
+}
+
+
+def test_every_choice_of_what_trains_is_tried_here():
+    assert set(MOVES) == set(TRAINABLE)
+
+
+@pytest.mark.parametrize("name", sorted(TRAINABLE))
+def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(name):
+    shapes = llama.shapes(grown_config(SMALL, PLAN))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: jnp.array(rng.standard_normal(s.shape), jnp.float32), shapes)
+    # With decay and momentum, either of which could move a weight whose gradient is masked.
+    cfg = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.5)
+    optimizer = make_optimizer(cfg, 3, trainable_mask(shapes, *trainable_layers(name, PLAN)))
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    found, state = params, optimizer.init(params)
+    for _ in range(3):
+        grads = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), shapes)
+        found, state = step(found, state, grads)
+    layers, others = MOVES[name]
+    for other in OTHERS:
+        assert_moved(found[other], params[other], other in others, other)
+    for array, before in params["layers"].items():
+        for i in range(PLAN.layers):
+            assert_moved(found["layers"][array][i], before[i], i in layers, f"{array} of layer {i}")
+
+
+def assert_moved(found, before, moves: bool, what: str):
+    found, before = np.asarray(found), np.asarray(before)
+    if moves:  # all but the odd weight whose three steps happen to cancel
+        assert (found != before).mean() > 0.99, what
+    else:
+        assert found.tobytes() == before.tobytes(), what
+
+
+def test_clipping_sees_only_what_moves():
+    # A frozen layer's large gradient must not shrink the steps of the others.
+    params = {"embed": jnp.ones(2), "layers": {"o_proj": jnp.ones((2, 1))}}
+    mask = {"embed": jnp.float32(0), "layers": {"o_proj": jnp.array([[1.0], [0.0]])}}
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0), 1, mask)
+    grads = {"embed": jnp.full(2, 1e6), "layers": {"o_proj": jnp.array([[0.5], [1e6]])}}
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    mu = optax.tree_utils.tree_get(state, "mu")
+    np.testing.assert_allclose(mu["layers"]["o_proj"], [[0.05], [0.0]], rtol=1e-6)  # (1 - b1) of 0.5, unclipped
+
+
+@pytest.mark.parametrize("name", ["new", "seam"])
+def test_a_choice_that_leaves_nothing_to_train_is_refused(name):
+    with pytest.raises(UserError, match=rf"config\.train\.trainable='{name}' leaves nothing .* identity"):
+        trainable_layers(name, identity(4))
+
+
+def test_an_unknown_choice_of_what_trains_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"config\.train\.trainable must be one of all, .*no_embed, found 'old'"):
+        trainable_layers("old", PLAN)
+
+
+@pytest.mark.parametrize("growth", [GrowthConfig("llama_pro", every=2), GrowthConfig("average", every=2)])
+def test_new_trains_the_added_layers_of_every_operator(growth):
+    plan = make_plan(4, growth)
+    assert trainable_layers("new", plan)[0] == plan.new
