@@ -40,8 +40,6 @@ def main(argv: Sequence[str]) -> None:
     f = flags.FLAGS
     if not f.source or not f.out or not f.to:
         raise UserError("convert needs --source SRC, --out DIR and --to hf|orbax.")
-    if f.to == "orbax" and f.dtype not in (None, "float32"):
-        raise UserError(f"--to orbax holds training state, which is float32, found --dtype={f.dtype}.")
     convert(f.source, pathlib.Path(f.out), f.to, f.dtype, parse_size(f.max_shard_size))
 
 
@@ -51,6 +49,8 @@ def convert(source: str, out: pathlib.Path, to: str, dtype: str | None, max_shar
     Raises:
       UserError: bad source or target; nothing is written then.
     """
+    if to == "orbax" and dtype not in (None, "float32"):
+        raise UserError(f"--to orbax holds training state, which is float32, found --dtype={dtype}.")
     checkpoint = open_checkpoint(source)
     check_target(out)
     dtype = dtype or ("float32" if to == "orbax" else checkpoint.dtype)

@@ -7,6 +7,7 @@ import re
 
 import jax
 import numpy as np
+from jax.tree_util import keystr
 
 from solar_jax.errors import UserError
 from solar_jax.hf import families
@@ -86,28 +87,40 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
         raise UserError(f"{folder}: holds no checkpoint yet.")
     with CheckpointStore(folder) as store:
         step = store.latest_step
-    if step is None:
-        raise UserError(f"{folder / FOLDER}: holds no checkpoint yet.")
+        if step is None:
+            raise UserError(f"{folder / FOLDER}: holds no checkpoint yet.")
+        where = f"{folder / FOLDER / str(step)}"
+        expected = {
+            keystr(path, simple=True, separator="/"): s.shape for path, s in jax.tree.leaves_with_path(shapes(cfg))
+        }
+        for path, shape in store.param_shapes(step).items():
+            if expected.pop(path, None) != shape:
+                raise UserError(f"{where}: {path} of shape {shape} is not what {model / 'config.json'} says.")
+        if expected:
+            raise UserError(f"{where}: {', '.join(sorted(expected))} of {model / 'config.json'} are missing.")
 
     @functools.cache
     def params() -> Params:
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=host), shapes(cfg))
-        with CheckpointStore(folder) as store:
-            return store.restore_params(step, abstract)
+        try:
+            with CheckpointStore(folder) as store:
+                return store.restore_params(step, abstract)
+        except (ValueError, OSError) as e:
+            raise UserError(f"{where}: cannot be read; is it damaged?") from e
 
-    where = {name: (path, layer) for name, path, layer in hf_tensors(cfg)}
+    tensors = {name: (path, layer) for name, path, layer in hf_tensors(cfg)}
 
     def read(name: str) -> np.ndarray:
-        path, layer = where[name]
+        path, layer = tensors[name]
         return to_hf(np.asarray(pick(params(), path, layer)), path, cfg)
 
     return Checkpoint(
-        where=f"{folder / FOLDER / str(step)}",
+        where=where,
         hf_config=hf_config,
         cfg=cfg,
         companions={name: (model / name).read_bytes() for name in COMPANIONS if (model / name).is_file()},
         dtype="float32",
-        shape_of={name: hf_shape(path, cfg) for name, (path, _) in where.items()},
+        shape_of={name: hf_shape(path, cfg) for name, (path, _) in tensors.items()},
         read=read,
     )

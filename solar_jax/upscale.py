@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     f = flags.FLAGS
     if not f.source or not (f.out or f.dry_run):
         raise UserError("upscale needs --source SRC and --out DIR (or --dry_run).")
-    growth = growth_config(f.operator, f.slices, {key: f[key].value for key in NUMBERS})
+    growth = growth_config(f.operator, f.slices, {key: getattr(f, key) for key in NUMBERS})
     out = pathlib.Path(f.out) if f.out else None
     upscale(f.source, out, growth, dtype=f.dtype, max_shard_size=parse_size(f.max_shard_size), dry_run=f.dry_run)
 

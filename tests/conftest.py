@@ -1,16 +1,18 @@
 """What tests share: eight CPU devices, small models of real architecture, and the embedded real one."""
 
 import os
+import tempfile
 
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers must not look for models elsewhere
+# The same few programs again and again, in this process and in the commands that tests start: compile each once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="solar_jax_compiled_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
-import atexit
 import json
 import pathlib
 import shutil
-import tempfile
 
 import pytest
 import tokenizers
@@ -18,14 +20,13 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-# The same few programs again and again, in this process and in the commands that tests start: compile each once.
-_CACHE = tempfile.mkdtemp(prefix="solar_jax_compiled_")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-
 from solar_jax.hf.reader import Checkpoint
 from solar_jax.source import open_checkpoint
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
 
 TINY = {
     "vocab_size": 320,

@@ -8,6 +8,7 @@ from solar_jax.errors import UserError
 # What transformers assumes of a key that config.json leaves out, by `model_type`.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {
+        "num_key_value_heads": None,  # as many as heads
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "max_position_embeddings": 2048,
@@ -15,6 +16,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": None,
     },
     "mistral": {
+        "num_key_value_heads": 8,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "max_position_embeddings": 131072,
@@ -52,44 +54,56 @@ def model_config(hf: dict[str, Any], where: str) -> ModelConfig:
     for key, allowed in FIXED.items():
         if hf.get(key, allowed[0]) not in allowed:
             raise UserError(f"{where}: {key} must be {allowed[0]!r}, found {hf[key]!r}.")
-    for key in SIZES:
-        if type(hf.get(key)) is not int or hf[key] < 1:
-            raise UserError(f"{where}: {key} must be a positive integer, found {hf.get(key)!r}.")
     known = FAMILIES[kind] | {k: v for k, v in hf.items() if k in FAMILIES[kind]}
-    heads = hf["num_attention_heads"]
-    kv_heads = hf.get("num_key_value_heads") or heads
+    size = {key: _positive(hf.get(key), int, key, where) for key in SIZES}
+    heads = size["num_attention_heads"]
+    kv_heads = known["num_key_value_heads"]
+    kv_heads = heads if kv_heads is None else _positive(kv_heads, int, "num_key_value_heads", where)
     if heads % kv_heads:
         raise UserError(f"{where}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}.")
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // heads
+    head_dim = hf.get("head_dim")
+    head_dim = size["hidden_size"] // heads if head_dim is None else _positive(head_dim, int, "head_dim", where)
     if head_dim % 2:
         raise UserError(f"{where}: head_dim must be even for rotary embeddings, found {head_dim}.")
+    window = known["sliding_window"] if kind == "mistral" else None
     return ModelConfig(
-        **{key: hf[key] for key in SIZES},
+        **size,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=int(known["max_position_embeddings"]),
+        max_position_embeddings=_positive(known["max_position_embeddings"], int, "max_position_embeddings", where),
         rope_theta=_rope_theta(hf, known["rope_theta"], where),
-        rms_norm_eps=float(known["rms_norm_eps"]),
+        rms_norm_eps=_positive(known["rms_norm_eps"], float, "rms_norm_eps", where),
         tie_word_embeddings=bool(known["tie_word_embeddings"]),
-        sliding_window=(known["sliding_window"] or 0) if kind == "mistral" else 0,
+        sliding_window=0 if window is None else _positive(window, int, "sliding_window", where),
     )
+
+
+def _positive(value: Any, kind: type, key: str, where: str) -> Any:
+    """`value` as a positive int or float."""
+    if type(value) not in (int, kind) or not value > 0:
+        name = "integer" if kind is int else "number"
+        raise UserError(f"{where}: {key} must be a positive {name}, found {value!r}.")
+    return kind(value)
 
 
 def _rope_theta(hf: dict[str, Any], default: float, where: str) -> float:
     """The base of the frequencies; older files have `rope_theta`, newer ones `rope_parameters`."""
-    scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise UserError(f"{where}: rope_parameters must hold keys, found {scaling!r}.")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{where}: rope scaling must be 'default', found {kind!r}.")
-    return float(scaling.get("rope_theta", default))
+    theta = default
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(key) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{where}: {key} must hold keys, found {rope!r}.")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{where}: {key}.rope_type must be 'default', found {kind!r}.")
+        theta = rope.get("rope_theta", theta)
+    return _positive(theta, float, "rope_theta", where)
 
 
 def grown_hf_config(hf: dict[str, Any], layers: int, dtype: str) -> dict[str, Any]:
     """`hf` for a model of `layers` layers stored as `dtype`; every other key as it was."""
-    key = "torch_dtype" if "torch_dtype" in hf else "dtype"
-    return hf | {"num_hidden_layers": layers, key: dtype}
+    keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype"]
+    return hf | {"num_hidden_layers": layers} | dict.fromkeys(keys, dtype)
 
 
 def differences(expected: ModelConfig, found: ModelConfig) -> dict[str, tuple[Any, Any]]:

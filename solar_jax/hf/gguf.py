@@ -122,9 +122,18 @@ def tokenizer_files(file: GGUF) -> dict[str, bytes]:
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         known = ", ".join(f"gpt2/{name}" for name in PRE_TOKENIZERS)
         raise UserError(f"{file.path}: the tokenizer must be one of {known}, found {kind}/{pre}.")
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    prefix = "tokenizer.ggml."
+    for key in (f"{prefix}tokens", f"{prefix}token_type", f"{prefix}merges", "llama.context_length"):
+        if key not in fields:
+            raise UserError(f"{file.path}: the metadata key {key} is missing.")
+    tokens, kinds = fields[f"{prefix}tokens"], fields[f"{prefix}token_type"]
+    if len(tokens) != len(kinds):
+        raise UserError(f"{file.path}: {prefix}token_type must have {len(tokens)} entries, found {len(kinds)}.")
+    try:
+        merges = [tuple(merge.split(" ")) for merge in fields[f"{prefix}merges"]]
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    except Exception as e:  # the library raises Exception itself
+        raise UserError(f"{file.path}: {prefix}merges do not fit {prefix}tokens: {e}.") from e
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     tokenizer.decoder = decoders.ByteLevel()
     special = [t for t, k in zip(tokens, kinds, strict=True) if k == _CONTROL]
@@ -138,7 +147,9 @@ def tokenizer_files(file: GGUF) -> dict[str, bytes]:
         "add_prefix_space": False,
     }
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        if (value := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+        if (value := fields.get(f"{prefix}{key}_token_id")) is not None:
+            if not 0 <= value < len(tokens):
+                raise UserError(f"{file.path}: {prefix}{key}_token_id must be under {len(tokens)}, found {value}.")
             config[f"{name}_token"] = tokens[value]
     if template := fields.get("tokenizer.chat_template"):
         config["chat_template"] = template

@@ -33,7 +33,7 @@ class Checkpoint:
     hf_config: dict[str, Any]  # the content of config.json
     cfg: ModelConfig
     companions: dict[str, bytes]  # tokenizer and generation files by name
-    dtype: str  # of most of its bytes
+    dtype: str  # that holds every tensor exactly
     shape_of: dict[str, tuple[int, ...]]  # HF tensor name -> shape
     read: Callable[[str], np.ndarray]  # HF tensor name -> array in HF's layout
 
@@ -60,12 +60,11 @@ def _generation_config(hf_config: dict[str, Any]) -> bytes:
 def open_folder(folder: pathlib.Path) -> Checkpoint:
     hf_config = read_json(folder / "config.json")
     entries = _entries(folder)
-    weight = {}
-    for entry in entries.values():
-        weight[entry.code] = weight.get(entry.code, 0) + entry.stop - entry.start
-    code = max(weight, key=lambda c: weight[c])
-    if code not in safetensors.DTYPES:
-        raise UserError(f"{folder}: tensors must be one of {', '.join(safetensors.DTYPES)}, found {code}.")
+    codes = {entry.code for entry in entries.values()}
+    if strange := codes - set(safetensors.DTYPES):
+        raise UserError(f"{folder}: tensors must be one of {', '.join(safetensors.DTYPES)}, found {strange.pop()}.")
+    # Several dtypes, as bfloat16 weights with float32 norms, all fit into float32 exactly.
+    code = codes.pop() if len(codes) == 1 else "F32"
     return Checkpoint(
         where=str(folder),
         hf_config=hf_config,
@@ -87,7 +86,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
         value = json.loads(file.read_text())
     except OSError as e:
         raise UserError(f"{file}: cannot be read: {e.strerror}.") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: is not JSON: {e}.") from e
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object, found {type(value).__name__}.")
@@ -111,7 +110,7 @@ def _entries(folder: pathlib.Path) -> dict[str, safetensors.Entry]:
         raise UserError(f"{folder / INDEX}: weight_map must map tensors to files, found {type(weight_map).__name__}.")
     headers, entries = {}, {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file or file in ("", ".."):
             raise UserError(f"{folder / INDEX}: {name} must lie in a file of this folder, found {file!r}.")
         if file not in headers:
             headers[file] = safetensors.read_header(folder / file)
@@ -206,7 +205,9 @@ def load_tokenizer(c: Checkpoint) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_buffer(c.companions["tokenizer.json"])
     except ValueError as e:
         raise UserError(f"{c.where}: tokenizer.json cannot be read: {e}.") from e
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest < 0:
+        raise UserError(f"{c.where}: tokenizer.json has no tokens.")
     if largest >= c.cfg.vocab_size:
         raise UserError(
             f"{c.where}: the tokenizer has ids up to {largest}, but config.json's vocab_size is {c.cfg.vocab_size}."

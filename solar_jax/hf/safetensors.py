@@ -54,7 +54,7 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
             header = json.loads(f.read(length))
     except OSError as e:
         raise UserError(f"{file}: cannot be read: {e.strerror}.") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: the header is not JSON: {e}.") from e
     if not isinstance(header, dict):
         raise UserError(f"{file}: the header must be a JSON object, found {type(header).__name__}.")
@@ -63,6 +63,8 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
 
 def _entry(file: pathlib.Path, name: str, info: Any, data: int, size: int) -> Entry:
     """One tensor of a header whose data begin at byte `data` of a file of `size` bytes, checked."""
+    if not name.isprintable():
+        raise UserError(f"{file}: a tensor's name is not printable: {name!r}.")
     try:
         code, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
     except (TypeError, KeyError, ValueError) as e:

@@ -25,15 +25,15 @@ class Tensor:
 
 TENSORS = {
     "embed": Tensor("VD", ("V", "D"), "model.embed_tokens.weight", "token_embd.weight"),
-    "layers/attn_norm": Tensor("D", ("D",), "model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
     "layers/q_proj": Tensor("DNH", ("NH", "D"), "model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
     "layers/k_proj": Tensor("DKH", ("KH", "D"), "model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
     "layers/v_proj": Tensor("DKH", ("KH", "D"), "model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
     "layers/o_proj": Tensor("NHD", ("D", "NH"), "model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
-    "layers/mlp_norm": Tensor("D", ("D",), "model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
     "layers/gate_proj": Tensor("DF", ("F", "D"), "model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
     "layers/up_proj": Tensor("DF", ("F", "D"), "model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
     "layers/down_proj": Tensor("FD", ("D", "F"), "model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+    "layers/attn_norm": Tensor("D", ("D",), "model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+    "layers/mlp_norm": Tensor("D", ("D",), "model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
     "final_norm": Tensor("D", ("D",), "model.norm.weight", "output_norm.weight"),
     "lm_head": Tensor("DV", ("V", "D"), "lm_head.weight", "output.weight"),
 }

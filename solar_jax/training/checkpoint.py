@@ -6,6 +6,7 @@ The folder above holds `model/`: config.json and tokenizer files, so that a chec
 import pathlib
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from solar_jax.model.llama import Params
@@ -40,6 +41,11 @@ class CheckpointStore:
         """The state of a step, laid out as the given abstract trees (shapes with shardings) say."""
         state = self._checkpointer.load_checkpointables(step, {"params": params, "opt_state": opt_state, "host": None})
         return state["params"], state["opt_state"], state["host"]
+
+    def param_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter that a step holds, by path, e.g. "layers/q_proj"."""
+        stored = self._checkpointer.checkpointables_metadata(step).metadata["params"]
+        return {"/".join(k.key for k in path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(stored)}
 
     def restore_params(self, step: int, params: Params) -> Params:
         """The parameters of a step alone, laid out as the given abstract tree says."""
