@@ -7,6 +7,7 @@ keys, wrong types and impossible values before anything is allocated. The datacl
 
 import dataclasses
 import difflib
+import math
 import typing
 from typing import Any
 
@@ -214,16 +215,19 @@ def _check(c: Config) -> None:
         "optimizer.learning_rate": c.optimizer.learning_rate,
     }
     for key, value in from_zero.items():
-        if not value >= 0:  # a NaN is refused too
-            raise UserError(f"config.{key} must not be negative, found {value}.")
+        if not 0 <= value < math.inf:  # a NaN is refused too
+            raise UserError(f"config.{key} must be finite and not negative, found {value}.")
     for key, value in (
         ("optimizer.final_fraction", c.optimizer.final_fraction),
         ("optimizer.decay_fraction", c.optimizer.decay_fraction),
-        ("optimizer.b1", c.optimizer.b1),
-        ("optimizer.b2", c.optimizer.b2),
     ):
         if not 0 <= value <= 1:
             raise UserError(f"config.{key} must lie between 0 and 1, found {value}.")
+    for key, value in (("optimizer.b1", c.optimizer.b1), ("optimizer.b2", c.optimizer.b2)):
+        if not 0 <= value < 1:  # Adam divides by 1 - b ** t
+            raise UserError(f"config.{key} must be at least 0 and under 1, found {value}.")
+    if not 0 < c.optimizer.eps < math.inf:  # a gradient of 0 would give 0 / 0
+        raise UserError(f"config.optimizer.eps must be above 0, found {c.optimizer.eps}.")
     if not c.source:
         raise UserError("config.source must name a checkpoint (HF folder, hub id, .gguf file or smollm2), found ''.")
     if not c.data.sources:

@@ -62,9 +62,10 @@ def heldout_rows(corpus: Corpus, windows: int) -> list[Row]:
     """The first held-out rows of every source, `windows` in all, shared by weight; fewer where there are fewer."""
     total = sum(source.weight for source, _ in corpus.heldout)
     out: list[Row] = []
+    upto = 0.0
     for source, rows in corpus.heldout:
-        share = max(1, round(windows * source.weight / total))
-        out += [rows[i] for i in range(min(share, len(rows)))]
+        begin, upto = upto, upto + windows * source.weight / total
+        out += [rows[i] for i in range(min(round(upto) - round(begin), len(rows)))]
     return out
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import pathlib
 import re
+import zlib
 from collections.abc import Iterator
 
 from solar_jax.errors import UserError
@@ -63,26 +64,34 @@ def _files(path: str) -> list[pathlib.Path]:
         files = [root]
     else:
         files = sorted(pathlib.Path(p) for p in glob.glob(str(root), recursive=True) if pathlib.Path(p).is_file())
+    if not files and root.is_dir():
+        raise UserError(f"config.data.sources: {path}: must hold files of text, found an empty folder.")
     if not files:
         raise UserError(f"config.data.sources: {path}: no such file, folder or pattern.")
     return files
 
 
 def _read(file: pathlib.Path, text_key: str) -> Iterator[str]:
-    open_text = gzip.open if file.suffix == ".gz" else open
+    open_bytes = gzip.open if file.suffix == ".gz" else open
     is_jsonl = file.name.removesuffix(".gz").endswith(".jsonl")
     try:
-        with open_text(file, "rt", encoding="utf-8") as f:
+        with open_bytes(file, "rb") as f:
             if not is_jsonl:
-                yield f.read()
+                yield _decode(f.read(), str(file))
                 return
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    yield _record(line, text_key, f"{file}:{number}")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{file}: is not UTF-8 text: {e.reason} at byte {e.start}.") from e
-    except (OSError, EOFError) as e:
+                    where = f"{file}:{number}"
+                    yield _record(_decode(line, where), text_key, where)
+    except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{file}: cannot be read: {e}.") from e
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: is not UTF-8 text: {e.reason} at byte {e.start}.") from e
 
 
 def _record(line: str, text_key: str, where: str) -> str:
@@ -93,7 +102,14 @@ def _record(line: str, text_key: str, where: str) -> str:
     if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
         found = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"{where}: must hold text under {text_key!r} (config.data.text_key), found {found}.")
-    return record[text_key]
+    text = record[text_key]
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{where}: the text under {text_key!r} holds half a surrogate pair, which is no character."
+        ) from e
+    return text
 
 
 def split(texts: list[str], holdout_every: int) -> tuple[list[str], list[str]]:

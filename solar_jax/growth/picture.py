@@ -33,8 +33,8 @@ def picture(plan: GrowthPlan, base_parameters: int, parameters: int) -> str:
     ]
     runs = plan.runs()
     if len(runs) <= _MOST_BARS:
-        ruler = "source layers".center(max(plan.base_layers - 4, 13))
-        lines.append(f"  output   <- source      0 {ruler} {plan.base_layers - 1}")
+        ruler = "source layers".center(max(plan.base_layers - 3 - len(str(plan.base_layers - 1)), 13))
+        lines.append(f"  output   <- source        0 {ruler} {plan.base_layers - 1}")
         for start, stop in runs:
             lines.append(
                 f"  {start:>3}..{stop - 1:<3} <- {plan.source[start]:>3}..{plan.source[stop - 1]:<3}    "

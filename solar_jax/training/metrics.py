@@ -54,7 +54,17 @@ class JsonLines:
         kept = [r for r in self.read() if condition(r)]
         write_text(self.file, "".join(json.dumps(r) + "\n" for r in kept))
 
+    def _torn(self) -> bool:
+        """Whether a crash cut the last line short."""
+        if not self.file.exists() or not self.file.stat().st_size:
+            return False
+        with open(self.file, "rb") as f:
+            f.seek(-1, os.SEEK_END)
+            return f.read() != b"\n"
+
     def append(self, record: dict[str, Any]) -> None:
+        if self._torn():
+            self.keep_if(lambda _: True)
         with open(self.file, "a") as f:
             f.write(json.dumps(record) + "\n")
 
