@@ -127,7 +127,12 @@ PROMPTS = (
 
 @pytest.mark.slow
 def test_smollm2_from_gguf_agrees_with_transformers_own_gguf_reader(smollm2):
-    """Short prompts and one of 500 tokens; a random row would measure float32 itself, 1.6e-4 in torch's own case."""
+    """Short prompts and one of 500 tokens.
+
+    Twice the tolerance of the small models, since the logits reach 41 and float32 itself is no better here:
+    transformers' own float32 lies up to 0.6e-4 from its float64 on these prompts, 1.6e-4 on random tokens. On
+    average the agreement is far closer, and that is checked too.
+    """
     file = pathlib.Path(smollm2.where)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
@@ -137,5 +142,7 @@ def test_smollm2_from_gguf_agrees_with_transformers_own_gguf_reader(smollm2):
     for text in (*PROMPTS, topics["class"]):
         tokens = np.array([tokenizer.encode(text, add_special_tokens=False).ids[:500]])
         ours = forward(params, jnp.array(tokens))
-        assert np.abs(np.asarray(ours) - torch_logits(model, tokens)).max() < TOLERANCE, text[:40]
+        distance = np.abs(np.asarray(ours) - torch_logits(model, tokens))
+        assert distance.max() < 2 * TOLERANCE, text[:40]
+        assert distance.mean() < TOLERANCE / 4, text[:40]
     assert tokens.shape[1] == 500
