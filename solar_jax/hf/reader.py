@@ -61,8 +61,10 @@ def open_folder(folder: pathlib.Path) -> Checkpoint:
     hf_config = read_json(folder / "config.json")
     entries = _entries(folder)
     codes = {entry.code for entry in entries.values()}
-    if strange := codes - set(safetensors.DTYPES):
-        raise UserError(f"{folder}: tensors must be one of {', '.join(safetensors.DTYPES)}, found {strange.pop()}.")
+    for name, entry in entries.items():
+        if entry.code not in safetensors.DTYPES:
+            known = ", ".join(safetensors.DTYPES)
+            raise UserError(f"{entry.file}: {name} must be one of {known}, found {entry.code}.")
     # Several dtypes, as bfloat16 weights with float32 norms, all fit into float32 exactly.
     code = codes.pop() if len(codes) == 1 else "F32"
     return Checkpoint(
