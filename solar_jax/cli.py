@@ -9,10 +9,13 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from solar_jax.config import check_override
+from solar_jax.config import DTYPES, GrowthConfig, check_override
+from solar_jax.conversion import Target
 from solar_jax.errors import UserError
+from solar_jax.growth.plan import OPERATORS
 
 USAGE_STATUS = 2  # of bad flags and bad input
+GROWTH_NUMBERS = ("m", "a", "b", "every", "copies")  # the operators' numbers, fields of GrowthConfig
 
 
 def start(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]) -> None:
@@ -23,6 +26,44 @@ def start(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None
     define_flags()
     logging.set_verbosity(logging.WARNING)  # the libraries' notes on every file they touch; --verbosity=0 shows them
     app.run(lambda argv: _guarded(lambda: main(_no_rest(argv))), flags_parser=_parse)
+
+
+def define_conversion_flags() -> None:
+    """What `upscale` and `convert` share."""
+    flags.DEFINE_string("source", None, "SRC: HF folder, hub id, gs:// or s3:// folder, .gguf file, run, or smollm2.")
+    flags.DEFINE_string("out", None, "New folder to write.")
+    flags.DEFINE_enum("operator", None, sorted(OPERATORS), "Growth operator.")
+    flags.DEFINE_string("slices", None, "Half-open source ranges one after another, e.g. 0:24,8:32.")
+    for key in GROWTH_NUMBERS:
+        flags.DEFINE_integer(key, getattr(GrowthConfig(), key), f"Of the operator, as config.growth.{key}.")
+    flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights written; each as it is stored if not given.")
+    flags.DEFINE_string("max_shard_size", "5GB", "Most bytes of weights in one HF file.")
+    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that stands at --out.")
+    flags.DEFINE_bool("verify", False, "Write certificate.json: every tensor's hash and the logits, compared.")
+
+
+def growth_config(operator: str | None, slices: str | None, numbers: dict[str, int]) -> GrowthConfig | None:
+    """The growth that the flags name; None where they name none.
+
+    Raises:
+      UserError: both an operator and slices.
+    """
+    if slices is not None and operator not in (None, "slices"):
+        raise UserError(f"--slices and --operator={operator} exclude each other.")
+    if slices is None and operator is None:
+        return None
+    return GrowthConfig("slices" if slices is not None else str(operator), slices=slices or "", **numbers)
+
+
+def growth_from_flags() -> GrowthConfig | None:
+    f = flags.FLAGS
+    return growth_config(f.operator, f.slices, {key: getattr(f, key) for key in GROWTH_NUMBERS})
+
+
+def target(form: str) -> Target:
+    """What the flags say is to be written."""
+    f = flags.FLAGS
+    return Target(pathlib.Path(f.out), form, f.dtype, f.max_shard_size, f.overwrite)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

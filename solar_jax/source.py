@@ -1,19 +1,24 @@
 """SRC, the same in every command: an HF folder, a hub id, a .gguf file, one of our own checkpoints, or "smollm2"."""
 
-import functools
+import contextlib
 import importlib.metadata
 import pathlib
 import re
+import typing
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.tree_util import keystr
 
 from solar_jax.errors import UserError
 from solar_jax.hf import families
-from solar_jax.hf.reader import COMPANIONS, Checkpoint, check_tensors, open_folder, open_gguf, read_json
-from solar_jax.hf.tensors import hf_shape, hf_tensors, pick, to_hf
-from solar_jax.model.llama import Params, shapes
+from solar_jax.hf.files import LEFT_BEHIND, LINEAGE, companions, open_folder, open_gguf, read_json
+from solar_jax.hf.reader import Checkpoint, check_tensors, row_unit
+from solar_jax.hf.tensors import TENSORS, hf_shape, hf_tensors, paths, to_hf
+from solar_jax.model.llama import shapes
+from solar_jax.training.arrays import open_array
 from solar_jax.training.checkpoint import FOLDER, MODEL_FOLDER, CheckpointStore
 
 
@@ -43,6 +48,8 @@ def find(source: str) -> pathlib.Path:
     """
     if source == "smollm2":
         return _embedded_smollm2()
+    if re.match(r"(gs|s3)://", source):
+        return _bucket(source)
     path = pathlib.Path(source).expanduser()
     if path.exists():
         return path
@@ -66,12 +73,27 @@ def _embedded_smollm2() -> pathlib.Path:
     return pathlib.Path(str(distribution.locate_file(files[0])))
 
 
+def _bucket(url: str) -> pathlib.Path:
+    """A folder of a bucket, behind pathlib's interface."""
+    folder = epath.Path(url)
+    try:
+        if folder.exists():
+            return typing.cast(pathlib.Path, folder)
+    except Exception as e:  # each cloud's client has exceptions of its own
+        raise UserError(f"{url}: the bucket was not reached ({type(e).__name__}: {e}).") from e
+    raise UserError(f"{url}: no such folder in the bucket.")
+
+
 def _from_hub(repo: str) -> pathlib.Path:
     import huggingface_hub  # here, since only hub ids need its slow import
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "config.json", *COMPANIONS]
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
+        weights = "*.safetensors"
+        with contextlib.suppress(Exception):  # without a network, what the cache holds is what there is
+            if not any(name.endswith(".safetensors") for name in huggingface_hub.list_repo_files(repo)):
+                weights = "*.bin"
+        other = [p for p in LEFT_BEHIND if p not in ("config.json", "*.index.json", LINEAGE, weights)]
+        return pathlib.Path(huggingface_hub.snapshot_download(repo, ignore_patterns=[*other, "*/*"]))
     except Exception as e:  # the hub client raises a dozen unrelated types for "could not get it"
         raise UserError(
             f"{repo}: no such folder here, and the hub was not reached or does not give it ({type(e).__name__})."
@@ -99,28 +121,36 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
         if expected:
             raise UserError(f"{where}: {', '.join(sorted(expected))} of {model / 'config.json'} are missing.")
 
-    @functools.cache
-    def params() -> Params:
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=host), shapes(cfg))
-        try:
-            with CheckpointStore(folder) as store:
-                return store.restore_params(step, abstract)
-        except (ValueError, OSError) as e:
-            raise UserError(f"{where}: cannot be read; is it damaged?") from e
+        arrays_folder = store.params_folder(step)
 
     tensors = {name: (path, layer) for name, path, layer in hf_tensors(cfg)}
+    try:
+        arrays = {path: open_array(arrays_folder, path) for path in paths(cfg)}
+    except (ValueError, OSError) as e:
+        raise UserError(f"{where}: cannot be read; is it damaged?") from e
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
         path, layer = tensors[name]
-        return to_hf(np.asarray(pick(params(), path, layer)), path, cfg)
+        row, unit = TENSORS[path], row_unit(path, cfg)
+        start, stop, _ = rows.indices(hf_shape(path, cfg)[0])
+        index: list[Any] = [slice(None)] * len(row.axes)
+        index[row.axes.index(row.hf_axes[0][0])] = slice(start // unit, stop // unit)
+        try:
+            x = arrays[path][tuple(index) if layer is None else (layer, *index)].read().result()
+        except (ValueError, OSError) as e:
+            raise UserError(f"{where}: {path} cannot be read; is it damaged?") from e
+        # As plain integers: numpy moves those several times faster than the bfloat16 that it does not know.
+        return to_hf(x.view(f"u{x.dtype.itemsize}"), path, cfg).view(x.dtype)
 
+    lineage = model / LINEAGE
     return Checkpoint(
         where=where,
         hf_config=hf_config,
         cfg=cfg,
-        companions={name: (model / name).read_bytes() for name in COMPANIONS if (model / name).is_file()},
-        dtype="float32",
+        companions=companions(model),
         shape_of={name: hf_shape(path, cfg) for name, (path, _) in tensors.items()},
+        dtype_of={name: arrays[path].dtype.numpy_dtype for name, (path, _) in tensors.items()},
         read=read,
+        files=(arrays_folder / "manifest.ocdbt",),  # which names all others by their hashes
+        lineage=read_json(lineage) if lineage.is_file() else None,
     )

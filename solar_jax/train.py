@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax import cli
+from solar_jax import cli, conversion
 from solar_jax.config import Config, ModelConfig, resolve
+from solar_jax.conversion import Target
 from solar_jax.data.pipeline import Corpus, heldout_batches, heldout_rows, load_corpus, training_rows
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
@@ -27,7 +28,7 @@ from solar_jax.growth.picture import layer_list, picture
 from solar_jax.growth.plan import GrowthPlan, identity, make_plan
 from solar_jax.hf import families
 from solar_jax.hf.reader import Checkpoint, eos_id, load_tokenizer
-from solar_jax.hf.writer import new_folder, parse_size, write_checkpoint
+from solar_jax.hf.writer import parse_size
 from solar_jax.model.llama import REMAT, parameter_count
 from solar_jax.parallel import chips, rules
 from solar_jax.parallel.mesh import make_mesh
@@ -82,11 +83,11 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     corpus = load_corpus(config.data, tokenizer, eos)
 
     # ---- What will be done ----------------------------------------------------------------------------------------
-    hf_config = families.grown_hf_config(checkpoint.hf_config, plan.layers, config.export.dtype)
+    hf_config = families.grown_hf_config(checkpoint.hf_config, plan.source, config.export.dtype)
     heldout = heldout_rows(corpus, config.evaluation.windows)
     announce(config, folder, checkpoint, plan, trained, mesh, need, corpus, len(heldout), goes_on)
     if not goes_on:
-        workdir.create(folder, config, checkpoint, hf_config)
+        workdir.create(folder, config, checkpoint, plan, hf_config)
     shared = Run(
         config=config,
         workdir=folder,
@@ -106,13 +107,11 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
         shared.evals.append({"arm": "control", "step": 0, "loss": loss})  # before training the control is the base
         say(f"base: held-out loss {loss:.4f}")
     healed = Arm("healed", plan, folder, config.train.trainable)
-    params = train(shared, healed)
+    train(shared, healed)
     if not (folder / "hf").exists():
-        with new_folder(folder / "hf") as out:
-            size = parse_size(config.export.max_shard_size)
-            write_checkpoint(out, params, cfg, hf_config, checkpoint.companions, config.export.dtype, size)
+        export = Target(folder / "hf", dtype=config.export.dtype, max_shard_size=config.export.max_shard_size)
+        conversion.write(open_checkpoint(str(folder)), identity(plan.layers), export, "train", steps=config.train.steps)
     say(f"healed: written to {folder / 'hf'}")
-    del params
     if config.train.control:
         # A base has no new layers and no seam, so that a control of such a run trains them all.
         trainable = config.train.trainable if config.train.trainable == "no_embed" else "all"

@@ -1,131 +1,82 @@
-"""Checkpoints in: opened without reading a weight, and their tensors put into the stacked state."""
+"""An opened checkpoint, and its tensors put into the stacked state, grown on the way where a plan says so."""
 
 import dataclasses
-import glob
-import json
+import math
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import jax
+import ml_dtypes
 import numpy as np
 import tokenizers
 
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
-from solar_jax.hf import families, gguf, safetensors
-from solar_jax.hf.tensors import DERIVED, TENSORS, from_hf, hf_shape, hf_tensors
-from solar_jax.model.llama import Params, shapes
+from solar_jax.growth.apply import SCALED, grown_config
+from solar_jax.growth.plan import GrowthPlan, identity
+from solar_jax.hf.safetensors import Entry
+from solar_jax.hf.tensors import DERIVED, TENSORS, from_hf, hf_shape, hf_tensors, pick, to_hf
+from solar_jax.model.llama import Params, shapes, sizes
 
-INDEX = "model.safetensors.index.json"
-# What travels from a checkpoint to everything made from it.
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+BLOCK = 1 << 24  # elements of a tensor that are held at a time, where it need not be held whole
+
+
+class Read(Protocol):
+    """The tensor of an HF name in HF's layout, or rows of its first axis."""
+
+    def __call__(self, name: str, rows: slice = slice(None)) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: everything but the weights, and a way to each tensor."""
+    """Everything of a checkpoint but the weights, and a way to each tensor. Tensors go by their HF names."""
 
     where: str  # for messages
     hf_config: dict[str, Any]  # the content of config.json
     cfg: ModelConfig
-    companions: dict[str, bytes]  # tokenizer and generation files by name
-    dtype: str  # that holds every tensor exactly
-    shape_of: dict[str, tuple[int, ...]]  # HF tensor name -> shape
-    read: Callable[[str], np.ndarray]  # HF tensor name -> array in HF's layout
+    companions: dict[str, bytes]  # tokenizer, template and generation files by name
+    shape_of: dict[str, tuple[int, ...]]
+    dtype_of: dict[str, np.dtype]
+    read: Read
+    entry_of: dict[str, Entry] = dataclasses.field(default_factory=dict)  # the tensors that are plain bytes of a file
+    files: tuple[pathlib.Path, ...] = ()  # that hold the weights
+    lineage: dict[str, Any] | None = None  # the content of lineage.json
+
+    @property
+    def common_dtype(self) -> str | None:
+        """The dtype of all tensors; None where they have several, as bfloat16 weights with float32 norms."""
+        found = {dtype.name for name, dtype in self.dtype_of.items() if not name.endswith(DERIVED)}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def dtype(self) -> str:
+        """One that holds every tensor exactly."""
+        return self.common_dtype or "float32"
 
 
-def open_gguf(path: pathlib.Path) -> Checkpoint:
-    file = gguf.open_gguf(path)
-    hf_config = gguf.hf_config(file)
+def from_params(
+    params: Params, cfg: ModelConfig, hf_config: dict[str, Any], companions: dict[str, bytes]
+) -> Checkpoint:
+    """The stacked state in memory, seen as a checkpoint."""
+    where = {name: (path, layer) for name, path, layer in hf_tensors(cfg)}
+
+    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
+        path, layer = where[name]
+        return to_hf(np.asarray(pick(params, path, layer)), path, cfg)[rows]
+
     return Checkpoint(
-        where=str(path),
+        where="the model in memory",
         hf_config=hf_config,
-        cfg=families.model_config(hf_config, str(path)),
-        companions=gguf.tokenizer_files(file) | {"generation_config.json": _generation_config(hf_config)},
-        dtype="float32",
-        shape_of={name: file.shape(name) for name in file.tensors},
-        read=file.read,
+        cfg=cfg,
+        companions=companions,
+        shape_of={name: hf_shape(path, cfg) for name, (path, _) in where.items()},
+        dtype_of={name: np.dtype(pick(params, path).dtype) for name, (path, _) in where.items()},
+        read=read,
     )
 
 
-def _generation_config(hf_config: dict[str, Any]) -> bytes:
-    ids = {k: v for k, v in hf_config.items() if k.endswith("_token_id")}
-    return json.dumps(ids, indent=2).encode()
-
-
-def open_folder(folder: pathlib.Path) -> Checkpoint:
-    hf_config = read_json(folder / "config.json")
-    entries = _entries(folder)
-    codes = {entry.code for entry in entries.values()}
-    for name, entry in entries.items():
-        if entry.code not in safetensors.DTYPES:
-            known = ", ".join(safetensors.DTYPES)
-            raise UserError(f"{entry.file}: {name} must be one of {known}, found {entry.code}.")
-    # Several dtypes, as bfloat16 weights with float32 norms, all fit into float32 exactly.
-    code = codes.pop() if len(codes) == 1 else "F32"
-    return Checkpoint(
-        where=str(folder),
-        hf_config=hf_config,
-        cfg=families.model_config(hf_config, str(folder / "config.json")),
-        companions={name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()},
-        dtype=safetensors.DTYPES[code].name,
-        shape_of={name: entry.shape for name, entry in entries.items()},
-        read=lambda name: safetensors.read(name, entries[name]),
-    )
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-      UserError: the file is missing or holds something else.
-    """
-    try:
-        value = json.loads(file.read_text())
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read: {e.strerror}.") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}: is not JSON: {e}.") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: must hold a JSON object, found {type(value).__name__}.")
-    return value
-
-
-def _entries(folder: pathlib.Path) -> dict[str, safetensors.Entry]:
-    """Every tensor of a folder's safetensors files, one file or as its index says."""
-    if not (folder / INDEX).exists():
-        files = sorted(glob.glob(glob.escape(str(folder)) + "/*.safetensors"))
-        if len(files) != 1:
-            raise UserError(
-                f"{folder}: expected one .safetensors file, or several with {INDEX}, found {len(files)} without it."
-            )
-        entries = safetensors.read_header(pathlib.Path(files[0]))
-        if not entries:
-            raise UserError(f"{files[0]}: holds no tensors.")
-        return entries
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX}: weight_map must map tensors to files, found {type(weight_map).__name__}.")
-    headers, entries = {}, {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file or file in ("", ".."):
-            raise UserError(f"{folder / INDEX}: {name} must lie in a file of this folder, found {file!r}.")
-        if file not in headers:
-            headers[file] = safetensors.read_header(folder / file)
-        if name not in headers[file]:
-            raise UserError(f"{folder / file}: the tensor {name}, which {INDEX} places there, is missing.")
-        entries[name] = headers[file][name]
-    unlisted = {name for header in headers.values() for name in header} - set(weight_map)
-    if unlisted:
-        raise UserError(f"{folder / INDEX}: does not list {_some(unlisted)}, which its files hold.")
-    return entries
-
-
-def _some(names: set[str]) -> str:
+def some(names: set[str]) -> str:
     """The first names of a set, and how many more there are."""
     first = sorted(names)[:4]
     return ", ".join(first) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -136,49 +87,108 @@ def check_tensors(c: Checkpoint) -> None:
     expected = {name: hf_shape(path, c.cfg) for name, path, _ in hf_tensors(c.cfg)}
     missing = set(expected) - set(c.shape_of)
     if missing:
-        raise UserError(f"{c.where}: tensors of its config are missing: {_some(missing)}.")
+        raise UserError(f"{c.where}: tensors of its config are missing: {some(missing)}.")
     unused = {name for name in set(c.shape_of) - set(expected) if not name.endswith(DERIVED)}
     head, embed = TENSORS["lm_head"].hf, TENSORS["embed"].hf
     if c.cfg.tie_word_embeddings and head in unused and c.shape_of[head] == c.shape_of[embed]:
-        if not np.array_equal(c.read(head), c.read(embed)):
+        blocks = row_blocks(c.shape_of[embed])
+        if not all(np.array_equal(c.read(head, rows), c.read(embed, rows)) for rows in blocks):
             raise UserError(f"{c.where}: tie_word_embeddings is true, but {head} differs from {embed}.")
         unused.remove(head)
     if unused:
-        raise UserError(f"{c.where}: tensors have no place in the model: {_some(unused)}.")
+        raise UserError(f"{c.where}: tensors have no place in the model: {some(unused)}.")
     for name, shape in expected.items():
         if c.shape_of[name] != shape:
             raise UserError(f"{c.where}: {name} must have shape {shape} by its config, found {c.shape_of[name]}.")
 
 
-def load_params(c: Checkpoint, shardings: Params | None = None, dtype: Any = np.float32) -> Params:
+def numpy_dtype(name: str) -> np.dtype:
+    """float32, bfloat16 or float16."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def row_blocks(shape: tuple[int, ...], unit: int = 1) -> Iterator[slice]:
+    """Cuts a tensor's first axis, at multiples of `unit` rows, into equal blocks of at most BLOCK where it can."""
+    step = max(BLOCK // max(math.prod(shape[1:]), 1) // unit, 1) * unit
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def row_unit(path: str, cfg: ModelConfig) -> int:
+    """Rows of the file's tensor that stand for one step on our axis: H where its first axis holds heads."""
+    return math.prod(sizes(cfg)[letter] for letter in TENSORS[path].hf_axes[0][1:])
+
+
+def source_name(path: str, layer: int | None, plan: GrowthPlan) -> str:
+    """The HF tensor of the base that a tensor of the grown model comes from."""
+    return TENSORS[path].hf.format("" if layer is None else plan.source[layer])
+
+
+def is_copy(path: str, layer: int | None, plan: GrowthPlan) -> bool:
+    """Whether a tensor of the grown model is one of the base's, bit by bit."""
+    if layer is None:
+        return True
+    scaled = path.rpartition("/")[2] in SCALED and plan.scale[layer] != 1.0
+    return plan.partner[layer] == plan.source[layer] and not scaled
+
+
+def grown_rows(c: Checkpoint, plan: GrowthPlan, path: str, layer: int | None, rows: slice = slice(None)) -> np.ndarray:
+    """Rows of one tensor of the grown model, in HF's layout: what `growth.apply.grow` does, without the whole.
+
+    Args:
+      c: the base.
+      plan: made for its layers.
+      path: a row of `TENSORS`.
+      layer: of the grown model; None for a tensor outside the stack.
+      rows: of the file's first axis.
+
+    Returns:
+      An array of the base's dtype.
+    """
+    x = c.read(source_name(path, layer, plan), rows)
+    if layer is None or is_copy(path, layer, plan):
+        return x
+    if plan.partner[layer] != plan.source[layer]:
+        other = c.read(TENSORS[path].hf.format(plan.partner[layer]), rows)
+        x = ((x.astype(np.float32) + other.astype(np.float32)) / 2).astype(x.dtype)
+    if path.rpartition("/")[2] in SCALED:
+        x = x * np.asarray(plan.scale[layer], x.dtype)
+    return x
+
+
+def load_params(
+    c: Checkpoint, shardings: Params | None = None, dtype: Any = np.float32, plan: GrowthPlan | None = None
+) -> Params:
     """The checkpoint's weights as the stacked state, each device's part read on its own.
 
     Args:
       c: an opened checkpoint.
       shardings: of the state's arrays; the first device holds everything if None.
       dtype: of the state's arrays.
+      plan: grows on the way; a source layer is read for each place that it has.
 
     Returns:
-      A tree shaped as `model.llama.shapes(c.cfg)`.
+      A tree shaped as `model.llama.shapes` of the grown config.
     """
+    plan = plan or identity(c.cfg.num_hidden_layers)
+    cfg = grown_config(c.cfg, plan)
     if shardings is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: one, shapes(c.cfg))
+        shardings = jax.tree.map(lambda _: one, shapes(cfg))
 
     def load(key_path: Any, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         path = "/".join(k.key for k in key_path)
-        row = TENSORS[path]
         read = {}  # index of a device's part -> the part; replicas read once
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            if path.startswith("layers/"):
-                layers = range(c.cfg.num_hidden_layers)[index[0]]
-                rows = (from_hf(c.read(row.hf.format(i)), path, c.cfg)[index[1:]] for i in layers)
-                out = np.empty((len(layers), *_extent(shape.shape[1:], index[1:])), dtype)
-                for i, x in enumerate(rows):
-                    out[i] = x
-                return out
-            return np.ascontiguousarray(from_hf(c.read(row.hf), path, c.cfg)[index], dtype)
+            if not path.startswith("layers/"):
+                return _part(c, plan, path, None, index, cfg).astype(dtype, order="C")
+            layers = range(cfg.num_hidden_layers)[index[0]]
+            extent = (len(range(n)[i]) for n, i in zip(shape.shape[1:], index[1:], strict=True))
+            out = np.empty((len(layers), *extent), dtype)
+            for i, layer in enumerate(layers):
+                out[i] = _part(c, plan, path, layer, index[1:], cfg)
+            return out
 
         def cached(index: Any) -> np.ndarray:
             key = str(index)
@@ -188,11 +198,18 @@ def load_params(c: Checkpoint, shardings: Params | None = None, dtype: Any = np.
 
         return jax.make_array_from_callback(shape.shape, sharding, cached)
 
-    return jax.tree.map_with_path(load, shapes(c.cfg), shardings)
+    return jax.tree.map_with_path(load, shapes(cfg), shardings)
 
 
-def _extent(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[int, ...]:
-    return tuple(len(range(n)[i]) for n, i in zip(shape, index, strict=True))
+def _part(
+    c: Checkpoint, plan: GrowthPlan, path: str, layer: int | None, index: tuple[slice, ...], cfg: ModelConfig
+) -> np.ndarray:
+    """`index` of one layer's array in our layout, of whose file only the rows that it needs are read."""
+    row, unit = TENSORS[path], row_unit(path, cfg)
+    axis = row.axes.index(row.hf_axes[0][0])
+    start, stop, _ = index[axis].indices(sizes(cfg)[row.axes[axis]])
+    x = from_hf(grown_rows(c, plan, path, layer, slice(start * unit, stop * unit)), path, cfg)
+    return x[tuple(slice(None) if a == axis else i for a, i in enumerate(index))]
 
 
 def load_tokenizer(c: Checkpoint) -> tokenizers.Tokenizer:

@@ -1,32 +1,38 @@
-"""A model out: a Hugging Face folder written a tensor at a time, visible only when whole."""
+"""A model out: a Hugging Face folder streamed from a checkpoint, grown and converted on the way."""
 
-import contextlib
+import concurrent.futures
 import json
-import math
 import os
 import pathlib
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
-from solar_jax.hf import safetensors
-from solar_jax.hf.reader import INDEX
-from solar_jax.hf.tensors import hf_shape, hf_tensors, pick, to_hf
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.plan import GrowthPlan, identity
+from solar_jax.hf import families, safetensors
+from solar_jax.hf.files import INDEX
+from solar_jax.hf.reader import (
+    Checkpoint,
+    from_params,
+    grown_rows,
+    is_copy,
+    numpy_dtype,
+    row_blocks,
+    row_unit,
+    source_name,
+)
+from solar_jax.hf.safetensors import Piece
+from solar_jax.hf.tensors import hf_shape, hf_tensors
 from solar_jax.model.llama import Params
 
+WRITERS = 2  # shards written at a time: one reads while the other writes
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """float32, bfloat16 or float16."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+Progress = Callable[[int], None]  # told the bytes written since the last call
 
 
 def parse_size(text: str) -> int:
@@ -42,36 +48,98 @@ def parse_size(text: str) -> int:
     return size
 
 
-def check_target(out: pathlib.Path) -> None:
-    """Raises a UserError unless `out` is free: not there, or an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists; give a new folder.")
+def pieces(c: Checkpoint, plan: GrowthPlan, dtype: str | None) -> list[Piece]:
+    """Every tensor of the grown model in the order that HF writes them, each with where its bytes come from.
+
+    Args:
+      c: the base.
+      plan: made for its layers.
+      dtype: of all tensors; each its own if None.
+    """
+    return [_piece(c, plan, name, path, layer, dtype) for name, path, layer in hf_tensors(grown_config(c.cfg, plan))]
 
 
-@contextlib.contextmanager
-def new_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary sibling of `out` to fill; it becomes `out` if the block ends well and vanishes if not."""
-    check_target(out)
+def _piece(c: Checkpoint, plan: GrowthPlan, name: str, path: str, layer: int | None, dtype: str | None) -> Piece:
+    source = source_name(path, layer, plan)
+    shape, stored = hf_shape(path, c.cfg), c.dtype_of[source]
+    out = numpy_dtype(dtype) if dtype else stored
+    entry = c.entry_of.get(source)
+    if entry is not None and out == stored and is_copy(path, layer, plan) and "://" not in str(entry.file):
+        return Piece(name, shape, out, entry)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for rows in row_blocks(shape, row_unit(path, c.cfg)):
+            with np.errstate(over="ignore"):  # float16 has no room for what float32 has: it becomes inf
+                yield grown_rows(c, plan, path, layer, rows).astype(out, copy=False)
+
+    return Piece(name, shape, out, blocks)
+
+
+def shards(tensors: list[Piece], max_shard_size: int) -> dict[str, list[Piece]]:
+    """File name -> its tensors, in order; a file holds `max_shard_size` bytes at most, but for a single larger one."""
+    files: list[list[Piece]] = [[]]
+    used = 0
+    for piece in tensors:
+        if files[-1] and used + piece.nbytes > max_shard_size:
+            files.append([])
+            used = 0
+        files[-1].append(piece)
+        used += piece.nbytes
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{i + 1:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files)}
+
+
+def write_model(
+    folder: pathlib.Path,
+    c: Checkpoint,
+    plan: GrowthPlan | None = None,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int,
+    progress: Progress = lambda n: None,
+    process: tuple[int, int] = (0, 1),
+) -> None:
+    """Fills a folder with config, tokenizer files and weights.
+
+    A shard has its name only when it is whole and on disk; those that an earlier, killed run left are not written
+    again. No tensor is held whole but those that are neither copies nor in rows.
+
+    Args:
+      folder: exists; empty, or as an earlier run of the same job left it.
+      c: the base.
+      plan: grows it on the way.
+      dtype: of the weights in the files; as stored if None.
+      max_shard_size: bytes of weights a file holds.
+      progress: told the bytes written since its last call.
+      process: (index, count) of the processes that fill the folder together; each writes its share of the shards.
+    """
+    plan = plan or identity(c.cfg.num_hidden_layers)
+    files = shards(pieces(c, plan, dtype), max_shard_size)
+    index, count = process
+
+    def write(file: str) -> None:
+        if (folder / file).exists():
+            progress(sum(piece.nbytes for piece in files[file]))
+            return
+        temporary = folder / f"{file}.tmp"
+        safetensors.write(temporary, files[file], progress)
+        os.rename(temporary, folder / file)
+
+    pool = concurrent.futures.ThreadPoolExecutor(WRITERS)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written: {e.strerror}.") from e
-    try:
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        if out.exists():
-            out.rmdir()
-        os.rename(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        for done in [pool.submit(write, file) for file in list(files)[index::count]]:
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if index:
+        return
+    if len(files) > 1:
+        weight_map = {piece.name: file for file, tensors in files.items() for piece in tensors}
+        total = sum(piece.nbytes for tensors in files.values() for piece in tensors)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    config = families.grown_hf_config(c.hf_config, plan.source, dtype or c.common_dtype)
+    write_companions(folder, config, c.companions)
 
 
 def write_checkpoint(
@@ -83,50 +151,18 @@ def write_checkpoint(
     dtype: str,
     max_shard_size: int,
 ) -> None:
-    """Fills an empty folder with config, tokenizer files and weights.
-
-    Args:
-      folder: exists and is empty.
-      params: the state, arrays of any float dtype.
-      cfg: of the state.
-      hf_config: the content of config.json.
-      companions: other files by name.
-      dtype: of the weights in the file.
-      max_shard_size: bytes of weights a file holds, but for a single larger tensor.
-    """
-    out_dtype = numpy_dtype(dtype)
-    where = {name: (path, layer) for name, path, layer in hf_tensors(cfg)}
-
-    def get(name: str) -> np.ndarray:
-        path, layer = where[name]
-        return to_hf(np.asarray(pick(params, path, layer)), path, cfg).astype(out_dtype)
-
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    used, total = 0, 0
-    for name, (path, _) in where.items():
-        shape = hf_shape(path, cfg)
-        size = math.prod(shape) * out_dtype.itemsize
-        if shards[-1] and used + size > max_shard_size:
-            shards.append([])
-            used = 0
-        shards[-1].append((name, shape))
-        used, total = used + size, total + size
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        safetensors.write(folder / file, shard, out_dtype, get)
-        weight_map |= {name: file for name, _ in shard}
-    if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_companions(folder, hf_config, companions)
+    """`write_model` of the stacked state in memory."""
+    c = from_params(params, cfg, hf_config, companions)
+    write_model(folder, c, dtype=dtype, max_shard_size=max_shard_size)
 
 
 def write_companions(folder: pathlib.Path, hf_config: dict[str, Any], companions: dict[str, bytes]) -> None:
     """config.json and the tokenizer files: a checkpoint without its weights."""
-    _write_json(folder / "config.json", hf_config)
     for name, content in companions.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+    write_json(folder / "config.json", hf_config)
 
 
-def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
+def write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

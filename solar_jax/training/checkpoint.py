@@ -4,15 +4,26 @@ The folder above holds `model/`: config.json and tokenizer files, so that a chec
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from solar_jax.model.llama import Params
+from solar_jax.training.arrays import BlockWriter
 
 FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
+_CHUNK_BYTES = 1 << 26
+
+
+def _context() -> ocp.Context:
+    """Orbax's options for saves: no compression, since weights are nearly noise to it."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    return context
 
 
 class CheckpointStore:
@@ -21,11 +32,17 @@ class CheckpointStore:
     def __init__(self, workdir: pathlib.Path, keep: int = 1):
         # Both policies are given, since Orbax's own save at every chance and keep everything; when to save is the
         # training loop's decision. (Orbax's own types of its policies disagree, hence the two marks.)
+        self._folder = (workdir / FOLDER).resolve()
+        # Chunks of a layer and less: an export or another mesh reads what it needs and not a whole stack.
+        context = _context()
+        context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+        context.array.saving.storage_options.shard_axes = (0,)
         self._checkpointer = ocp.training.Checkpointer(
-            str((workdir / FOLDER).resolve()),
+            str(self._folder),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyrefly: ignore
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyrefly: ignore
             cleanup_tmp_directories=True,
+            context=context,
         )
 
     @property
@@ -51,8 +68,45 @@ class CheckpointStore:
         """The parameters of a step alone, laid out as the given abstract tree says."""
         return self._checkpointer.load_checkpointables(step, {"params": params})["params"]
 
+    def params_folder(self, step: int) -> pathlib.Path:
+        """Where the arrays of a step's parameters lie."""
+        return self._folder / str(step) / "params"
+
     def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._checkpointer.close()
+
+
+def write_streamed(
+    workdir: pathlib.Path,
+    dtypes: Params,
+    write_arrays: Callable[[BlockWriter], None],
+    progress: Callable[[int], None],
+) -> None:
+    """A checkpoint of step 0 that holds `params` alone, none of whose arrays is ever held whole.
+
+    Orbax writes the checkpoint with an empty array in each place; the real ones then take the places. What an
+    earlier, killed run wrote is kept, so that `write_arrays` can go on.
+
+    Args:
+      workdir: the folder above `checkpoints/`.
+      dtypes: the tree of parameters, a dtype in the place of each array.
+      write_arrays: creates and writes every array.
+      progress: told the bytes written since its last call.
+    """
+    folder = workdir / FOLDER / "0"
+    if not (folder / "commit_success.txt").exists():
+        # No notes beside the arrays on how they lie: the arrays say that themselves.
+        context = _context()
+        context.array.saving.array_metadata_store = None
+        context.array.saving.enable_write_sharding_file = False
+        with ocp.training.Checkpointer(
+            str((workdir / FOLDER).resolve()), context=context, cleanup_tmp_directories=True
+        ) as checkpointer:
+            empty = jax.tree.map(lambda dtype: jnp.zeros((1,), dtype), dtypes)
+            checkpointer.save_checkpointables(0, {"params": empty}, force=True)
+    writer = BlockWriter(folder / "params", progress)
+    write_arrays(writer)
+    writer.flush()

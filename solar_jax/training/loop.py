@@ -12,7 +12,7 @@ import optax
 
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch, training_batch
-from solar_jax.growth.apply import grow, grown_config
+from solar_jax.growth.apply import grown_config
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.reader import Checkpoint, load_params
 from solar_jax.model import llama
@@ -57,13 +57,9 @@ def say(text: str = "") -> None:
 
 
 def initial_params(run: Run, plan: GrowthPlan) -> Params:
-    """The base's weights, sharded, and grown where the plan says so."""
-    base = run.checkpoint.cfg
-    params = load_params(run.checkpoint, rules.parameter_shardings(base, run.mesh))
-    if plan.source == tuple(range(base.num_hidden_layers)):
-        return params
-    shardings = rules.parameter_shardings(grown_config(base, plan), run.mesh)
-    return jax.jit(lambda p: grow(p, plan), out_shardings=shardings)(params)
+    """The base's weights, grown by the plan while they are read, each device's shard on its own."""
+    cfg = grown_config(run.checkpoint.cfg, plan)
+    return load_params(run.checkpoint, rules.parameter_shardings(cfg, run.mesh), plan=plan)
 
 
 def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) -> float:

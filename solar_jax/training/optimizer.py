@@ -10,7 +10,7 @@ import optax
 from solar_jax.config import OptimizerConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.plan import GrowthPlan
-from solar_jax.model.llama import Params
+from solar_jax.model.llama import Params, is_vector
 
 
 def _cosine(peak: float, last: float, steps: int, decay_fraction: float) -> optax.Schedule:
@@ -81,8 +81,8 @@ def trainable_mask(params: Params, layers: tuple[bool, ...], others: dict[str, b
 
 
 def _decayed(params: Params) -> Params:
-    """True for matrices: weight decay leaves norm scales alone."""
-    return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
+    """True for matrices: weight decay leaves norm scales and biases alone."""
+    return jax.tree.map_with_path(lambda path, _: not is_vector(path[-1].key), params)
 
 
 def _masked(mask: Params | None) -> optax.GradientTransformation:

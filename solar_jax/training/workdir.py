@@ -4,10 +4,14 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from solar_jax import lineage
 from solar_jax.config import Config
 from solar_jax.errors import UserError
-from solar_jax.hf.reader import Checkpoint, read_json
-from solar_jax.hf.writer import new_folder, write_companions
+from solar_jax.growth.plan import GrowthPlan
+from solar_jax.hf.files import LINEAGE, read_json
+from solar_jax.hf.folders import new_folder
+from solar_jax.hf.reader import Checkpoint
+from solar_jax.hf.writer import write_companions
 from solar_jax.training.checkpoint import MODEL_FOLDER
 from solar_jax.training.metrics import write_json
 
@@ -51,9 +55,12 @@ def check_owner(workdir: pathlib.Path, config: Config) -> bool:
     return True
 
 
-def create(workdir: pathlib.Path, config: Config, checkpoint: Checkpoint, hf_config: dict[str, Any]) -> None:
+def create(
+    workdir: pathlib.Path, config: Config, checkpoint: Checkpoint, plan: GrowthPlan, hf_config: dict[str, Any]
+) -> None:
     """Makes the folder with config.json and `model/`, what its checkpoints need to become a model again."""
     with new_folder(workdir) as folder:
         write_json(folder / "config.json", config_dict(config))
         (folder / MODEL_FOLDER).mkdir()
         write_companions(folder / MODEL_FOLDER, hf_config, checkpoint.companions)
+        lineage.write(folder / MODEL_FOLDER, lineage.record(checkpoint, plan, "train", name=config.name), LINEAGE)

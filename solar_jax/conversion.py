@@ -1,0 +1,107 @@
+"""A checkpoint made from another: streamed into a new folder, with its lineage, and a certificate when asked for."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from solar_jax import lineage
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.plan import GrowthPlan
+from solar_jax.hf import families
+from solar_jax.hf.files import LINEAGE
+from solar_jax.hf.folders import check_space, check_target, new_folder, partial
+from solar_jax.hf.reader import Checkpoint
+from solar_jax.hf.writer import parse_size, pieces, write_companions, write_model
+from solar_jax.model.llama import parameter_count
+from solar_jax.progress import byte_bar
+from solar_jax.training import importing
+from solar_jax.training.checkpoint import MODEL_FOLDER
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to write, and how."""
+
+    out: pathlib.Path
+    form: str = "hf"  # "hf" or "orbax"
+    dtype: str | None = None  # of all weights; each as stored if None
+    max_shard_size: str = "5GB"  # hf: bytes of weights in one file
+    overwrite: bool = False  # replace a checkpoint that stands at `out`
+
+
+def write(c: Checkpoint, plan: GrowthPlan, target: Target, made_by: str, *, verify: bool = False, **more: Any) -> None:
+    """Writes `c`, grown by `plan`, to the target; the folder appears when it is whole.
+
+    On several processes each writes its own share.
+
+    Args:
+      c: the base.
+      plan: made for its layers.
+      target: where to and in which form.
+      made_by: the command, for the lineage.
+      more: for the lineage too.
+
+    Raises:
+      UserError: the target is taken or too small; nothing is written then.
+    """
+    limit = parse_size(target.max_shard_size)
+    hf = target.form == "hf"
+    total = sum(p.nbytes for p in pieces(c, plan, target.dtype)) if hf else importing.total_bytes(c, plan, target.dtype)
+    index, count = processes()
+    if index == 0:
+        check_target(target.out, target.overwrite)
+        check_space(target.out, total)
+        dtype = target.dtype or c.common_dtype or "its several dtypes"
+        count_text = f"{parameter_count(grown_config(c.cfg, plan)):,}"
+        print(f"writing {c.where}, {plan.operator}, {plan.layers} layers, {count_text} parameters, ", end="")
+        print(f"as {target.form}, {dtype}, {total / 1e9:.2f} GB, to {target.out}", flush=True)
+    job = {
+        "source": lineage.identity(c), "form": target.form, "dtype": target.dtype, "limit": limit,
+        "plan": dataclasses.asdict(plan), "versions": lineage.versions(), "processes": count,
+    }  # fmt: skip
+    record = lineage.record(c, plan, made_by, form=target.form, dtype=target.dtype or c.common_dtype, **more)
+    with _shared_folder(target, job) as folder, byte_bar(total, target.out.name) as progress:
+        if hf:
+            write_model(
+                folder, c, plan, dtype=target.dtype, max_shard_size=limit, progress=progress, process=(index, count)
+            )
+            model = folder
+        else:
+            importing.write_params(folder, c, plan, target.dtype, progress)
+            model = folder / MODEL_FOLDER
+            model.mkdir(exist_ok=True)
+            config = families.grown_hf_config(c.hf_config, plan.source, target.dtype or c.common_dtype)
+            write_companions(model, config, c.companions)
+        if index == 0:
+            lineage.write(model, record, LINEAGE)
+
+
+def processes() -> tuple[int, int]:
+    """(index, count) of this process among those that run together; (0, 1) alone, without starting a backend."""
+    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def _shared_folder(target: Target, job: dict[str, Any]) -> Iterator[pathlib.Path]:
+    """`new_folder` of the first process, for all of them."""
+    index, count = processes()
+    with contextlib.ExitStack() as stack:
+        if index == 0:
+            folder = stack.enter_context(new_folder(target.out, overwrite=target.overwrite, job=job))
+        else:
+            folder = partial(target.out.parent.resolve() / target.out.name)
+        _wait(count, f"{target.out} is there to be filled")
+        yield folder
+        _wait(count, f"{target.out} is filled")
+    _wait(count, f"{target.out} has its name")
+
+
+def _wait(count: int, what: str) -> None:
+    if count > 1:
+        from jax.experimental import multihost_utils  # here, since only several processes need it
+
+        multihost_utils.sync_global_devices(what)

@@ -1,0 +1,131 @@
+"""A folder that appears whole or not at all: filled under a hidden name beside its own and renamed at the end."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from solar_jax.errors import UserError
+
+JOB = "job.json"  # in a folder that is being filled: what it will be, so that the same job can go on
+
+
+def check_target(out: pathlib.Path, overwrite: bool = False) -> None:
+    """Raises a UserError unless `out` is free: not there, an empty folder, or one that may be replaced."""
+    if out.is_symlink() and not out.exists():
+        raise UserError(f"{out}: is a link to nothing; give a new folder.")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{out}: already exists; give a new folder, or --overwrite to replace it.")
+    if not out.is_dir() or not ((out / "config.json").exists() or (out / "model" / "config.json").exists()):
+        raise UserError(f"{out}: is not a checkpoint, so it is not replaced; give a new folder.")
+
+
+def check_space(out: pathlib.Path, needed: int) -> None:
+    """Raises a UserError unless the disk that `out` will lie on has `needed` free bytes."""
+    parent = next(p for p in (out, *out.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(f"{out}: needs {needed / 1e9:.2f} GB of disk, but {parent} has {free / 1e9:.2f} GB free.")
+
+
+def partial(out: pathlib.Path) -> pathlib.Path:
+    """Where `out` is filled before it has its name."""
+    return out.parent / f".{out.name}.partial"
+
+
+@contextlib.contextmanager
+def new_folder(
+    out: pathlib.Path, *, overwrite: bool = False, job: dict[str, Any] | None = None
+) -> Iterator[pathlib.Path]:
+    """The hidden sibling of `out` to fill; it becomes `out` if the block ends well and vanishes if it fails.
+
+    What a killed process left is cleared away, or, where it was the same `job`, is there to be completed. An
+    interrupted job (Ctrl-C) is left in the same way.
+
+    Args:
+      out: the folder to be.
+      overwrite: replace a checkpoint that stands there.
+      job: JSON that says what the folder will hold; the same job goes on where it stopped.
+
+    Raises:
+      UserError: `out` is taken, cannot be written, or another process is filling it.
+    """
+    out = out.parent.resolve() / out.name  # a change of the working directory must not move it
+    if not out.exists() and _old(out).exists():  # a process was killed between the two renames of `_replace`
+        os.rename(_old(out), out)
+    check_target(out, overwrite)
+    folder = partial(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written: {e.strerror}.") from e
+    try:
+        try:
+            _prepare(folder, job)
+            yield folder
+            (folder / JOB).unlink(missing_ok=True)
+            _replace(out, folder)
+        except OSError as e:
+            if e.errno is None:
+                raise
+            raise UserError(f"{out}: cannot be written: {e.strerror}.") from e
+    except BaseException as e:
+        if job is None or not isinstance(e, KeyboardInterrupt | SystemExit):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: pathlib.Path) -> int:
+    """Makes `folder` where it is missing and locks it for this process, until the descriptor is closed."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            os.close(descriptor)
+            raise UserError(f"{folder}: another process is writing there; wait for it to end.") from e
+        # The one that held it before may have renamed or removed the folder meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(folder).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)
+
+
+def _prepare(folder: pathlib.Path, job: dict[str, Any] | None) -> None:
+    """Leaves what the same job wrote before, and nothing else."""
+    text = None if job is None else json.dumps(job, indent=2, sort_keys=True)
+    if text is not None and (folder / JOB).is_file() and (folder / JOB).read_text(errors="replace") == text:
+        return
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if text is not None:
+        (folder / JOB).write_text(text)
+
+
+def _old(out: pathlib.Path) -> pathlib.Path:
+    return out.parent / f".{out.name}.old"
+
+
+def _replace(out: pathlib.Path, folder: pathlib.Path) -> None:
+    """Renames; what stands at `out` leaves first, and is deleted only when the new folder has its name."""
+    if not out.exists() or not any(out.iterdir()):
+        if out.exists():
+            out.rmdir()
+        os.rename(folder, out)
+        return
+    old = _old(out)
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(out, old)
+    os.rename(folder, out)
+    shutil.rmtree(old)

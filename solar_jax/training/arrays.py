@@ -1,0 +1,96 @@
+"""Arrays of an Orbax checkpoint read and written in blocks, through TensorStore, which is where Orbax keeps them.
+
+Orbax itself moves whole arrays; a stacked leaf of a large model is larger than the machine that converts it.
+"""
+
+import collections
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+_CACHE_BYTES = 1 << 27
+_PENDING_BYTES = 1 << 28  # handed over for writing and not yet on disk
+_DATA_FILE_BYTES = 1 << 27  # of which OCDBT keeps the last in memory until it is full
+Index = tuple[slice | int, ...]
+
+
+def _key_value_store(folder: pathlib.Path) -> dict[str, Any]:
+    """The spec of the store that Orbax makes of a checkpointable's folder."""
+    where = str(folder)
+    base = where.rstrip("/") + "/" if "://" in where else f"file://{pathlib.Path(where).resolve()}/"
+    return {"driver": "ocdbt", "base": base, "config": {"max_inline_value_bytes": 1024}}
+
+
+def _array(folder: pathlib.Path, path: str) -> dict[str, Any]:
+    """The spec of one array; Orbax joins the keys of its path with dots."""
+    return {"driver": "zarr3", "kvstore": _key_value_store(folder) | {"path": path.replace("/", ".") + "/"}}
+
+
+def open_array(folder: pathlib.Path, path: str) -> Any:
+    """An array to read from, by slices.
+
+    Raises:
+      ValueError: there is no such array, or it is damaged.
+    """
+    # The cache serves neighbouring slices that share a chunk.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    return ts.open(_array(folder, path), read=True, open=True, context=context).result()
+
+
+class _Done:
+    """An action in the queue of writes."""
+
+    def __init__(self, result: Callable[[], None]):
+        self.result = result
+
+
+class BlockWriter:
+    """Writes arrays under a checkpointable's folder, a bounded number of bytes on their way at a time."""
+
+    def __init__(self, folder: pathlib.Path, progress: Callable[[int], None]):
+        self._folder, self._progress = folder, progress
+        self._context = ts.Context({"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}})
+        self._pending: collections.deque[tuple[Any, int]] = collections.deque()
+        self._pending_bytes = 0
+
+    def create(self, path: str, shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...], fresh: bool) -> Any:
+        """An array to write to in blocks of `chunk`; one that an earlier run began is gone on with unless `fresh`."""
+        spec = _array(self._folder, path)
+        spec["kvstore"]["target_data_file_size"] = _DATA_FILE_BYTES
+        spec["store_data_equal_to_fill_value"] = True  # Orbax takes a chunk of zeros that is absent for a lost one
+        spec["metadata"] = {
+            "shape": list(shape),
+            "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        }
+        return ts.open(spec, create=True, open=not fresh, delete_existing=fresh, context=self._context).result()
+
+    def write(self, array: Any, index: Index, block: np.ndarray) -> None:
+        """Hands over a block, which must not change afterwards."""
+        while self._pending and self._pending_bytes + block.nbytes > _PENDING_BYTES:
+            self._wait()
+        self._pending.append((array[index].write(block, can_reference_source_data_indefinitely=True), block.nbytes))
+        self._pending_bytes += block.nbytes
+
+    def skip(self, size: int) -> None:
+        """Counts bytes that are on disk already."""
+        self._progress(size)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Calls `action` when all that was handed over so far is on disk."""
+        self._pending.append((_Done(action), 0))
+
+    def flush(self) -> None:
+        """Returns when everything is on disk."""
+        while self._pending:
+            self._wait()
+
+    def _wait(self) -> None:
+        future, size = self._pending.popleft()
+        future.result()
+        self._pending_bytes -= size
+        self._progress(size)

@@ -1,0 +1,134 @@
+"""A checkpoint of any source written as one of ours, block by block: no stacked array is ever held."""
+
+import collections
+import concurrent.futures
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.plan import GrowthPlan
+from solar_jax.hf.reader import Checkpoint, grown_rows, is_copy, numpy_dtype, row_blocks, row_unit, source_name
+from solar_jax.hf.tensors import TENSORS, from_hf, hf_shape, paths
+from solar_jax.model.llama import Params, shapes, sizes
+from solar_jax.training.arrays import BlockWriter
+from solar_jax.training.checkpoint import write_streamed
+
+DONE = "written.txt"  # in a folder that is being filled: a line for each array's layers that are on disk
+_WORKERS = 2  # blocks read and transposed at a time
+_AHEAD = 3  # blocks that wait for the writer
+
+
+def array_dtypes(c: Checkpoint, plan: GrowthPlan, dtype: str | None) -> dict[str, np.dtype]:
+    """The dtype of every array by path: `dtype`, or the one of its tensors, float32 where they have several."""
+
+    def one(path: str) -> np.dtype:
+        layers = range(plan.layers) if path.startswith("layers/") else (None,)
+        found = {c.dtype_of[source_name(path, layer, plan)] for layer in layers}
+        return numpy_dtype(dtype) if dtype else found.pop() if len(found) == 1 else np.dtype(np.float32)
+
+    return {path: one(path) for path in paths(c.cfg)}
+
+
+def total_bytes(c: Checkpoint, plan: GrowthPlan, dtype: str | None) -> int:
+    """Of the arrays that `write_params` writes."""
+    dtypes, cfg = array_dtypes(c, plan, dtype), grown_config(c.cfg, plan)
+    return sum(s.size * dtypes["/".join(k.key for k in p)].itemsize for p, s in jax.tree.leaves_with_path(shapes(cfg)))
+
+
+def write_params(
+    workdir: pathlib.Path, c: Checkpoint, plan: GrowthPlan, dtype: str | None, progress: Callable[[int], None]
+) -> None:
+    """Writes the checkpoint of step 0 under `workdir`, grown by `plan`.
+
+    Args:
+      workdir: the folder above `checkpoints/`; empty, or as an earlier run of the same job left it.
+      c: the base.
+      plan: made for its layers.
+      dtype: of all arrays; as stored if None.
+      progress: told the bytes written since its last call.
+    """
+    dtypes, cfg = array_dtypes(c, plan, dtype), grown_config(c.cfg, plan)
+    shape = {"/".join(k.key for k in p): s.shape for p, s in jax.tree.leaves_with_path(shapes(cfg))}
+    tree: Params = {"layers": {}}
+    for path, d in dtypes.items():
+        group, _, leaf = path.rpartition("/")
+        (tree[group] if group else tree)[leaf] = d
+
+    def write_arrays(writer: BlockWriter) -> None:
+        done = _Log(workdir / DONE)
+        for path in dtypes:
+            _write_array(writer, done, c, plan, path, shape[path], dtypes[path])
+
+    write_streamed(workdir, tree, write_arrays, progress)
+    (workdir / DONE).unlink(missing_ok=True)
+
+
+class _Log:
+    """The lines of a file, each on disk when `add` returns."""
+
+    def __init__(self, file: pathlib.Path):
+        self.file = file
+        text = file.read_text() if file.exists() else ""
+        self.lines = set(text[: text.rfind("\n") + 1].splitlines())  # not one that a kill cut short
+
+    def add(self, line: str) -> None:
+        with self.file.open("a") as f:
+            f.write(f"\n{line}\n")
+
+
+def _write_array(
+    writer: BlockWriter, done: _Log, c: Checkpoint, plan: GrowthPlan, path: str, shape: tuple[int, ...], dtype: np.dtype
+) -> None:
+    """One array of the state, its distinct layers each read once and written to every place that they have."""
+    row, unit = TENSORS[path], row_unit(path, c.cfg)
+    axis = row.axes.index(row.hf_axes[0][0])  # of our layer's array, along which the file's rows run
+    blocks = list(row_blocks(hf_shape(path, c.cfg), unit))
+    chunk = [sizes(c.cfg)[letter] for letter in row.axes]
+    chunk[axis] = (blocks[0].stop - blocks[0].start) // unit
+    stacked = path.startswith("layers/")
+    fresh = not any(line.split()[0] == path for line in done.lines if line)
+    array = writer.create(path, shape, dtype, (1, *chunk) if stacked else tuple(chunk), fresh)
+
+    def prepare(item: tuple[list[int | None], slice]) -> tuple[list[int | None], slice, np.ndarray]:
+        layers, rows = item
+        x = grown_rows(c, plan, path, layers[0], rows).astype(dtype, copy=False)
+        # As plain integers: numpy moves those several times faster than the bfloat16 that it does not know.
+        x = from_hf(x.view(f"u{dtype.itemsize}"), path, c.cfg)
+        return layers, rows, np.ascontiguousarray(x).view(dtype)
+
+    for layers in _places(plan, path) if stacked else [[None]]:
+        name = f"{path} {layers}"
+        if name in done.lines:
+            writer.skip(len(layers) * int(np.prod(shape[1:] if stacked else shape)) * dtype.itemsize)
+            continue
+        for places, rows, block in _ahead(prepare, [(layers, rows) for rows in blocks]):
+            index = [slice(None)] * len(row.axes)
+            index[axis] = slice(rows.start // unit, rows.stop // unit)
+            for layer in places:
+                writer.write(array, tuple(index) if layer is None else (layer, *index), block)
+        writer.then(lambda name=name: done.add(name))
+
+
+def _places(plan: GrowthPlan, path: str) -> list[list[int | None]]:
+    """The layers of the grown model, those that are equal together."""
+    groups: dict[Any, list[int | None]] = {}
+    for layer in range(plan.layers):
+        same = plan.source[layer] if is_copy(path, layer, plan) else ("made", layer)
+        groups.setdefault(same, []).append(layer)
+    return list(groups.values())
+
+
+def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """`map` in threads, a bounded number of results ahead."""
+    with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+        waiting: collections.deque[Any] = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
