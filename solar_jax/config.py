@@ -36,6 +36,18 @@ class ModelConfig:
     rms_norm_eps: float = 0.0
     tie_word_embeddings: bool = False
     sliding_window: int = 0  # tokens that a query sees, itself included; 0: all before it
+    attention_bias: str = ""  # projections with a bias: "", "qkv" or "qkvo"
+    qk_norm: bool = False  # queries and keys pass an RMSNorm over H before they are rotated
+    rope_scaling: str = ""  # a name of model.rope.SCALINGS; the four below are its numbers (HF `rope_parameters`)
+    rope_factor: float = 0.0  # linear, llama3: `factor`
+    rope_low_freq_factor: float = 0.0  # llama3
+    rope_high_freq_factor: float = 0.0  # llama3
+    rope_original_positions: int = 0  # llama3: `original_max_position_embeddings`
+
+    def __post_init__(self) -> None:
+        for key, known in (("attention_bias", ("", "qkv", "qkvo")), ("rope_scaling", ("", "linear", "llama3"))):
+            if (value := getattr(self, key)) not in known:
+                raise UserError(f"config.model.{key} must be one of {', '.join(map(repr, known))}, found {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from solar_jax.growth.plan import GrowthPlan
 from solar_jax.model.llama import Params
 
 # The arrays by which a layer adds to the residual stream; scaled to 0, the layer passes its input on.
-SCALED = ("o_proj", "down_proj")
+SCALED = ("o_proj", "o_bias", "down_proj")
 
 
 def grow(params: Params, plan: GrowthPlan) -> Params:

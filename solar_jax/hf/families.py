@@ -1,41 +1,115 @@
-"""Hugging Face `config.json` keys per architecture, to a ModelConfig."""
+"""Hugging Face `config.json` keys per architecture, to a ModelConfig and, grown, back to config.json.
 
+A key is understood, fixed to the values that the model computes, or known to leave the maths alone. Any other key that
+says something is refused: ignored, it would give another model than the one that was trained.
+"""
+
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 
-# What transformers assumes of a key that config.json leaves out, by `model_type`.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "num_key_value_heads": None,  # as many as heads
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        "sliding_window": None,
-    },
-    "mistral": {
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "sliding_window": 4096,
-    },
-}
-
-# Keys that change the maths, and the only values of them that the model computes; absent counts as the first.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "partial_rotary_factor": (1.0, None),
-    "rope_interleaved": (False, None),
-    "quantization_config": (None,),
-}
-
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What transformers' classes of one `model_type` make of config.json."""
+
+    architecture: str
+    defaults: dict[str, Any]  # keys that are read, each with what an absent one means
+    bias: dict[bool, str]  # `attention_bias` -> the projections that have one; other values are refused
+    qk_norm: bool = False
+    fixed: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)  # as `FIXED`, of this family
+    ignored: frozenset[str] = frozenset()  # keys that change the maths of other families, not of this one
+
+
+_COMMON = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "head_dim": None,  # hidden_size / num_attention_heads
+    "attention_bias": False,
+    "sliding_window": None,
+    "use_sliding_window": True,
+    "max_window_layers": 0,  # layers under it have no window, but for what `layer_types` says
+    "layer_types": None,
+}
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers")
+_QWEN = _COMMON | {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+
+# By `model_type`. SOLAR 10.7B, SmolLM2, TinyLlama and Yi are llama; Mistral-Nemo is mistral; Qwen2.5 is qwen2.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        _COMMON | {"num_key_value_heads": None, "max_position_embeddings": 2048},  # None: as many as heads
+        bias={False: "", True: "qkvo"},
+        ignored=frozenset(_WINDOW_KEYS),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        _COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        bias={False: ""},
+        fixed={"use_sliding_window": (True,), "max_window_layers": (0,)},
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN | {"attention_bias": True}, bias={True: "qkv"}),
+    "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, bias={False: "", True: "qkvo"}, qk_norm=True),
+}
+
+# Keys that change the maths, and the only values of them that the model computes; null or absent counts as the first.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0,),
+    "rope_interleaved": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+}
+
+# Keys that may hold anything: notes on how a file was made, and what concerns training, generation or other programs.
+HARMLESS = {
+    # transformers' PretrainedConfig, old and new
+    "_name_or_path", "name_or_path", "_commit_hash", "model_type", "architectures", "auto_map", "transformers_version",
+    "dtype", "torch_dtype", "use_cache", "return_dict", "output_hidden_states", "output_attentions", "torchscript",
+    "use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type",
+    "finetuning_task", "task_specific_params", "tokenizer_class", "prefix", "is_decoder", "tie_encoder_decoder",
+    "tie_last_hidden_states", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
+    "_flash_attn_2_enabled", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+    "cls_token_id", "mask_token_id", "decoder_start_token_id",
+    # training; dropout is not applied here
+    "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range",
+    "pretraining_tp",
+    # generation, as configs carried it before generation_config.json
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "early_stopping", "num_beams",
+    "num_beam_groups", "num_return_sequences", "temperature", "top_k", "top_p", "min_p", "typical_p",
+    "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "bad_words_ids",
+    "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "output_scores", "return_dict_in_generate", "assistant_confidence_threshold", "assistant_lookbehind",
+    "target_lookbehind", "num_assistant_tokens", "num_assistant_tokens_schedule", "cache_implementation",
+    # written by other programs, or into well-known checkpoints
+    "unsloth_version", "unsloth_fixed", "unsloth_tied_weights", "transformers.js_config", "is_llama_config",
+    "max_sequence_length", "model_max_length", "custom_pipelines", "license", "language",
+}  # fmt: skip
+
+# rope type -> the numbers that it has; other types, and other keys with a value, are refused
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+PER_LAYER = ("layer_types",)  # keys that list a value for each layer
 
 
 def model_config(hf: dict[str, Any], where: str) -> ModelConfig:
@@ -46,64 +120,180 @@ def model_config(hf: dict[str, Any], where: str) -> ModelConfig:
       where: the file, for messages.
 
     Raises:
-      UserError: an architecture or a key's value that the model does not compute, or a size that is missing.
+      UserError: an architecture, a key or a key's value that the model does not compute, or a size that is missing.
     """
     kind = hf.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, found {kind!r}.")
-    for key, allowed in FIXED.items():
-        if hf.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{where}: {key} must be {allowed[0]!r}, found {hf[key]!r}.")
-    known = FAMILIES[kind] | {k: v for k, v in hf.items() if k in FAMILIES[kind]}
+    family = FAMILIES[kind]
+    _check_keys(hf, family, where)
+    read = set(family.defaults) - set(family.fixed) - family.ignored
+    known = family.defaults | {key: value for key, value in hf.items() if key in read}
     size = {key: _positive(hf.get(key), int, key, where) for key in SIZES}
     heads = size["num_attention_heads"]
     kv_heads = known["num_key_value_heads"]
     kv_heads = heads if kv_heads is None else _positive(kv_heads, int, "num_key_value_heads", where)
     if heads % kv_heads:
         raise UserError(f"{where}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}.")
-    head_dim = hf.get("head_dim")
-    head_dim = size["hidden_size"] // heads if head_dim is None else _positive(head_dim, int, "head_dim", where)
-    if head_dim % 2:
-        raise UserError(f"{where}: head_dim must be even for rotary embeddings, found {head_dim}.")
-    window = known["sliding_window"] if kind == "mistral" else None
+    positions = _positive(known["max_position_embeddings"], int, "max_position_embeddings", where)
     return ModelConfig(
         **size,
         num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=_positive(known["max_position_embeddings"], int, "max_position_embeddings", where),
-        rope_theta=_rope_theta(hf, known["rope_theta"], where),
+        head_dim=_head_dim(known["head_dim"], family, size["hidden_size"], heads, where),
+        max_position_embeddings=positions,
         rms_norm_eps=_positive(known["rms_norm_eps"], float, "rms_norm_eps", where),
-        tie_word_embeddings=bool(known["tie_word_embeddings"]),
-        sliding_window=0 if window is None else _positive(window, int, "sliding_window", where),
+        tie_word_embeddings=_one_of(known["tie_word_embeddings"], (False, True), "tie_word_embeddings", where),
+        sliding_window=_window(known, size["num_hidden_layers"], where),
+        attention_bias=family.bias[_one_of(known["attention_bias"], tuple(family.bias), "attention_bias", where)],
+        qk_norm=family.qk_norm,
+        **_rope(known, hf.get("rope_theta") is not None, positions, where),
     )
 
 
+def _check_keys(hf: dict[str, Any], family: Family, where: str) -> None:
+    """Raises a UserError for a key that says something which is not computed."""
+    found = hf.get("architectures")
+    if found and found != [family.architecture]:
+        raise UserError(f"{where}: architectures must be [{family.architecture!r}], found {found!r}.")
+    fixed = FIXED | family.fixed
+    known = {*SIZES, *family.defaults, *family.ignored, *HARMLESS}
+    for key, value in hf.items():
+        if key in fixed:
+            if value is not None and value not in fixed[key]:
+                raise UserError(f"{where}: {key} must be {fixed[key][0]!r}, found {value!r}.")
+        elif key not in known and value is not None and value is not False and value != {} and value != []:
+            raise UserError(f"{where}: the key {key} is not understood by this program, found {_short(value)}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _one_of(value: Any, allowed: tuple[Any, ...], key: str, where: str) -> Any:
+    """`value`, null being the first of those allowed."""
+    if value is None:
+        return allowed[0]
+    if value not in allowed or type(value) is not type(allowed[0]):
+        raise UserError(f"{where}: {key} must be {' or '.join(map(repr, allowed))}, found {_short(value)}.")
+    return value
+
+
 def _positive(value: Any, kind: type, key: str, where: str) -> Any:
-    """`value` as a positive int or float."""
-    if type(value) not in (int, kind) or not value > 0:
+    """`value` as a positive, finite int or float."""
+    if type(value) not in (int, kind) or not 0 < value < float("inf"):
         name = "integer" if kind is int else "number"
-        raise UserError(f"{where}: {key} must be a positive {name}, found {value!r}.")
+        raise UserError(f"{where}: {key} must be a positive {name}, found {_short(value)}.")
     return kind(value)
 
 
-def _rope_theta(hf: dict[str, Any], default: float, where: str) -> float:
-    """The base of the frequencies; older files have `rope_theta`, newer ones `rope_parameters`."""
-    theta = default
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(key) or {}
-        if not isinstance(rope, dict):
-            raise UserError(f"{where}: {key} must hold keys, found {rope!r}.")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"{where}: {key}.rope_type must be 'default', found {kind!r}.")
-        theta = rope.get("rope_theta", theta)
-    return _positive(theta, float, "rope_theta", where)
+def _head_dim(found: Any, family: Family, hidden_size: int, heads: int, where: str) -> int:
+    """H, as config.json says or, where the family may leave it out, D / N."""
+    if found is None and family.defaults["head_dim"] is None:
+        if hidden_size % heads:
+            raise UserError(f"{where}: num_attention_heads={heads} must divide hidden_size={hidden_size}.")
+        head_dim = hidden_size // heads
+    else:
+        head_dim = _positive(found, int, "head_dim", where)
+    if head_dim % 2:
+        raise UserError(f"{where}: head_dim must be even for rotary embeddings, found {head_dim}.")
+    return head_dim
 
 
-def grown_hf_config(hf: dict[str, Any], layers: int, dtype: str) -> dict[str, Any]:
-    """`hf` for a model of `layers` layers stored as `dtype`; every other key as it was."""
+def _window(known: dict[str, Any], layers: int, where: str) -> int:
+    """The sliding window of all layers, 0 for none; one for some layers only is refused."""
+    used = _one_of(known["use_sliding_window"], (False, True), "use_sliding_window", where)
+    window = known["sliding_window"] if used else None
+    window = 0 if window is None else _positive(window, int, "sliding_window", where)
+    expected, types = "sliding_attention" if window else "full_attention", known["layer_types"]
+    if types is None:
+        first = known["max_window_layers"]
+        if window and first != 0:
+            raise UserError(
+                f"{where}: max_window_layers must be 0, so that sliding_window={window} holds for every layer, "
+                f"found {_short(first)}."
+            )
+    elif not isinstance(types, list) or len(types) != layers:
+        found = f"{len(types)} entries" if isinstance(types, list) else _short(types)
+        raise UserError(f"{where}: layer_types must list num_hidden_layers={layers} entries, found {found}.")
+    elif other := [(i, t) for i, t in enumerate(types) if t != expected]:
+        i, found = other[0]
+        raise UserError(
+            f"{where}: layer_types must be {expected!r} for every layer where the sliding_window in use is "
+            f"{window or None}, found {_short(found)} for layer {i}."
+        )
+    return window
+
+
+def _rope(known: dict[str, Any], theta_given: bool, positions: int, where: str) -> dict[str, Any]:
+    """ModelConfig's rope keys; older files have `rope_theta` and `rope_scaling`, newer ones `rope_parameters`."""
+    found = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        if known[key]:
+            found[key] = _rope_dict(known[key], known["rope_theta"], theta_given, positions, key, where)
+    if len({tuple(sorted(rope.items())) for rope in found.values()}) > 1:
+        raise UserError(
+            f"{where}: rope_scaling and rope_parameters must say the same, found {known['rope_scaling']!r} and "
+            f"{known['rope_parameters']!r}."
+        )
+    for rope in found.values():
+        return rope
+    return {"rope_theta": _positive(known["rope_theta"], float, "rope_theta", where)}
+
+
+def _rope_dict(rope: Any, theta: Any, theta_given: bool, positions: int, key: str, where: str) -> dict[str, Any]:
+    """ModelConfig's rope keys of one `rope_scaling` or `rope_parameters`."""
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: {key} must hold keys, found {_short(rope)}.")
+    kinds = {name: rope[name] for name in ("rope_type", "type") if rope.get(name) is not None} or {"": "default"}
+    for name, kind in kinds.items():
+        if not isinstance(kind, str) or kind not in ROPE_TYPES:
+            known = ", ".join(map(repr, ROPE_TYPES))
+            raise UserError(f"{where}: {key}.{name} must be one of {known}, found {_short(kind)}.")
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"{where}: {key}.type={kinds['type']!r} contradicts {key}.rope_type={kinds['rope_type']!r}.")
+    kind = next(iter(kinds.values()))
+    for name, value in rope.items():
+        if name == "partial_rotary_factor" and value in FIXED[name]:
+            continue
+        if name not in ("rope_type", "type", "rope_theta", *ROPE_TYPES[kind]) and value is not None:
+            raise UserError(f"{where}: {key}.{name} is not understood for rope type {kind!r}, found {_short(value)}.")
+    inner = rope.get("rope_theta")
+    if inner is not None and theta_given and inner != theta:
+        raise UserError(f"{where}: {key}.rope_theta={inner!r} contradicts rope_theta={theta!r}.")
+    numbers: dict[str, Any] = {name: rope.get(name) for name in ROPE_TYPES[kind]}
+    if numbers.get("original_max_position_embeddings", 1) is None:  # then transformers takes the other
+        numbers["original_max_position_embeddings"] = positions
+    for name, value in numbers.items():
+        numbers[name] = _positive(value, int if name.startswith("original") else float, f"{key}.{name}", where)
+    if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
+        raise UserError(
+            f"{where}: {key}.high_freq_factor must exceed low_freq_factor={numbers['low_freq_factor']}, "
+            f"found {numbers['high_freq_factor']}."
+        )
+    renamed = {"original_max_position_embeddings": "rope_original_positions"}
+    return {
+        "rope_theta": _positive(theta if inner is None else inner, float, "rope_theta", where),
+        "rope_scaling": "" if kind == "default" else kind,
+    } | {renamed.get(name, f"rope_{name}"): value for name, value in numbers.items()}
+
+
+def grown_hf_config(hf: dict[str, Any], source: Sequence[int], dtype: str | None) -> dict[str, Any]:
+    """`hf` for a model whose layer i is the base's layer source[i]; every other key as it was.
+
+    Args:
+      hf: HF config keys of the base.
+      source: one layer of the base for each layer of the model.
+      dtype: of the stored weights; None leaves what `hf` says of it.
+    """
+    grown = hf | {"num_hidden_layers": len(source)}
+    for key in PER_LAYER:
+        if isinstance(values := hf.get(key), list):
+            grown[key] = [values[i] for i in source]
+    if dtype is None:
+        return grown
     keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype"]
-    return hf | {"num_hidden_layers": layers} | dict.fromkeys(keys, dtype)
+    return grown | dict.fromkeys(keys, dtype)
 
 
 def differences(expected: ModelConfig, found: ModelConfig) -> dict[str, tuple[Any, Any]]:

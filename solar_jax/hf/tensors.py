@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from solar_jax.config import ModelConfig
-from solar_jax.model.llama import LAYER_AXES, Params, sizes
+from solar_jax.model.llama import LAYER_AXES, Params, axes, sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,15 @@ class Tensor:
 TENSORS = {
     "embed": Tensor("VD", ("V", "D"), "model.embed_tokens.weight", "token_embd.weight"),
     "layers/q_proj": Tensor("DNH", ("NH", "D"), "model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
+    "layers/q_bias": Tensor("NH", ("NH",), "model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias"),
     "layers/k_proj": Tensor("DKH", ("KH", "D"), "model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
+    "layers/k_bias": Tensor("KH", ("KH",), "model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias"),
     "layers/v_proj": Tensor("DKH", ("KH", "D"), "model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
+    "layers/v_bias": Tensor("KH", ("KH",), "model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
     "layers/o_proj": Tensor("NHD", ("D", "NH"), "model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
+    "layers/o_bias": Tensor("D", ("D",), "model.layers.{}.self_attn.o_proj.bias", "blk.{}.attn_output.bias"),
+    "layers/q_norm": Tensor("H", ("H",), "model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
+    "layers/k_norm": Tensor("H", ("H",), "model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
     "layers/gate_proj": Tensor("DF", ("F", "D"), "model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
     "layers/up_proj": Tensor("DF", ("F", "D"), "model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
     "layers/down_proj": Tensor("FD", ("D", "F"), "model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
@@ -45,7 +51,9 @@ DERIVED = (".self_attn.rotary_emb.inv_freq", ".self_attn.rotary_emb.cos_cached",
 
 def paths(cfg: ModelConfig) -> list[str]:
     """The table's rows that a model of `cfg` has."""
-    return [path for path in TENSORS if not (path == "lm_head" and cfg.tie_word_embeddings)]
+    tree = axes(cfg)
+    present = set(tree) | {f"layers/{name}" for name in tree["layers"]}
+    return [path for path in TENSORS if path in present]
 
 
 def hf_shape(path: str, cfg: ModelConfig) -> tuple[int, ...]:
@@ -66,21 +74,25 @@ def hf_tensors(cfg: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
             yield TENSORS[path].hf, path, None
 
 
-def pick(params: Params, path: str, layer: int | None) -> Any:
+def pick(params: Params, path: str, layer: int | None = None) -> Any:
     """The array of a path in the stacked state, one layer of it where a layer is given."""
     group, _, leaf = path.rpartition("/")
-    return params[group][leaf][layer] if group else params[leaf]
+    x = params[group][leaf] if group else params[leaf]
+    return x if layer is None else x[layer]
 
 
 def from_hf(x: np.ndarray, path: str, cfg: ModelConfig) -> np.ndarray:
-    """The file's tensor, e.g. [N*H, D], as ours, e.g. [D, N, H]; a view where numpy can make one."""
+    """The file's tensor, e.g. [N*H, D], as ours, e.g. [D, N, H]; a view where numpy can make one.
+
+    It may be a block of rows, whole heads where the rows are heads.
+    """
     row, size = TENSORS[path], sizes(cfg)
     letters = "".join(row.hf_axes)
-    return x.reshape([size[a] for a in letters]).transpose([letters.index(a) for a in row.axes])
+    return x.reshape([-1, *(size[a] for a in letters[1:])]).transpose([letters.index(a) for a in row.axes])
 
 
 def to_hf(x: np.ndarray, path: str, cfg: ModelConfig) -> np.ndarray:
-    """The inverse of `from_hf`."""
+    """The inverse of `from_hf`, of a block too."""
     row = TENSORS[path]
     letters = "".join(row.hf_axes)
-    return x.transpose([row.axes.index(a) for a in letters]).reshape(hf_shape(path, cfg))
+    return x.transpose([row.axes.index(a) for a in letters]).reshape(-1, *hf_shape(path, cfg)[1:])

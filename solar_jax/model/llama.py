@@ -1,7 +1,7 @@
 """The Llama-family decoder: one block, stacked over a leading layer axis and scanned.
 
 The state is a plain pytree whose layers lie on axis L. What an array is called and which axes it has is said once,
-in `LAYER_AXES` and `axes`; shapes, sharding rules and the conversion table all read it there.
+in `LAYER_AXES`, `OPTIONAL` and `axes`; shapes, sharding rules and the conversion table all read it there.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,26 @@ LAYER_AXES = {
     "k_proj": "DKH",
     "v_proj": "DKH",
     "o_proj": "NHD",
+    "q_bias": "NH",
+    "k_bias": "KH",
+    "v_bias": "KH",
+    "o_bias": "D",
+    "q_norm": "H",
+    "k_norm": "H",
     "mlp_norm": "D",
     "gate_proj": "DF",
     "up_proj": "DF",
     "down_proj": "FD",
+}
+
+# The arrays of `LAYER_AXES` that only some architectures have, and which.
+OPTIONAL: dict[str, Callable[[ModelConfig], bool]] = {
+    "q_bias": lambda cfg: "q" in cfg.attention_bias,
+    "k_bias": lambda cfg: "k" in cfg.attention_bias,
+    "v_bias": lambda cfg: "v" in cfg.attention_bias,
+    "o_bias": lambda cfg: "o" in cfg.attention_bias,
+    "q_norm": lambda cfg: cfg.qk_norm,
+    "k_norm": lambda cfg: cfg.qk_norm,
 }
 
 # What the backward pass finds saved instead of computing it again; None saves everything.
@@ -39,9 +55,19 @@ REMAT = {
 }
 
 
+def layer_axes(cfg: ModelConfig) -> dict[str, str]:
+    """The rows of `LAYER_AXES` that a model of `cfg` has."""
+    return {name: letters for name, letters in LAYER_AXES.items() if name not in OPTIONAL or OPTIONAL[name](cfg)}
+
+
+def is_vector(name: str) -> bool:
+    """Whether an array is a norm's scale or a bias, which stay float32 and do not decay."""
+    return name.endswith(("norm", "bias"))
+
+
 def axes(cfg: ModelConfig) -> Params:
     """The axis letters of every array of the state, as a tree of strings."""
-    tree: Params = {"embed": "VD", "layers": {k: "L" + v for k, v in LAYER_AXES.items()}, "final_norm": "D"}
+    tree: Params = {"embed": "VD", "layers": {k: "L" + v for k, v in layer_axes(cfg).items()}, "final_norm": "D"}
     return tree if cfg.tie_word_embeddings else tree | {"lm_head": "DV"}
 
 
@@ -74,11 +100,11 @@ def identity(x: jax.Array, axes: str) -> jax.Array:
     return x
 
 
-def _initial(rngs: nnx.Rngs, cfg: ModelConfig, letters: str) -> nnx.Param:
-    """Ones for a norm's scale, normal(0, 0.02) for a matrix (HF `initializer_range`), float32."""
+def _initial(rngs: nnx.Rngs, cfg: ModelConfig, name: str, letters: str) -> nnx.Param:
+    """Ones for a norm's scale, zeros for a bias, normal(0, 0.02) for a matrix (HF `initializer_range`), float32."""
     shape = tuple(sizes(cfg)[x] for x in letters)
-    if len(shape) == 1:
-        return nnx.Param(jnp.ones(shape))
+    if is_vector(name):
+        return nnx.Param(jnp.ones(shape) if name.endswith("norm") else jnp.zeros(shape))
     return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
 
 
@@ -109,6 +135,11 @@ def _down_projection(h: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.sum(sums, axis=0)
 
 
+def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """x plus the bias of its last axes, summed in float32; x where the architecture has none."""
+    return x if bias is None else (x.astype(jnp.float32) + bias[...]).astype(x.dtype)
+
+
 class Block(nnx.Module):
     """One decoder layer: attention and SwiGLU, each behind an RMSNorm and a residual sum."""
 
@@ -117,6 +148,12 @@ class Block(nnx.Module):
     k_proj: nnx.Param  # [D, K, H]
     v_proj: nnx.Param  # [D, K, H]
     o_proj: nnx.Param  # [N, H, D]
+    q_bias: nnx.Param | None  # [N, H]; this and the next five where `OPTIONAL` says so
+    k_bias: nnx.Param | None  # [K, H]
+    v_bias: nnx.Param | None  # [K, H]
+    o_bias: nnx.Param | None  # [D]
+    q_norm: nnx.Param | None  # [H]
+    k_norm: nnx.Param | None  # [H]
     mlp_norm: nnx.Param  # [D]
     gate_proj: nnx.Param  # [D, F]
     up_proj: nnx.Param  # [D, F]
@@ -124,8 +161,9 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.eps = cfg.rms_norm_eps
+        present = layer_axes(cfg)
         for name, letters in LAYER_AXES.items():
-            setattr(self, name, _initial(rngs, cfg, letters))
+            setattr(self, name, _initial(rngs, cfg, name, letters) if name in present else None)
 
     def __call__(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, constrain: Constrain
@@ -133,11 +171,13 @@ class Block(nnx.Module):
         """x: [B, T, D] -> [B, T, D]."""
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attn_norm[...], self.eps)
-            q = constrain(_einsum("btd,dnh->btnh", h, self.q_proj[...]), "BTNH")
-            k = constrain(_einsum("btd,dkh->btkh", h, self.k_proj[...]), "BTKH")
-            v = constrain(_einsum("btd,dkh->btkh", h, self.v_proj[...]), "BTKH")
+            q = constrain(_add_bias(_einsum("btd,dnh->btnh", h, self.q_proj[...]), self.q_bias), "BTNH")
+            k = constrain(_add_bias(_einsum("btd,dkh->btkh", h, self.k_proj[...]), self.k_bias), "BTKH")
+            v = constrain(_add_bias(_einsum("btd,dkh->btkh", h, self.v_proj[...]), self.v_bias), "BTKH")
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = rms_norm(q, self.q_norm[...], self.eps), rms_norm(k, self.k_norm[...], self.eps)
             h = attention(apply_rope(q, rope), apply_rope(k, rope), v, mask)
-            x = x + constrain(_einsum("btnh,nhd->btd", h, self.o_proj[...]), "BTD")
+            x = x + _add_bias(constrain(_einsum("btnh,nhd->btd", h, self.o_proj[...]), "BTD"), self.o_bias)
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], self.eps)
             gate = constrain(_einsum("btd,df->btf", h, self.gate_proj[...]), "BTF")
@@ -150,11 +190,11 @@ class Llama(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.embed = _initial(rngs, cfg, "VD")
+        self.embed = _initial(rngs, cfg, "embed", "VD")
         self.layers = nnx.vmap(lambda r: Block(cfg, r))(rngs.fork(split=cfg.num_hidden_layers))
-        self.final_norm = _initial(rngs, cfg, "D")
+        self.final_norm = _initial(rngs, cfg, "final_norm", "D")
         if not cfg.tie_word_embeddings:
-            self.lm_head = _initial(rngs, cfg, "DV")
+            self.lm_head = _initial(rngs, cfg, "lm_head", "DV")
 
     def hidden(
         self,
@@ -167,7 +207,7 @@ class Llama(nnx.Module):
         constrain: Constrain,
     ) -> jax.Array:
         """Final-norm output [B, T, D] in compute_dtype, for tokens, positions and segment ids [B, T]."""
-        rope = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        rope = rope_angles(positions, self.cfg)
         mask = attention_mask(tokens.shape[1], segment_ids, self.cfg.sliding_window)
         # The table is gathered before the look-up: a look-up in a table split over D and V makes XLA fall back to
         # full rematerialisation of the result.
@@ -199,13 +239,11 @@ def initial_params(cfg: ModelConfig, seed: int) -> Params:
 
 
 def compute_copy(params: Params, compute_dtype: Any) -> Params:
-    """The parameters as matmuls use them: matrices in compute_dtype, norm scales left as they are.
+    """The parameters as matmuls use them: matrices in compute_dtype, norm scales and biases left as they are.
 
     Cast before the scan, so that what moves between chips for each layer is the narrow copy.
     """
-    return jax.tree.map_with_path(
-        lambda path, p: p if path[-1].key.endswith("norm") else p.astype(compute_dtype), params
-    )
+    return jax.tree.map_with_path(lambda path, p: p if is_vector(path[-1].key) else p.astype(compute_dtype), params)
 
 
 def logits(

@@ -1,24 +1,59 @@
 """Rotary position embedding in Hugging Face's half-split layout."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from solar_jax.config import ModelConfig
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+
+def _linear(frequencies: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    """HF `factor`: every position counts as 1 / factor."""
+    return frequencies / cfg.rope_factor
+
+
+def _llama3(frequencies: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    """Llama 3.1: slow rotations slowed down by HF `factor`, fast ones kept, a linear blend between.
+
+    What counts is how often a pair turns within `original_max_position_embeddings`: `high_freq_factor` times or more
+    is kept, `low_freq_factor` times or less is slowed down.
+    """
+    turns = cfg.rope_original_positions * frequencies / (2 * np.pi)
+    low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / cfg.rope_factor)
+
+
+# ModelConfig.rope_scaling -> (float64 frequencies [H/2], cfg) -> what they become
+SCALINGS: dict[str, Callable[[np.ndarray, ModelConfig], np.ndarray]] = {
+    "": lambda frequencies, cfg: frequencies,
+    "linear": _linear,
+    "llama3": _llama3,
+}
+
+
+def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
+    """float32 [H/2], radians a position of each pair: HF `rope_theta` ** (-2i / H), scaled as the config says.
+
+    Computed in float64 while tracing: an error of a float32 power would grow with the position.
+    """
+    plain = cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
+    return SCALINGS[cfg.rope_scaling](plain, cfg).astype(np.float32)
+
+
+def rope_angles(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation of each position.
 
     Args:
       positions: [B, T] integers, a token's place in its document.
-      head_dim: H.
-      theta: base of the frequencies, HF `rope_theta`; frequency i is theta ** (-2i / H).
+      cfg: its head_dim, rope_theta and rope scaling.
 
     Returns:
       Two float32 arrays [B, T, H/2].
     """
-    # In float64 while tracing: an error of a float32 power would grow with the position.
-    frequencies = (theta ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(cfg)
     return jnp.cos(angles), jnp.sin(angles)
 
 

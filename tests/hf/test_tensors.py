@@ -1,14 +1,17 @@
 """The conversion table: where each number goes, and that nothing is lost on the way."""
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from solar_jax.config import ModelConfig
 from solar_jax.hf import families
 from solar_jax.hf.tensors import TENSORS, from_hf, hf_shape, hf_tensors, to_hf
 from solar_jax.model.llama import axes, sizes
-from tests.conftest import hf_model
+from tests.conftest import TINY
 
 H = 3
 # Every size another, so that no two axes can be taken for each other.
@@ -20,6 +23,8 @@ CFG = ModelConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=H,
+    attention_bias="qkvo",
+    qk_norm=True,
 )
 
 # Index in our array -> index in the file's, written out by hand.
@@ -30,6 +35,12 @@ PLACES = {
     "layers/k_proj": lambda d, k, h: (k * H + h, d),
     "layers/v_proj": lambda d, k, h: (k * H + h, d),
     "layers/o_proj": lambda n, h, d: (d, n * H + h),
+    "layers/q_bias": lambda n, h: (n * H + h,),
+    "layers/k_bias": lambda k, h: (k * H + h,),
+    "layers/v_bias": lambda k, h: (k * H + h,),
+    "layers/o_bias": lambda d: (d,),
+    "layers/q_norm": lambda h: (h,),
+    "layers/k_norm": lambda h: (h,),
     "layers/mlp_norm": lambda d: (d,),
     "layers/gate_proj": lambda d, f: (f, d),
     "layers/up_proj": lambda d, f: (f, d),
@@ -76,28 +87,52 @@ def test_no_bit_changes_there_and_back(path, dtype):
     assert (back.shape, back.dtype, back.tobytes()) == (ours.shape, ours.dtype, ours.tobytes())
 
 
-def state_dict(tied: bool) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
+# Every set of tensors that an architecture has: (model_type, changes of its config).
+MODELS = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True}),
+    ("mistral", {}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("qwen3", {"attention_bias": True}),
+]
+IDS = ["llama", "llama, tied", "llama, biases", "mistral", "qwen2", "qwen3", "qwen3, biases"]
+
+
+def state_dict(kind: str, changes: dict) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
     """A transformers model's config and its tensors' shapes, in its order."""
-    model = hf_model(tie_word_embeddings=tied)
+    config = transformers.AutoConfig.for_model(kind, **TINY | changes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    if tied:  # the embedding under a second name, which transformers does not save
+    if changes.get("tie_word_embeddings"):  # the embedding under a second name, which transformers does not save
         del shapes["lm_head.weight"]
     return families.model_config(model.config.to_dict(), "config.json"), shapes
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_tensors_and_shapes_are_those_of_transformers(tied):
-    cfg, shapes = state_dict(tied)
-    assert cfg.tie_word_embeddings == tied
+@pytest.mark.parametrize("model", MODELS, ids=IDS)
+def test_the_tensors_and_shapes_are_those_of_transformers(model):
+    cfg, shapes = state_dict(*model)
     names = [name for name, _, _ in hf_tensors(cfg)]
     assert len(names) == len(set(names))
     assert {name: hf_shape(path, cfg) for name, path, _ in hf_tensors(cfg)} == shapes
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_tensors_come_in_the_order_of_transformers(tied):
-    cfg, shapes = state_dict(tied)
+@pytest.mark.parametrize("model", MODELS, ids=IDS)
+def test_the_tensors_come_in_the_order_of_transformers(model):
+    cfg, shapes = state_dict(*model)
     assert [name for name, _, _ in hf_tensors(cfg)] == list(shapes)
+
+
+@pytest.mark.parametrize("architecture", [gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.QWEN2, gguf.MODEL_ARCH.QWEN3])
+def test_the_gguf_names_are_those_of_the_gguf_package(architecture):
+    names = gguf.get_tensor_name_map(architecture, 1)
+    for path, row in TENSORS.items():
+        if path in ("layers/q_norm", "layers/k_norm") and architecture is not gguf.MODEL_ARCH.QWEN3:
+            continue
+        hf, _, kind = row.hf.format(0).rpartition(".")
+        assert f"{names.get_name(hf)}.{kind}" == row.gguf.format(0)
 
 
 def test_each_tensor_is_listed_with_its_own_layer():
