@@ -172,27 +172,27 @@ def _members(file: pathlib.Path, f: BinaryIO) -> dict[str, _Member]:
     members: dict[str, _Member] = {}
     last = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
-        name = info.filename
+        name, shown = info.filename, _short(info.filename)
         if name in members:
-            raise UserError(f"{file}: its directory lists {name!r} twice.")
+            raise UserError(f"{file}: its directory lists {shown} twice.")
         if info.flag_bits & _ENCRYPTED:
-            raise UserError(f"{file}: {name!r} is encrypted.")
+            raise UserError(f"{file}: {shown} is encrypted.")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise UserError(f"{file}: {name!r} must be stored as it is, found it compressed.")
+            raise UserError(f"{file}: {shown} must be stored as it is, found it compressed.")
         if not last <= info.header_offset <= end:
-            raise UserError(f"{file}: {name!r} begins at byte {info.header_offset}, inside another member.")
+            raise UserError(f"{file}: {shown} begins at byte {info.header_offset}, inside another member.")
         f.seek(info.header_offset)
         header = f.read(_LOCAL.size)
         if len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
-            raise UserError(f"{file}: no header of {name!r} at byte {info.header_offset}; is it damaged?")
+            raise UserError(f"{file}: no header of {shown} at byte {info.header_offset}; is it damaged?")
         _, _, flags, method, *_, name_size, extra_size = _LOCAL.unpack(header)
         local = f.read(name_size).decode("utf-8" if flags & _UTF8 else "cp437", "replace")
         if local != info.orig_filename or method != zipfile.ZIP_STORED:
-            raise UserError(f"{file}: the header of {name!r} does not agree with the directory, found {local!r}.")
+            raise UserError(f"{file}: the header of {shown} does not agree with the directory, found {_short(local)}.")
         start = info.header_offset + _LOCAL.size + name_size + extra_size
         last = start + info.file_size
         if last > end:
-            raise UserError(f"{file}: {name!r} should end at byte {last}, but the members end at {end}.")
+            raise UserError(f"{file}: {shown} should end at byte {last}, but the members end at {end}.")
         members[name] = _Member(start, last, info.CRC)
     return members
 
@@ -355,7 +355,7 @@ def _entry(file: pathlib.Path, name: str, value: Any, members: dict[str, _Member
     key, stored = value.storage.key, _WIDTH[value.storage.code] * value.storage.size
     member = members.get(f"{root}data/{key}")
     if member is None:
-        raise UserError(f"{file}: the storage {key!r} of {name} is missing.")
+        raise UserError(f"{file}: the storage {_short(key)} of {name} is missing.")
     if member.stop - member.start < stored:
         raise UserError(f"{file}: the storage of {name} must have {stored} bytes, found {member.stop - member.start}.")
     if not value.contiguous:
@@ -387,5 +387,5 @@ def _short(value: str | int) -> str:
 
 def _reason(e: Exception) -> str:
     """An exception's text on one line, without its full stop."""
-    text = " ".join(str(e).split()).rstrip(".")
-    return text if text and not isinstance(e, KeyError) else f"{type(e).__name__} {text}".rstrip()
+    text = " ".join(str(e).split()).rstrip(".")[:300]
+    return text if text and not isinstance(e, LookupError) else f"{type(e).__name__} {text}".rstrip()
