@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from solar_jax.config import DataConfig, GrowthConfig
+from solar_jax.conversion import Target
 from solar_jax.convert import convert
 from solar_jax.data.pipeline import heldout_rows, load_corpus
 from solar_jax.growth.plan import make_plan
@@ -33,7 +34,7 @@ WINDOWS = 4
 def base(tmp_path_factory) -> pathlib.Path:
     """The embedded GGUF file as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("base") / "hf"
-    convert("smollm2", folder, "hf", None, 10**10)
+    convert("smollm2", Target(folder))
     return folder
 
 
@@ -89,7 +90,7 @@ def test_the_exported_base_is_bitwise_what_transformers_dequantises(smollm2, bas
     ids=lambda g: g.operator,
 )
 def test_zero_token_losses_are_those_of_transformers(base, rows, tmp_path, growth):
-    upscale(str(base), tmp_path / "grown", growth, dtype=None, max_shard_size=10**10, dry_run=False)
+    upscale(str(base), growth, Target(tmp_path / "grown"))
     model = load(tmp_path / "grown")
     assert model.config.num_hidden_layers == make_plan(30, growth).layers
     ours = our_loss(tmp_path / "grown", rows)

@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from solar_jax.errors import UserError
 from solar_jax.hf.reader import Checkpoint, load_params, load_tokenizer
@@ -111,18 +112,59 @@ def test_a_hub_id_is_not_asked_for_where_its_first_part_is_a_folder_here(tmp_pat
     assert "no such checkpoint" in refusal("runs/misspelt")
 
 
-def test_a_hub_id_is_downloaded_with_its_tokenizer_and_without_other_formats(tmp_path, tiny, monkeypatch):
+REPO_FILES = [
+    "README.md", ".gitattributes", "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "lineage.json", "model.gguf",
+    "training_args.bin", "optimizer.pt", "flax_model.msgpack", "tf_model.h5", "onnx/model.onnx",
+    "original/consolidated.00.pth",
+]  # fmt: skip
+KEPT = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "chat_template.jinja", "special_tokens_map.json", "lineage.json",
+}  # fmt: skip
+SAFE = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+BIN = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [(SAFE, SAFE), (BIN, BIN), (SAFE + BIN, SAFE)],
+    ids=["safetensors", "bin", "both"],
+)
+def test_a_hub_id_is_downloaded_with_its_tokenizer_and_without_other_formats(
+    tmp_path, tiny, monkeypatch, there, wanted
+):
     asked = {}
 
-    def snapshot_download(repo, allow_patterns):
-        asked[repo] = allow_patterns
+    def snapshot_download(repo, **patterns):
+        asked[repo] = set(filter_repo_objects(REPO_FILES + there, **patterns))  # as the hub's client picks
         return str(tiny)
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo: REPO_FILES + there)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert find("upstage/SOLAR-10.7B") == tiny
-    assert {"*.safetensors", "config.json", "tokenizer.json"} <= set(asked["upstage/SOLAR-10.7B"])
-    assert not any("bin" in pattern for pattern in asked["upstage/SOLAR-10.7B"])
+    assert asked["upstage/SOLAR-10.7B"] - {"model.safetensors.index.json", "pytorch_model.bin.index.json"} == KEPT | {
+        name for name in wanted if not name.endswith(".json")
+    }
+    assert wanted[-1] in asked["upstage/SOLAR-10.7B"]
+
+
+def test_a_hub_id_whose_files_cannot_be_listed_is_asked_for_as_safetensors(tmp_path, tiny, monkeypatch):
+    asked = {}
+
+    def list_repo_files(repo):
+        raise ConnectionError
+
+    def snapshot_download(repo, **patterns):  # what the cache holds
+        asked[repo] = set(filter_repo_objects(SAFE + BIN, **patterns))
+        return str(tiny)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert find("upstage/SOLAR-10.7B") == tiny
+    assert asked["upstage/SOLAR-10.7B"] == {*SAFE, BIN[-1]}
 
 
 def test_a_path_may_start_at_home_or_here(tiny, monkeypatch):

@@ -13,8 +13,9 @@ import safetensors.torch
 import torch
 import transformers
 
-from solar_jax import upscale
+from solar_jax import cli, upscale
 from solar_jax.config import GrowthConfig
+from solar_jax.conversion import Target
 from solar_jax.errors import UserError
 from solar_jax.growth.plan import make_plan
 from solar_jax.source import open_checkpoint
@@ -25,8 +26,8 @@ DUS = GrowthConfig("dus", m=2)  # 0 1 2 3 | 2 3 4 5
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def grow(source, out, growth: GrowthConfig = DUS, dtype: str | None = None, dry_run: bool = False) -> None:
-    upscale.upscale(str(source), out, growth, dtype=dtype, max_shard_size=10**9, dry_run=dry_run)
+def grow(source, out: pathlib.Path, growth: GrowthConfig = DUS, dtype: str | None = None) -> None:
+    upscale.upscale(str(source), growth, Target(out, dtype=dtype))
 
 
 def tensors(folder) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
@@ -85,10 +86,13 @@ def test_slices_are_the_operator_that_they_spell_out(tmp_path, tiny):
     grow(tiny, tmp_path / "dus", DUS)
     grow(tiny, tmp_path / "slices", GrowthConfig("slices", slices="0:4,2:6"))
     names = {f.name for f in (tmp_path / "dus").iterdir()}
-    assert "model.safetensors" in names
+    assert {"model.safetensors", "config.json", "lineage.json"} <= names
     assert names == {f.name for f in (tmp_path / "slices").iterdir()}
-    for name in names:
+    for name in names - {"lineage.json"}:
         assert (tmp_path / "dus" / name).read_bytes() == (tmp_path / "slices" / name).read_bytes()
+    # The lineage names the command that made it, and the date.
+    one, other = (json.loads((tmp_path / folder / "lineage.json").read_text()) for folder in ("dus", "slices"))
+    assert {key for key in one if one[key] != other.get(key)} - {"date"} == {"operator"}
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("llama", {"tie_word_embeddings": True}), ("mistral", {})])
@@ -127,9 +131,9 @@ def test_a_grown_folder_can_be_grown_again(tmp_path, tiny):
     assert cfg == dataclasses.replace(open_checkpoint(str(tiny)).cfg, num_hidden_layers=14)
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_a_dry_run_shows_the_map_and_writes_nothing(tmp_path, tiny, capsys, given):
-    grow(tiny, tmp_path / "out" if given else None, dry_run=True)
+def test_a_dry_run_shows_the_map_and_writes_nothing(tmp_path, tiny, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    upscale.upscale(str(tiny), DUS, None)
     text = capsys.readouterr().out
     assert "6 -> 8 layers" in text
     rows = [line.split()[:3] for line in text.splitlines() if "<-" in line]
@@ -141,13 +145,12 @@ def test_a_dry_run_shows_the_map_and_writes_nothing(tmp_path, tiny, capsys, give
 
 def test_the_flags_name_one_growth_and_only_one():
     numbers = {"m": 3}
-    assert upscale.growth_config("dus", None, numbers) == GrowthConfig("dus", m=3)
-    assert upscale.growth_config(None, "0:2,1:3", numbers) == GrowthConfig("slices", m=3, slices="0:2,1:3")
-    assert upscale.growth_config("slices", "0:2", {}) == GrowthConfig("slices", slices="0:2")
-    with pytest.raises(UserError, match="--operator NAME or --slices RANGES"):
-        upscale.growth_config(None, None, numbers)
+    assert cli.growth_config("dus", None, numbers) == GrowthConfig("dus", m=3)
+    assert cli.growth_config(None, "0:2,1:3", numbers) == GrowthConfig("slices", m=3, slices="0:2,1:3")
+    assert cli.growth_config("slices", "0:2", {}) == GrowthConfig("slices", slices="0:2")
+    assert cli.growth_config(None, None, numbers) is None
     with pytest.raises(UserError, match="--slices and --operator=dus exclude"):
-        upscale.growth_config("dus", "0:2", numbers)
+        cli.growth_config("dus", "0:2", numbers)
 
 
 @pytest.fixture
@@ -198,9 +201,12 @@ COMMANDS = {
     "m does not fit": ("upscale --source={tiny} --out={out} --operator=dus --m=3", "found m=3"),
     "unknown flag": ("upscale --source={tiny} --out={out} --operator=dus --n=2", "'n'"),
     "flags missing": ("upscale --out={out} --operator=dus", "--source"),
+    "no growth": ("upscale --source={tiny} --out={out}", "--operator NAME or --slices RANGES"),
+    "a shard size that is none": ("upscale --source={tiny} --out={out} --operator=dus --m=2 --max_shard_size=big",
+                                  "max_shard_size must be a size like 5GB, found 'big'"),
     "operator and slices": ("upscale --source={tiny} --out={out} --operator=dus --slices=0:4", "--slices"),
     "convert: flag missing": ("convert --source={tiny} --out={out}", "--to"),
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

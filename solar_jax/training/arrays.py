@@ -4,8 +4,11 @@ Orbax itself moves whole arrays; a stacked leaf of a large model is larger than 
 """
 
 import collections
+import contextlib
+import os
 import pathlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,17 @@ def open_array(folder: pathlib.Path, path: str) -> Any:
     # The cache serves neighbouring slices that share a chunk.
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     return ts.open(_array(folder, path), read=True, open=True, context=context).result()
+
+
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """Raises what the file system refused to TensorStore as the OSError that it is, so that it can be told."""
+    try:
+        yield
+    except Exception as e:  # of several types, by the kind of failure
+        if found := re.search(r"os_error_code='(\d+)'", str(e)):
+            raise OSError(int(found[1]), os.strerror(int(found[1]))) from e
+        raise
 
 
 class _Done:
@@ -88,6 +102,14 @@ class BlockWriter:
         """Returns when everything is on disk."""
         while self._pending:
             self._wait()
+
+    def abandon(self) -> None:
+        """Returns when nothing is being written any more, well or not: the folder may be removed then."""
+        while self._pending:
+            written, _ = self._pending.popleft()
+            if not isinstance(written, _Done):
+                with contextlib.suppress(Exception):
+                    written.result()
 
     def _wait(self) -> None:
         future, size = self._pending.popleft()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from solar_jax.model.llama import Params
@@ -26,6 +27,14 @@ def _context() -> ocp.Context:
     return context
 
 
+def _chunks(keys: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+    """Chunks of a layer and less: an export or another mesh reads what it needs and not a whole stack."""
+    stacked = np.ndim(value) and any(getattr(key, "key", None) == "layers" for key in keys)
+    return ocp.options.ArrayOptions.Saving.StorageOptions(
+        chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ()
+    )
+
+
 class CheckpointStore:
     """The checkpoints of one run, or of an arm of it, under `workdir/checkpoints`."""
 
@@ -33,10 +42,8 @@ class CheckpointStore:
         # Both policies are given, since Orbax's own save at every chance and keep everything; when to save is the
         # training loop's decision. (Orbax's own types of its policies disagree, hence the two marks.)
         self._folder = (workdir / FOLDER).resolve()
-        # Chunks of a layer and less: an export or another mesh reads what it needs and not a whole stack.
         context = _context()
-        context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
-        context.array.saving.storage_options.shard_axes = (0,)
+        context.array.saving.scoped_storage_options_creator = _chunks
         self._checkpointer = ocp.training.Checkpointer(
             str(self._folder),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyrefly: ignore

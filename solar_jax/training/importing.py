@@ -14,7 +14,7 @@ from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.reader import Checkpoint, grown_rows, is_copy, numpy_dtype, row_blocks, row_unit, source_name
 from solar_jax.hf.tensors import TENSORS, from_hf, hf_shape, paths
 from solar_jax.model.llama import Params, shapes, sizes
-from solar_jax.training.arrays import BlockWriter
+from solar_jax.training.arrays import BlockWriter, os_errors
 from solar_jax.training.checkpoint import write_streamed
 
 DONE = "written.txt"  # in a folder that is being filled: a line for each array's layers that are on disk
@@ -60,10 +60,15 @@ def write_params(
 
     def write_arrays(writer: BlockWriter) -> None:
         done = _Log(workdir / DONE)
-        for path in dtypes:
-            _write_array(writer, done, c, plan, path, shape[path], dtypes[path])
+        try:
+            for path in dtypes:
+                _write_array(writer, done, c, plan, path, shape[path], dtypes[path])
+            writer.flush()
+        finally:
+            writer.abandon()  # where one failed, those that are on their way
 
-    write_streamed(workdir, tree, write_arrays, progress)
+    with os_errors():
+        write_streamed(workdir, tree, write_arrays, progress)
     (workdir / DONE).unlink(missing_ok=True)
 
 

@@ -1,7 +1,6 @@
 """Hugging Face folders out: the same bits, files that transformers loads, and nothing half-written."""
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 import transformers
 
 from solar_jax.errors import UserError
-from solar_jax.hf.reader import INDEX, load_params
-from solar_jax.hf.writer import check_target, new_folder, numpy_dtype, parse_size, write_checkpoint
+from solar_jax.hf.files import INDEX
+from solar_jax.hf.reader import load_params, numpy_dtype
+from solar_jax.hf.writer import parse_size, write_checkpoint
 from solar_jax.source import open_checkpoint
 from tests.conftest import hf_model, save_hf
 
@@ -91,64 +91,6 @@ def test_a_shard_is_filled_to_the_very_limit(tmp_path, tiny):
     assert (tmp_path / "one/model.safetensors").exists()
     export(tiny, tmp_path / "two", whole - 1)
     assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2
-
-
-def test_a_new_folder_becomes_the_target_only_when_filled(tmp_path):
-    out = tmp_path / "a" / "b"
-    with new_folder(out) as folder:
-        assert not out.exists()
-        assert folder.parent == out.parent  # a rename does not cross file systems then
-        (folder / "x").write_text("1")
-    assert [f.name for f in out.parent.iterdir()] == ["b"]
-    assert (out / "x").read_text() == "1"
-    mask = os.umask(0)
-    os.umask(mask)
-    assert out.stat().st_mode & 0o777 == 0o777 & ~mask  # a temporary folder's own mode shuts others out
-
-
-def test_an_empty_folder_is_filled(tmp_path):
-    (tmp_path / "out").mkdir()
-    with new_folder(tmp_path / "out") as folder:
-        (folder / "x").write_text("1")
-    assert [f.name for f in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out/x").read_text() == "1"
-
-
-def write_half(out, error: type[BaseException]) -> None:
-    with new_folder(out) as folder:
-        (folder / "sub").mkdir()
-        (folder / "sub" / "x").write_text("half")
-        raise error
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, UserError])
-def test_a_failed_export_leaves_nothing(tmp_path, error):
-    with pytest.raises(error):
-        write_half(tmp_path / "out", error)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_target_that_holds_something_is_refused_and_kept(tmp_path, kind):
-    out = tmp_path / "out"
-    if kind == "folder":
-        out.mkdir()
-    kept = out / "x" if kind == "folder" else out
-    kept.write_text("precious")
-    with pytest.raises(UserError) as e:
-        check_target(out)
-    assert str(e.value).startswith(f"{out}: ")
-    with pytest.raises(UserError), new_folder(out):
-        pytest.fail("the block must not run")
-    assert kept.read_text() == "precious"
-    assert [f.name for f in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_target_under_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError) as e, new_folder(tmp_path / "file" / "out"):
-        pytest.fail("the block must not run")
-    assert str(e.value).startswith(f"{tmp_path / 'file' / 'out'}: ")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Checkpoints: every bit back, on any mesh, and no half-written one taken for whole."""
 
 import functools
+import math
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from solar_jax.config import OptimizerConfig
+from solar_jax.training.arrays import open_array
 from solar_jax.training.checkpoint import FOLDER, CheckpointStore
 from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.step import State, abstract_state, state_shardings
@@ -66,6 +68,18 @@ def test_parameters_come_back_without_the_optimiser(saved):
     wanted = abstract((1, 8, 1))["params"]
     with CheckpointStore(saved) as store:
         assert_same(store.restore_params(4, wanted), make_state((2, 2, 2))["params"], wanted)
+
+
+def test_chunks_are_a_device_s_part_of_a_layer_or_of_an_array_outside_the_stack(saved):
+    """An export reads layers one by one; chunks of several would be read again and again, chunks of a row are many."""
+    for path, s in jax.tree.leaves_with_path(abstract((2, 2, 2))["params"]):
+        name = "/".join(k.key for k in path)
+        part = s.sharding.shard_shape(s.shape)
+        whole = math.prod(part[1:] if name.startswith("layers/") else part)
+        chunk = open_array(saved / FOLDER / "4" / "params", name).chunk_layout.read_chunk.shape
+        assert chunk[0] == 1 or not name.startswith("layers/")
+        replicas = 8 * math.prod(part) // math.prod(s.shape)  # each may write its share
+        assert math.prod(chunk) * replicas >= whole, name
 
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
