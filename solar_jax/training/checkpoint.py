@@ -27,9 +27,9 @@ def _context() -> ocp.Context:
     return context
 
 
-def _chunks(keys: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+def _chunks(key: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
     """Chunks of a layer and less: an export or another mesh reads what it needs and not a whole stack."""
-    stacked = np.ndim(value) and any(getattr(key, "key", None) == "layers" for key in keys)
+    stacked = np.ndim(value) and any(getattr(k, "key", None) == "layers" for k in key)
     return ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ()
     )
