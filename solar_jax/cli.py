@@ -4,10 +4,12 @@ import itertools
 import pathlib
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
+from etils import epath
 
 from solar_jax.config import DTYPES, GrowthConfig, check_override
 from solar_jax.conversion import Target
@@ -60,10 +62,15 @@ def growth_from_flags() -> GrowthConfig | None:
     return growth_config(f.operator, f.slices, {key: getattr(f, key) for key in GROWTH_NUMBERS})
 
 
+def place(text: str) -> pathlib.Path:
+    """A local path, or a bucket's behind the same interface."""
+    return typing.cast(pathlib.Path, epath.Path(text)) if "://" in text else pathlib.Path(text).expanduser()
+
+
 def target(form: str) -> Target:
     """What the flags say is to be written."""
     f = flags.FLAGS
-    return Target(pathlib.Path(f.out), form, f.dtype, f.max_shard_size, f.overwrite)
+    return Target(place(f.out), form, f.dtype, f.max_shard_size, f.overwrite)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.reader import Checkpoint
+from solar_jax.hf.safetensors import byte_size
 
 PACKAGES = ("solar_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes", "gguf")
 _HEAD, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 256, 4096
@@ -27,7 +27,7 @@ def identity(c: Checkpoint) -> dict[str, Any]:
     return {
         "where": c.where,
         "config_sha256": hashlib.sha256(json.dumps(c.hf_config, sort_keys=True).encode()).hexdigest(),
-        "files": [{"name": f.name, "bytes": f.stat().st_size, "sample_sha256": sample_sha256(f)} for f in c.files],
+        "files": [{"name": f.name, "bytes": byte_size(f), "sample_sha256": sample_sha256(f)} for f in c.files],
     }
 
 
@@ -37,7 +37,7 @@ def sample_sha256(file: pathlib.Path) -> str:
     A file of many GB is told from another in milliseconds. It is no proof that every byte is the same: that is what
     the full hashes of a certificate are for.
     """
-    size = file.stat().st_size
+    size = byte_size(file)
     digest = hashlib.sha256(size.to_bytes(8, "little"))
     with file.open("rb") as f:
         digest.update(f.read(_HEAD))
@@ -74,7 +74,5 @@ def record(c: Checkpoint, plan: GrowthPlan, made_by: str, **more: Any) -> dict[s
 
 
 def write(folder: pathlib.Path, content: dict[str, Any], name: str) -> None:
-    """Puts the record into a checkpoint's folder."""
-    temporary = folder / f".{name}.tmp"
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, folder / name)
+    """Puts a record into a checkpoint's folder, which does not have its name yet."""
+    (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -84,8 +84,9 @@ def companions(folder: pathlib.Path) -> dict[str, bytes]:
         if any(pathlib.PurePath(path.name).match(pattern) for pattern in LEFT_BEHIND):
             continue
         path = _inside(folder, name)
-        if path.stat().st_size > _MOST_COMPANION_BYTES:
-            raise UserError(f"{path}: is too large ({path.stat().st_size} bytes) for a tokenizer or template file.")
+        if safetensors.byte_size(path) > _MOST_COMPANION_BYTES:
+            size = safetensors.byte_size(path)
+            raise UserError(f"{path}: is too large ({size} bytes) for a tokenizer or template file.")
         found[name] = path.read_bytes()
     return found
 
@@ -125,7 +126,7 @@ def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
       UserError: it lies elsewhere, or is no regular file.
     """
     path = folder / name
-    if "://" in str(path):
+    if not safetensors.is_local(path):
         return path
     try:
         real, root = path.resolve(), folder.resolve()

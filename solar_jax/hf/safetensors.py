@@ -61,7 +61,7 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
       UserError: the file is not safetensors, is cut short, or its header contradicts itself.
     """
     try:
-        size = file.stat().st_size
+        size = byte_size(file)
         with file.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
             if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
@@ -136,7 +136,7 @@ def read(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     buffer = memoryview(out.reshape(-1).view(np.uint8))
     try:
         # Unbuffered where the file is local: the bytes go from the page cache into the array and nowhere else.
-        with open(entry.file, "rb", buffering=0) if _local(entry.file) else entry.file.open("rb") as f:
+        with open(entry.file, "rb", buffering=0) if is_local(entry.file) else entry.file.open("rb") as f:
             f.seek(start)
             done = 0
             while done < len(buffer):
@@ -149,8 +149,15 @@ def read(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     return out
 
 
-def _local(file: pathlib.Path) -> bool:
+def is_local(file: pathlib.Path) -> bool:
+    """Whether a path is of this machine's file systems, and not of a bucket (etils' paths say gs://, s3://)."""
     return "://" not in os.fspath(file)
+
+
+def byte_size(file: pathlib.Path) -> int:
+    """Of a local file or an object in a bucket."""
+    found: Any = file.stat()
+    return found.st_size if is_local(file) else found.length
 
 
 def write(file: pathlib.Path, pieces: Sequence[Piece], progress: Callable[[int], None] = lambda n: None) -> None:

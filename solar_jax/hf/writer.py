@@ -64,7 +64,7 @@ def _piece(c: Checkpoint, plan: GrowthPlan, name: str, path: str, layer: int | N
     shape, stored = hf_shape(path, c.cfg), c.dtype_of[source]
     out = numpy_dtype(dtype) if dtype else stored
     entry = c.entry_of.get(source)
-    if entry is not None and out == stored and is_copy(path, layer, plan) and "://" not in str(entry.file):
+    if entry is not None and out == stored and is_copy(path, layer, plan) and safetensors.is_local(entry.file):
         return Piece(name, shape, out, entry)
 
     def blocks() -> Iterator[np.ndarray]:
@@ -99,6 +99,8 @@ def write_model(
     max_shard_size: int,
     progress: Progress = lambda n: None,
     process: tuple[int, int] = (0, 1),
+    has: Callable[[str], bool] | None = None,
+    put: Callable[[pathlib.Path, str], None] | None = None,
 ) -> None:
     """Fills a folder with config, tokenizer files and weights.
 
@@ -113,18 +115,22 @@ def write_model(
       max_shard_size: bytes of weights a file holds.
       progress: told the bytes written since its last call.
       process: (index, count) of the processes that fill the folder together; each writes its share of the shards.
+      has: whether a file is there already; looks into the folder if None.
+      put: gives a finished file its name and place; within the folder if None.
     """
+    has = has or (lambda name: (folder / name).exists())
+    put = put or (lambda file, name: os.rename(file, folder / name))
     plan = plan or identity(c.cfg.num_hidden_layers)
     files = shards(pieces(c, plan, dtype), max_shard_size)
     index, count = process
 
     def write(file: str) -> None:
-        if (folder / file).exists():
+        if has(file):
             progress(sum(piece.nbytes for piece in files[file]))
             return
         temporary = folder / f"{file}.tmp"
         safetensors.write(temporary, files[file], progress)
-        os.rename(temporary, folder / file)
+        put(temporary, file)
 
     pool = concurrent.futures.ThreadPoolExecutor(WRITERS)
     try:
