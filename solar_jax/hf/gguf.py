@@ -88,7 +88,7 @@ class GGUF:
         width = entry.shape[0] // self.interleaved[name]
         first, last = start // width, -(-stop // width)  # heads that hold the rows
         x = _rows(name, entry, first * width, last * width)
-        x = x.reshape(last - first, width // 2, 2, -1).swapaxes(1, 2).reshape(x.shape)
+        x = x.reshape(last - first, width // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
         return x[start - first * width : stop - first * width]
 
 
@@ -266,7 +266,7 @@ def _rope_scaling(file: GGUF, config: dict[str, Any]) -> dict[str, Any] | None:
             f"{file.path}: {ROPE_FREQS} scales the rotary frequencies in another way than Llama 3 does, which "
             "config.json cannot express."
         )
-    return scaling
+    return scaling if scaling["factor"] != 1 else None
 
 
 def _llama3_factors(scaling: dict[str, Any], config: dict[str, Any]) -> np.ndarray:

@@ -1,15 +1,17 @@
 """GGUF files in: the original tensors bit by bit, the tokenizer, and files that are none of ours."""
 
 import pathlib
-import shutil
 
 import gguf
 import numpy as np
 import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from solar_jax.errors import UserError
 from solar_jax.hf import families
-from solar_jax.hf.reader import eos_id, load_tokenizer
+from solar_jax.hf.reader import eos_id
 from solar_jax.hf.tensors import TENSORS
 from solar_jax.source import open_checkpoint
 from tests.conftest import TINY, byte_tokenizer, hf_model
@@ -19,33 +21,45 @@ LAYERS = 2
 
 def llama_cpp_order(x: np.ndarray, heads: int) -> np.ndarray:
     """q_proj or k_proj as llama.cpp's converter stores it: the halves of each rotary pair side by side."""
-    return x.reshape(heads, 2, -1, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
+    return x.reshape(heads, 2, x.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
 
 
-def hf_tensors(tied: bool = False) -> dict[str, np.ndarray]:
-    model = hf_model(num_hidden_layers=LAYERS, tie_word_embeddings=tied)
+def hf_tensors(tied: bool = False, **changes) -> dict[str, np.ndarray]:
+    return state_dict(hf_model(num_hidden_layers=LAYERS, tie_word_embeddings=tied, **changes))
+
+
+def state_dict(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
+    tied = model.config.tie_word_embeddings
     return {k: x.numpy() for k, x in model.state_dict().items() if not (tied and k == "lm_head.weight")}
 
 
-def write_gguf(file: pathlib.Path, tensors: dict[str, np.ndarray], permute: bool = True, **changes) -> pathlib.Path:
-    """A file as llama.cpp's converter makes it of `tensors`.
+def write_gguf(
+    file: pathlib.Path,
+    tensors: dict[str, np.ndarray],
+    permute: bool = True,
+    arch: str = "llama",
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    raw: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
+    **changes,
+) -> pathlib.Path:
+    """A file as llama.cpp's converter makes it of `tensors`, its matrices quantised, and of tensors that are bytes.
 
     `changes` are metadata keys, "__" for ".", that take another value, or are left out if None.
     """
     vocab = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
     tokens = [token for token, _ in vocab] + ["th", "<own>"]
     metadata = {
-        "general.architecture": "llama",
-        "llama.vocab_size": TINY["vocab_size"],
-        "llama.context_length": TINY["max_position_embeddings"],
-        "llama.embedding_length": TINY["hidden_size"],
-        "llama.feed_forward_length": TINY["intermediate_size"],
-        "llama.block_count": LAYERS,
-        "llama.attention.head_count": TINY["num_attention_heads"],
-        "llama.attention.head_count_kv": TINY["num_key_value_heads"],
-        "llama.attention.key_length": TINY["head_dim"],
-        "llama.attention.layer_norm_rms_epsilon": TINY["rms_norm_eps"],
-        "llama.rope.freq_base": 10000.0,
+        "general.architecture": arch,
+        f"{arch}.vocab_size": TINY["vocab_size"],
+        f"{arch}.context_length": TINY["max_position_embeddings"],
+        f"{arch}.embedding_length": TINY["hidden_size"],
+        f"{arch}.feed_forward_length": TINY["intermediate_size"],
+        f"{arch}.block_count": LAYERS,
+        f"{arch}.attention.head_count": TINY["num_attention_heads"],
+        f"{arch}.attention.head_count_kv": TINY["num_key_value_heads"],
+        f"{arch}.attention.key_length": TINY["head_dim"],
+        f"{arch}.attention.layer_norm_rms_epsilon": TINY["rms_norm_eps"],
+        f"{arch}.rope.freq_base": 10000.0,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": tokens,
@@ -61,6 +75,8 @@ def write_gguf(file: pathlib.Path, tensors: dict[str, np.ndarray], permute: bool
             writer.add_array(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         elif value is not None:
@@ -68,11 +84,16 @@ def write_gguf(file: pathlib.Path, tensors: dict[str, np.ndarray], permute: bool
     for name, x in tensors.items():
         layer = name.split(".")[2] if name.startswith("model.layers.") else ""
         gguf_name = {row.hf.format(layer): row.gguf.format(layer) for row in TENSORS.values()}.get(name, name)
-        if permute and "q_proj" in name:
-            x = llama_cpp_order(x, TINY["num_attention_heads"])
-        if permute and "k_proj" in name:
-            x = llama_cpp_order(x, TINY["num_key_value_heads"])
-        writer.add_tensor(gguf_name, np.ascontiguousarray(x))
+        for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if permute and arch == "llama" and projection in name:
+                x = llama_cpp_order(x, TINY[heads])
+        if x.ndim == 1:
+            writer.add_tensor(gguf_name, np.ascontiguousarray(x, np.float32))
+        else:
+            packed = gguf.quants.quantize(np.ascontiguousarray(x, np.float32), kind)
+            writer.add_tensor(gguf_name, packed, raw_dtype=kind)
+    for name, (packed, of) in (raw or {}).items():
+        writer.add_tensor(name, packed, raw_dtype=of)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -97,9 +118,9 @@ def whole(tmp_path_factory) -> pathlib.Path:
 
 def test_the_file_names_of_the_table_are_llama_cpps():
     # The writer above takes them from the table too, so only the package can tell that they are right.
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, LAYERS)
     for row in TENSORS.values():
-        assert names.get_name(row.hf.format(1), try_suffixes=(".weight",)) == row.gguf.format(1)
+        assert names.get_name(row.hf.format(1), try_suffixes=(".weight", ".bias")) == row.gguf.format(1)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -137,48 +158,198 @@ def test_the_config_is_the_originals(whole):
     assert eos_id(c) == 2
 
 
-def test_the_tokenizer_merges_and_keeps_digits_and_special_tokens_apart(whole):
-    tokenizer = load_tokenizer(open_checkpoint(str(whole)))
-    vocab = byte_tokenizer().get_vocab()
-    assert tokenizer.encode("the 10").ids == [259, *(vocab[t] for t in ("e", "Ġ", "1", "0"))]
-    assert tokenizer.encode("t</s>h<own>").ids == [vocab["t"], 2, vocab["h"], 260]
-    assert tokenizer.decode([vocab["t"], 2, 260]) == "t<own>"  # a token of control is left out, the other is text
+def random_model(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """A model whose norms and biases are random too, which start as ones and zeros."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
 
 
-def test_numbers_are_cut_into_digits_only_where_the_file_says_so(tmp_path):
-    tokens = [t for t, _ in sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])] + ["10", "x"]
-    keys = {"tokenizer__ggml__tokens": tokens, "tokenizer__ggml__merges": ["1 0"]}
-    for pre, length in (("smollm", 2), ("gpt-2", 1)):
-        file = write_gguf(tmp_path / f"{pre}.gguf", hf_tensors(), tokenizer__ggml__pre=pre, **keys)
-        assert len(load_tokenizer(open_checkpoint(str(file))).encode("10").ids) == length
+SMALL = TINY | {"num_hidden_layers": LAYERS}
+CONFIGS = {
+    "llama": lambda **changes: transformers.LlamaConfig(**SMALL | changes),
+    "qwen2": lambda **changes: transformers.Qwen2Config(**SMALL | {"hidden_size": 96} | changes),  # 4 heads of 24
+    "qwen3": lambda **changes: transformers.Qwen3Config(**SMALL | changes),
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True}),
+        ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    ],
+)
+def test_every_architecture_is_the_original_and_what_transformers_reads(tmp_path, arch, changes):
+    model = random_model(CONFIGS[arch](**changes))
+    expected = state_dict(model)
+    keys = {
+        f"{arch}__embedding_length": model.config.hidden_size,
+        f"{arch}__rope__freq_base": float(model.config.rope_parameters["rope_theta"]),
+        "tokenizer__ggml__tokens": [str(i) for i in range(TINY["vocab_size"])],  # which transformers counts
+        "tokenizer__ggml__token_type": [1] * TINY["vocab_size"],
+        "tokenizer__ggml__merges": ["1 0"],
+        f"{arch}__vocab_size": None if arch == "qwen2" else TINY["vocab_size"],  # the converter leaves it out
+        f"{arch}__attention__key_length": None if arch == "qwen2" else TINY["head_dim"],
+    }
+    file = write_gguf(tmp_path / "x.gguf", expected, arch=arch, **keys)
+    c = open_checkpoint(str(file))
+    assert c.cfg == families.model_config(model.config.to_dict(), "")
+    assert set(c.shape_of) == set(expected)
+    for name, x in expected.items():
+        np.testing.assert_array_equal(c.read(name), x)
+    if "attention_bias" in changes:  # transformers' reader has no places for them
+        return
+    read = transformers.AutoModelForCausalLM.from_pretrained  # with the config, since it leaves out a head's size
+    theirs = read(tmp_path, gguf_file="x.gguf", config=model.config, dtype=torch.float32)
+    for name, x in state_dict(theirs).items():
+        np.testing.assert_array_equal(c.read(name), x)
+
+
+def test_transformers_makes_the_same_of_the_config(tmp_path):
+    for arch, make in CONFIGS.items():
+        model = random_model(make())
+        keys = {f"{arch}__embedding_length": model.config.hidden_size, f"{arch}__rope__scaling__factor": 4.0}
+        c = open_checkpoint(str(write_gguf(tmp_path / f"{arch}.gguf", state_dict(model), arch=arch, **keys)))
+        config = type(model.config)(**c.hf_config)
+        assert config.rope_parameters == {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+        config.rope_parameters = model.config.rope_parameters
+        ours, theirs = config.to_dict(), model.config.to_dict()
+        shape = {*TINY, "attention_bias", "tie_word_embeddings", "hidden_act", "layer_types", "rope_parameters"}
+        shape -= {"pad_token_id", "initializer_range", "attn_implementation"}
+        assert {k: ours.get(k) for k in shape} == {k: theirs.get(k) for k in shape}
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({}, 0.0),
+        ({"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}, 0.0),
+        ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}, 4.0),
+        ({"llama__rope__scaling__factor": 2.5}, 2.5),  # as llama.cpp takes it
+        ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 1.0}, 0.0),
+        ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 0.0}, 0.0),
+        ({"llama__rope__scaling__type": "linear"}, 0.0),
+    ],
+)
+def test_linear_rope_scaling_is_read(tmp_path, keys, factor):
+    c = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", hf_tensors(), **keys)))
+    assert (c.cfg.rope_scaling, c.cfg.rope_factor) == (("linear", factor) if factor else ("", c.cfg.rope_factor))
+
+
+def llama3_factors(factor: float, low: float = 1.0, high: float = 4.0) -> tuple[np.ndarray, dict]:
+    """What llama.cpp's converter stores: the plain frequencies over transformers' scaled ones."""
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": low}
+    rope |= {"high_freq_factor": high, "original_max_position_embeddings": 8192}
+    config = CONFIGS["llama"](rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1 / 500000.0 ** (torch.arange(0, TINY["head_dim"], 2, dtype=torch.int64).float() / TINY["head_dim"])
+    return (plain / scaled).numpy(), rope
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3s_rope_scaling_is_found_in_its_factors(tmp_path, factor):
+    factors, rope = llama3_factors(factor)
+    assert 1 < np.sort(np.unique(factors))[1] < factor  # one that is neither long nor short
+    tensors = hf_tensors() | {"rope_freqs.weight": factors}
+    c = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", tensors, llama__rope__freq_base=500000.0)))
+    assert c.cfg == families.model_config(CONFIGS["llama"](rope_parameters=rope).to_dict(), "")
+    assert transformers.LlamaConfig(**c.hf_config).rope_parameters == rope
+
+
+@pytest.mark.parametrize(
+    ("factors", "keys"),
+    [
+        (llama3_factors(8.0)[0] * np.float32(1.001), {}),
+        (llama3_factors(8.0, low=2.0)[0], {}),
+        (llama3_factors(8.0)[0], {"llama__rope__freq_base": 10000.0}),
+        (llama3_factors(8.0)[0], {"llama__rope__scaling__factor": 2.0}),
+        (llama3_factors(8.0)[0][:-1], {}),
+        (np.linspace(1, 8, 12, dtype=np.float32), {}),
+        (np.full(12, np.nan, np.float32), {}),
+        (np.zeros(12, np.float32), {}),
+    ],
+)
+def test_rope_factors_of_another_kind_are_refused(tmp_path, factors, keys):
+    keys = {"llama__rope__freq_base": 500000.0} | keys
+    file = write_gguf(tmp_path / "x.gguf", hf_tensors() | {"rope_freqs.weight": factors}, **keys)
+    assert "rope_freqs.weight" in refusal(file)
+
+
+def test_rope_factors_of_one_change_nothing(tmp_path):
+    tensors = hf_tensors() | {"rope_freqs.weight": np.ones(12, np.float32)}
+    assert not open_checkpoint(str(write_gguf(tmp_path / "x.gguf", tensors))).cfg.rope_scaling
 
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("general__architecture", "qwen2", "'qwen2'"),
+        ("general__architecture", "gemma", "'gemma'"),
+        ("general__type", "adapter", "'adapter'"),
+        ("split__count", 3, "3 parts"),
         ("llama__rope__scaling__type", "yarn", "'yarn'"),
-        ("tokenizer__ggml__model", "llama", "llama/smollm"),
-        ("tokenizer__ggml__pre", "llama-bpe", "gpt2/llama-bpe"),
-        ("tokenizer__ggml__pre", None, "gpt2/None"),
-        ("llama__vocab_size", None, "llama.vocab_size"),
+        ("llama__rope__scaling__type", 3, "found 3"),
+        ("llama__rope__scaling__factor", "4", "'4'"),
+        ("llama__rope__scaling__factor", float("nan"), "nan"),
+        ("llama__rope__freq_base", "big", "llama.rope.freq_base"),
+        ("llama__rope__freq_base", -1.0, "rope_theta"),
+        ("llama__rope__dimension_count", 12, "llama.rope.dimension_count must be 24, found 12"),
+        ("llama__attention__value_length", 32, "llama.attention.value_length must be 24, found 32"),
+        ("llama__attention__causal", False, "llama.attention.causal must be True"),
+        ("llama__attention__sliding_window", 4096, "llama.attention.sliding_window"),
+        ("llama__expert_count", 8, "llama.expert_count"),
+        ("llama__logit_scale", 0.5, "llama.logit_scale"),
+        ("llama__block_count", 1 << 31, "llama.block_count"),
+        ("llama__block_count", [2, 2], "llama.block_count must be a number, found array"),
+        ("llama__vocab_size", 321, "model.embed_tokens.weight"),
         ("llama__attention__head_count", None, "llama.attention.head_count"),
+        ("llama__attention__head_count", 0, "llama.attention.head_count must be a positive integer, found 0"),
+        ("llama__attention__head_count", 7, "does not hold 7 heads"),
+        ("llama__attention__head_count_kv", [2, 2], "llama.attention.head_count_kv"),
+        ("llama__attention__layer_norm_rms_epsilon", None, "llama.attention.layer_norm_rms_epsilon"),
         ("llama__context_length", None, "llama.context_length"),
-        ("tokenizer__ggml__tokens", None, "tokenizer.ggml.tokens"),
-        ("tokenizer__ggml__token_type", None, "tokenizer.ggml.token_type"),
-        ("tokenizer__ggml__merges", None, "tokenizer.ggml.merges"),
-        ("tokenizer__ggml__token_type", [1, 1], "tokenizer.ggml.token_type"),
-        ("tokenizer__ggml__merges", ["th is"], "tokenizer.ggml.merges"),
-        ("tokenizer__ggml__eos_token_id", 999, "tokenizer.ggml.eos_token_id"),
+        ("general__alignment", 31, "general.alignment"),
     ],
 )
 def test_metadata_that_cannot_be_used_is_named(tmp_path, key, value, said):
     assert said in refusal(write_gguf(tmp_path / "x.gguf", hf_tensors(), **{key: value}))
 
 
-def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path):
-    tensors = hf_tensors() | {"blk.0.attn_q.bias": np.ones(96, np.float32)}
-    assert "blk.0.attn_q.bias" in refusal(write_gguf(tmp_path / "x.gguf", tensors))
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("general__type", "model"),
+        ("split__count", 1),
+        ("llama__expert_count", 0),
+        ("llama__attention__sliding_window", 0),
+        ("llama__rope__dimension_count", 24),
+        ("llama__attention__causal", True),
+        ("llama__vocab_size", None),
+        ("gemma__logit_scale", 0.5),  # of no concern to this architecture
+    ],
+)
+def test_metadata_that_change_nothing_are_no_reason_to_refuse(tmp_path, whole, key, value):
+    c = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", hf_tensors(), **{key: value})))
+    assert c.cfg == open_checkpoint(str(whole)).cfg
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_rot_embd.weight", "blk.0.attn_sub_norm.weight", "output.bias", "x"])
+def test_a_tensor_that_the_model_has_no_place_for_is_named(tmp_path, name):
+    tensors = hf_tensors() | {name: np.ones(96, np.float32)}
+    assert name in refusal(write_gguf(tmp_path / "x.gguf", tensors))
+
+
+def test_a_bias_without_the_others_is_refused(tmp_path):
+    tensors = hf_tensors() | {"model.layers.0.self_attn.q_proj.bias": np.ones(96, np.float32)}
+    assert "model.layers.0.self_attn.k_proj.bias" in refusal(write_gguf(tmp_path / "x.gguf", tensors))
 
 
 def test_a_layer_more_than_the_file_says_is_named(tmp_path):
@@ -198,29 +369,6 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
     assert "model.norm.weight" in text
     assert "(64,)" in text
     assert "(63,)" in text
-
-
-def test_a_file_cut_anywhere_is_refused(tmp_path, whole):
-    content = whole.read_bytes()
-    metadata = min(tensor.data_offset for tensor in gguf.GGUFReader(whole).tensors)
-    # All over the metadata, every way to cut its first fields, and within the weights.
-    cuts = [*range(40), *range(40, metadata, 331), metadata - 1, metadata, len(content) // 2, len(content) - 1]
-    for cut in cuts:
-        file = tmp_path / f"{cut}.gguf"
-        file.write_bytes(content[:cut])
-        refusal(file)
-        file.unlink()
-
-
-@pytest.mark.parametrize("content", [b"", b"text, not weights\n" * 20, b"GGUF", b"GGUF" + bytes(60), b"\xff" * 64])
-def test_a_file_of_another_format_is_refused(tmp_path, content):
-    (tmp_path / "x.gguf").write_bytes(content)
-    assert "GGUF" in refusal(tmp_path / "x.gguf")
-
-
-def test_a_safetensors_file_in_place_of_its_folder_is_refused(tmp_path, tiny):
-    shutil.copy(tiny / "model.safetensors", tmp_path / "model.safetensors")
-    assert "GGUF" in refusal(tmp_path / "model.safetensors")
 
 
 @pytest.mark.slow
@@ -245,32 +393,3 @@ def test_smollm2s_config_is_the_one_that_its_authors_published(smollm2):
     assert {key: hf.get(key) for key in expected} == expected
     assert smollm2.cfg.head_dim == 64
     assert eos_id(smollm2) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "text",
-    [
-        "The quick brown fox.",
-        "  two  spaces\n\n\ttabs ",
-        "naïve café, 東京, 🙂",
-        "def f(x):\n    return x ** 2\n",
-        "'s 1,234.5",
-    ],
-)
-def test_smollm2s_tokenizer_gives_every_text_back(smollm2, text):
-    tokenizer = load_tokenizer(smollm2)
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-@pytest.mark.slow
-def test_smollm2s_tokenizer_cuts_text_as_its_authors_does(smollm2):
-    tokenizer = load_tokenizer(smollm2)
-    assert tokenizer.get_vocab_size() == 49152
-    assert tokenizer.encode("<|endoftext|><|im_start|><|im_end|>").ids == [0, 1, 2]
-    assert tokenizer.decode([2]) == ""
-    assert tokenizer.decode([2], skip_special_tokens=False) == "<|im_end|>"
-    assert len(tokenizer.encode(" the").ids) == 1
-    assert tokenizer.encode("the").ids != tokenizer.encode(" the").ids  # no space is put before the first word
-    assert tokenizer.encode("in 2024").tokens == ["in", "Ġ", "2", "0", "2", "4"]
-    assert tokenizer.encode(" Hello world").tokens == ["ĠHello", "Ġworld"]
