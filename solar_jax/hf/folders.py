@@ -11,31 +11,39 @@ from typing import Any
 
 from solar_jax.errors import UserError
 
-JOB = "job.json"  # in a folder that is being filled: what it will be, so that the same job can go on
+# In a folder that is being filled: what it will be, so that the same job can go on. Hidden, as no file is that a
+# checkpoint carries along.
+JOB = ".job.json"
 
 
 def check_target(out: pathlib.Path, overwrite: bool = False) -> None:
     """Raises a UserError unless `out` is free: not there, an empty folder, or one that may be replaced."""
-    if out.is_symlink() and not out.exists():
-        raise UserError(f"{out}: is a link to nothing; give a new folder.")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{out}: already exists; give a new folder, or --overwrite to replace it.")
-    if not out.is_dir() or not ((out / "config.json").exists() or (out / "model" / "config.json").exists()):
-        raise UserError(f"{out}: is not a checkpoint, so it is not replaced; give a new folder.")
+    try:
+        if out.is_symlink() and not out.exists():
+            raise UserError(f"{out}: is a link to nothing; give a new folder.")
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return
+        if not overwrite:
+            raise UserError(f"{out}: already exists; give a new folder, or --overwrite to replace it.")
+        if not out.is_dir() or not ((out / "config.json").exists() or (out / "model" / "config.json").exists()):
+            raise UserError(f"{out}: is not a checkpoint, so it is not replaced; give a new folder.")
+    except OSError as e:  # a name that is too long, a folder that others may not look into
+        raise UserError(f"{out}: cannot be written: {e.strerror}.") from e
 
 
 def check_space(out: pathlib.Path, needed: int) -> None:
-    """Raises a UserError unless the disk that `out` will lie on has `needed` free bytes."""
+    """Raises a UserError unless the disk that `out` will lie on has room for `needed` bytes."""
     parent = next(p for p in (out, *out.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(parent).free
-    if needed > free:
+    # What an earlier run left is gone on with, or cleared away.
+    begun = sum(os.lstat(os.path.join(at, f)).st_blocks * 512 for at, _, files in os.walk(partial(out)) for f in files)
+    if needed > free + begun:
         raise UserError(f"{out}: needs {needed / 1e9:.2f} GB of disk, but {parent} has {free / 1e9:.2f} GB free.")
 
 
 def partial(out: pathlib.Path) -> pathlib.Path:
-    """Where `out` is filled before it has its name."""
+    """Where `out` is filled before it has its name; beside the folder itself where `out` is a link."""
+    out = out.resolve()
     return out.parent / f".{out.name}.partial"
 
 
@@ -56,10 +64,8 @@ def new_folder(
     Raises:
       UserError: `out` is taken, cannot be written, or another process is filling it.
     """
-    out = out.parent.resolve() / out.name  # a change of the working directory must not move it
-    if not out.exists() and _old(out).exists():  # a process was killed between the two renames of `_replace`
-        os.rename(_old(out), out)
     check_target(out, overwrite)
+    out = out.resolve()  # a change of the working directory must not move it
     folder = partial(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +74,9 @@ def new_folder(
         raise UserError(f"{out}: cannot be written: {e.strerror}.") from e
     try:
         try:
+            if not out.exists() and _old(out).exists():  # a process was killed between the two renames of `_replace`
+                os.rename(_old(out), out)
+            check_target(out, overwrite)  # again, since another process may have had the lock before
             _prepare(folder, job)
             yield folder
             (folder / JOB).unlink(missing_ok=True)
