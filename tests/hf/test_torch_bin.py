@@ -8,7 +8,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tracemalloc
 import zipfile
 
 import numpy as np
@@ -100,7 +99,8 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
 def test_every_dtype_is_where_torch_put_it(tmp_path, code):
     dtype = DTYPES[code]
     tensors = {f"{shape}": random_tensor(dtype, shape) for shape in [(3, 5), (1,), (), (2, 1, 7)]}
-    torch.save(tensors | {"empty": torch.empty((0, 4), dtype=dtype)}, tmp_path / "x.bin")
+    tensors |= {f"{shape}": torch.empty(shape, dtype=dtype) for shape in [(0, 4), (3, 0), (2, 0, 3)]}
+    torch.save(tensors, tmp_path / "x.bin")
     assert {entry.code for entry in check(tmp_path / "x.bin").values()} == {code}
 
 
@@ -292,6 +292,13 @@ def test_a_compressed_storage_is_named(tmp_path):
     assert "'x/data/0' must be stored as it is" in refusal(file)
 
 
+def test_an_encrypted_storage_is_named(tmp_path):
+    content = archive(tmp_path / "x.bin").read_bytes()
+    flags = directory_entry(content, b"x/data/0") + 8
+    (tmp_path / "x.bin").write_bytes(content[:flags] + b"\x01" + content[flags + 1 :])
+    assert "'x/data/0' is encrypted" in refusal(tmp_path / "x.bin")
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_name_that_the_directory_lists_twice_is_refused(tmp_path):
     file = archive(tmp_path / "x.bin")
@@ -332,69 +339,6 @@ def test_members_that_share_bytes_are_refused(tmp_path):
     sizes = struct.pack("<2L", 50, 50)  # the storage takes in what follows
     (tmp_path / "y.bin").write_bytes(content[: entry + 20] + sizes + content[entry + 28 :])
     assert "inside another member" in refusal(tmp_path / "y.bin")
-
-
-def test_a_directory_of_any_size_is_not_read(tmp_path):
-    file = tmp_path / "x.bin"
-    size = 1 << 30
-    with file.open("wb") as f:  # nothing but a directory, as its end says
-        f.write(b"PK\x03\x04")
-        f.truncate(size)
-        f.seek(size)
-        f.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, size - 4, 4, 0))
-    tracemalloc.start()
-    try:
-        assert "directory takes" in refusal(file)
-        assert tracemalloc.get_traced_memory()[1] < 64 << 20
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_file_cut_anywhere_is_refused(tmp_path):
-    content = archive(tmp_path / "whole.bin").read_bytes()
-    for cut in range(len(content)):
-        (tmp_path / "x.bin").write_bytes(content[:cut])
-        refusal(tmp_path / "x.bin")
-
-
-@pytest.mark.parametrize("checksums", [True, False])
-def test_a_damaged_file_is_refused_or_says_nothing_wrong(tmp_path, checksums):
-    torch.serialization.set_crc32_options(checksums)
-    tensors = {"embed.weight": torch.arange(12.0).reshape(3, 4), "norm": torch.ones(5, dtype=torch.bfloat16)}
-    try:
-        torch.save(tensors, tmp_path / "whole.bin")
-    finally:
-        torch.serialization.set_crc32_options(True)
-    content, expected = (tmp_path / "whole.bin").read_bytes(), read_header(tmp_path / "whole.bin")
-    file = tmp_path / "x.bin"
-    refused = 0
-    for seed in range(600):
-        rng = random.Random(seed)
-        damaged = bytearray(content)
-        for _ in range(rng.choice([1, 1, 3, 20])):
-            at = rng.randrange(len(damaged))
-            kind = rng.randrange(4)
-            if kind == 0:
-                damaged[at] ^= 1 << rng.randrange(8)
-            elif kind == 1:
-                damaged[at] = rng.randrange(256)
-            elif kind == 2:
-                damaged[at : at + rng.randrange(64)] = b""
-            else:
-                damaged[at:at] = rng.randbytes(rng.randrange(1, 16))
-        file.write_bytes(damaged)
-        try:
-            entries = read_header(file)
-        except UserError:
-            refused += 1
-            refusal(file)
-            continue
-        for entry in entries.values():
-            assert 0 <= entry.start <= entry.stop <= len(damaged)
-        if checksums:  # else a bit of a shape or a name can change and nothing tells
-            found = {name: (e.code, e.shape, e.stop - e.start) for name, e in entries.items()}
-            assert found == {name: (e.code, e.shape, e.stop - e.start) for name, e in expected.items()}
-    assert 100 < refused < 600
 
 
 def test_a_sharded_folder_is_read(tmp_path, tiny):

@@ -1,16 +1,20 @@
-"""Pickles that would run something, lie, or never end, in a .bin file; none is run."""
+"""Hostile and damaged .bin files: pickles that would run something, lie or never end, of which none is run."""
 
 import collections
 import importlib
 import os
 import pathlib
 import pickle
+import random
+import struct
 import time
 import tracemalloc
 
 import pytest
 import torch
 
+from solar_jax.errors import UserError
+from solar_jax.hf.torch_bin import read_header
 from tests.hf.test_torch_bin import NAME, STORAGE, TENSOR, archive, refusal, state
 
 
@@ -146,32 +150,106 @@ def test_a_pickle_that_torch_save_does_not_write_is_refused(tmp_path, pickled, s
     assert said.lower() in refusal(archive(tmp_path / "x.bin", pickled)).lower()
 
 
+MOST = (1 << 23) - 100  # bytes of a pickle, nearly
+LONG_MEMO = b"".join(b"r" + i.to_bytes(4, "little") for i in range(MOST // 5))
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\nq\x02"
+
+
 @pytest.mark.parametrize(
-    "pickled",
+    ("pickled", "said"),
     [
-        b"\x80\x02" + b"}" * (8 << 20),
-        b"\x80\x02" + b"(" * (8 << 20),
-        b"\x80\x02" + b"}0" * (4 << 20),
-        b"\x80\x02)" + b"\x85" * (1 << 19) + b".",  # a tuple half a million deep
-        b"\x80\x02})" + b"\x85" * (1 << 19) + b"Ns.",  # which is hashed as a key
-        b"\x80\x02)" + b"q\x00h\x00\x86" * (1 << 18) + b".",  # 2^(2^18) leaves, each pair shared
-        b"\x80\x02]q\x00h\x00a.",  # a list within itself
-        b"\x80\x02}q\x00" + NAME + b"h\x00s.",
-        b"\x80\x02}" + b"".join(b"r%c%c%c\x7f" % (i & 255, i >> 8 & 255, i >> 16) for i in range(1 << 20)),
-        b"\x80\x02(" + b")" * 60000 + b"tq\x00" + b"ccollections\nOrderedDict\nh\x00R0" * 10000 + b".",
-        # One tuple of 60,000 axes, used again and again.
-        b"\x80\x02(" + b"K\x01" * 60000 + b"tq\x00" + STORAGE + b"q\x01" + b"ctorch._utils\n_rebuild_tensor_v2\nq\x02"
-        b"(h\x01K\x00h\x00h\x00\x89}tq\x03" + b"h\x02h\x03R0" * 10000 + b".",
+        (b"}" * MOST * 2, "bytes, of which"),
+        (b"}" * MOST, "wait to be used"),
+        (b"(" * MOST, "wait to be used"),
+        (b"]" + b"(]]]t" * (MOST // 5), "wait to be used"),
+        (b")" + b"\x85" * (1 << 19), "found tuple"),  # a tuple half a million deep
+        (b"})" + b"\x85" * (1 << 19) + b"Ns", "keys must be"),  # which would be hashed as a key
+        (b")" + b"q\x00h\x00\x86" * (1 << 18), "found tuple"),  # 2^(2^18) leaves, each pair shared
+        (b"]q\x00h\x00a", "found list"),  # a list within itself
+        (b"}q\x00" + NAME + b"h\x00s", "found dict"),
+        (b"}" + LONG_MEMO + b"N", "values"),
+        (b"(" + b"N" * 60000 + b"tq\x00" + b"ccollections\nOrderedDict\nh\x00R" * 10000, "60000 arguments"),
+        # One tuple of 60,000 axes, which might be looked through again and again.
+        (b"(" + b"K\x01" * 60000 + b"tq\x00" + REBUILD + b"(" + STORAGE + b"K\x00h\x00h\x00\x89}tR", "60000 axes"),
     ],
-)  # fmt: skip
-def test_a_pickle_that_grows_ends_soon_and_small(tmp_path, pickled):
-    file = archive(tmp_path / "x.bin", pickled)
+)
+def test_a_pickle_that_grows_ends_soon_and_small(tmp_path, pickled, said):
+    file = archive(tmp_path / "x.bin", b"\x80\x02" + pickled + b".")
     start = time.monotonic()
     tracemalloc.start()
     try:
-        refusal(file)
+        assert said in refusal(file)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 400 << 20
     assert time.monotonic() - start < 60
+
+
+def test_numbers_of_more_than_64_bits_are_refused(tmp_path):
+    for digits, said in ((8, "found int"), (9, "64 bits"), (255, "64 bits")):
+        pickled = b"\x80\x02\x8a" + bytes([digits]) + b"\x01" * digits + b"."
+        assert said in refusal(archive(tmp_path / f"{digits}.bin", pickled))
+
+
+def test_a_directory_of_any_size_is_not_read(tmp_path):
+    file = tmp_path / "x.bin"
+    size = 1 << 30
+    with file.open("wb") as f:  # nothing but a directory, as its end says
+        f.write(b"PK\x03\x04")
+        f.truncate(size)
+        f.seek(size)
+        f.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, size - 4, 4, 0))
+    tracemalloc.start()
+    try:
+        assert "directory takes" in refusal(file)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+    content = archive(tmp_path / "whole.bin").read_bytes()
+    for cut in range(len(content)):
+        (tmp_path / "x.bin").write_bytes(content[:cut])
+        refusal(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_damaged_file_is_refused_or_says_nothing_wrong(tmp_path, checksums):
+    torch.serialization.set_crc32_options(checksums)
+    tensors = {"embed.weight": torch.arange(12.0).reshape(3, 4), "norm": torch.ones(5, dtype=torch.bfloat16)}
+    try:
+        torch.save(tensors, tmp_path / "whole.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    content, expected = (tmp_path / "whole.bin").read_bytes(), read_header(tmp_path / "whole.bin")
+    file = tmp_path / "x.bin"
+    refused = 0
+    for seed in range(600):
+        rng = random.Random(seed)
+        damaged = bytearray(content)
+        for _ in range(rng.choice([1, 1, 3, 20])):
+            at = rng.randrange(len(damaged))
+            kind = rng.randrange(4)
+            if kind == 0:
+                damaged[at] ^= 1 << rng.randrange(8)
+            elif kind == 1:
+                damaged[at] = rng.randrange(256)
+            elif kind == 2:
+                damaged[at : at + rng.randrange(64)] = b""
+            else:
+                damaged[at:at] = rng.randbytes(rng.randrange(1, 16))
+        file.write_bytes(damaged)
+        try:
+            entries = read_header(file)
+        except UserError:
+            refused += 1
+            refusal(file)
+            continue
+        for entry in entries.values():
+            assert 0 <= entry.start <= entry.stop <= len(damaged)
+        if checksums:  # else a bit of a shape or a name can change and nothing tells
+            found = {name: (e.code, e.shape, e.stop - e.start) for name, e in entries.items()}
+            assert found == {name: (e.code, e.shape, e.stop - e.start) for name, e in expected.items()}
+    assert 100 < refused < 600
