@@ -60,6 +60,9 @@ class _Done:
     def __init__(self, result: Callable[[], None]):
         self.result = result
 
+    def done(self) -> bool:
+        return True
+
 
 class BlockWriter:
     """Writes arrays under a checkpointable's folder, a bounded number of bytes on their way at a time."""
@@ -85,7 +88,7 @@ class BlockWriter:
 
     def write(self, array: Any, index: Index, block: np.ndarray) -> None:
         """Hands over a block, which must not change afterwards."""
-        while self._pending and self._pending_bytes + block.nbytes > _PENDING_BYTES:
+        while self._pending and (self._pending_bytes + block.nbytes > _PENDING_BYTES or self._pending[0][0].done()):
             self._wait()
         self._pending.append((array[index].write(block, can_reference_source_data_indefinitely=True), block.nbytes))
         self._pending_bytes += block.nbytes
