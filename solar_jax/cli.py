@@ -15,6 +15,7 @@ from solar_jax.config import DTYPES, GrowthConfig, check_override
 from solar_jax.conversion import Target
 from solar_jax.errors import UserError
 from solar_jax.growth.plan import OPERATORS
+from solar_jax.parallel import processes
 
 USAGE_STATUS = 2  # of bad flags and bad input
 GROWTH_NUMBERS = ("m", "a", "b", "every", "copies")  # the operators' numbers, fields of GrowthConfig
@@ -100,6 +101,7 @@ def _no_rest(argv: Sequence[str]) -> Sequence[str]:
 
 def _guarded(run: Callable[[], None]) -> None:
     try:
+        processes.start()
         run()
     except UserError as e:
         _stop(str(e))

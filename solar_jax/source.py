@@ -16,10 +16,10 @@ from solar_jax.errors import UserError
 from solar_jax.hf import families
 from solar_jax.hf.files import LEFT_BEHIND, LINEAGE, companions, open_folder, open_gguf, read_json
 from solar_jax.hf.reader import Checkpoint, check_tensors, row_unit
-from solar_jax.hf.tensors import TENSORS, hf_shape, hf_tensors, paths, to_hf
+from solar_jax.hf.tensors import TENSORS, hf_shape, hf_tensors, to_hf
 from solar_jax.model.llama import shapes
-from solar_jax.training.arrays import open_array
-from solar_jax.training.checkpoint import FOLDER, MODEL_FOLDER, CheckpointStore
+from solar_jax.training.arrays import array_paths, open_array
+from solar_jax.training.checkpoint import MODEL_FOLDER, newest
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -105,29 +105,20 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
     model = folder / MODEL_FOLDER
     hf_config = read_json(model / "config.json")
     cfg = families.model_config(hf_config, str(model / "config.json"))
-    if not (folder / FOLDER).is_dir():
+    step = newest(folder)
+    if step is None:
         raise UserError(f"{folder}: holds no checkpoint yet.")
-    with CheckpointStore(folder) as store:
-        step = store.latest_step
-        if step is None:
-            raise UserError(f"{folder / FOLDER}: holds no checkpoint yet.")
-        where = f"{folder / FOLDER / str(step)}"
-        expected = {
-            keystr(path, simple=True, separator="/"): s.shape for path, s in jax.tree.leaves_with_path(shapes(cfg))
-        }
-        for path, shape in store.param_shapes(step).items():
-            if expected.pop(path, None) != shape:
-                raise UserError(f"{where}: {path} of shape {shape} is not what {model / 'config.json'} says.")
-        if expected:
-            raise UserError(f"{where}: {', '.join(sorted(expected))} of {model / 'config.json'} are missing.")
-
-        arrays_folder = store.params_folder(step)
-
-    tensors = {name: (path, layer) for name, path, layer in hf_tensors(cfg)}
+    expected = {keystr(p, simple=True, separator="/"): s.shape for p, s in jax.tree.leaves_with_path(shapes(cfg))}
     try:
-        arrays = {path: open_array(arrays_folder, path) for path in paths(cfg)}
+        arrays = {path: open_array(step / "params", path) for path in array_paths(step / "params")}
     except (ValueError, OSError) as e:
-        raise UserError(f"{where}: cannot be read; is it damaged?") from e
+        raise UserError(f"{step}: cannot be read; is it damaged?") from e
+    for path, array in arrays.items():
+        if expected.pop(path, None) != array.shape:
+            raise UserError(f"{step}: {path} of shape {array.shape} is not what {model / 'config.json'} says.")
+    if expected:
+        raise UserError(f"{step}: {', '.join(sorted(expected))} of {model / 'config.json'} are missing.")
+    tensors = {name: (path, layer) for name, path, layer in hf_tensors(cfg)}
 
     def read(name: str, rows: slice = slice(None)) -> np.ndarray:
         path, layer = tensors[name]
@@ -138,19 +129,19 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
         try:
             x = arrays[path][tuple(index) if layer is None else (layer, *index)].read().result()
         except (ValueError, OSError) as e:
-            raise UserError(f"{where}: {path} cannot be read; is it damaged?") from e
+            raise UserError(f"{step}: {path} cannot be read; is it damaged?") from e
         # As plain integers: numpy moves those several times faster than the bfloat16 that it does not know.
         return to_hf(x.view(f"u{x.dtype.itemsize}"), path, cfg).view(x.dtype)
 
     lineage = model / LINEAGE
     return Checkpoint(
-        where=where,
+        where=str(step),
         hf_config=hf_config,
         cfg=cfg,
         companions=companions(model),
         shape_of={name: hf_shape(path, cfg) for name, (path, _) in tensors.items()},
         dtype_of={name: arrays[path].dtype.numpy_dtype for name, (path, _) in tensors.items()},
         read=read,
-        files=(arrays_folder / "manifest.ocdbt",),  # which names all others by their hashes
+        files=(step / "params" / "manifest.ocdbt",),  # which names all others by their hashes
         lineage=read_json(lineage) if lineage.is_file() else None,
     )

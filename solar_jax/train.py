@@ -30,7 +30,7 @@ from solar_jax.hf import families
 from solar_jax.hf.reader import Checkpoint, eos_id, load_tokenizer
 from solar_jax.hf.writer import parse_size
 from solar_jax.model.llama import REMAT, parameter_count
-from solar_jax.parallel import chips, rules
+from solar_jax.parallel import chips, processes, rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.source import open_checkpoint
 from solar_jax.training import metrics, workdir
@@ -86,8 +86,10 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     hf_config = families.grown_hf_config(checkpoint.hf_config, plan.source, config.export.dtype)
     heldout = heldout_rows(corpus, config.evaluation.windows)
     announce(config, folder, checkpoint, plan, trained, mesh, need, corpus, len(heldout), goes_on)
-    if not goes_on:
+    processes.wait("everything is checked")
+    if not goes_on and processes.is_first():
         workdir.create(folder, config, checkpoint, plan, hf_config)
+    processes.wait("the run's folder is there")
     shared = Run(
         config=config,
         workdir=folder,
@@ -119,8 +121,10 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
 
     # ---- What came of it --------------------------------------------------------------------------------------------
     summary = summarise(shared, plan, cfg, time.perf_counter() - begin)
-    draw(shared, summary)
-    metrics.write_json(folder / "summary.json", summary)
+    if processes.is_first():
+        draw(shared, summary)
+        metrics.write_json(folder / "summary.json", summary)
+    processes.wait("the summary is written")
     say(f"\n{table(summary)}\n{folder}: summary.json, metrics.jsonl, loss.png, checkpoints/, hf/")
     return summary
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+_METADATA = "/zarr.json"
 _CACHE_BYTES = 1 << 27
 _PENDING_BYTES = 1 << 28  # handed over for writing and not yet on disk
 _DATA_FILE_BYTES = 1 << 27  # of which OCDBT keeps the last in memory until it is full
@@ -30,6 +31,16 @@ def _key_value_store(folder: pathlib.Path) -> dict[str, Any]:
 def _array(folder: pathlib.Path, path: str) -> dict[str, Any]:
     """The spec of one array; Orbax joins the keys of its path with dots."""
     return {"driver": "zarr3", "kvstore": _key_value_store(folder) | {"path": path.replace("/", ".") + "/"}}
+
+
+def array_paths(folder: pathlib.Path) -> list[str]:
+    """The path of every array of a checkpointable, e.g. "layers/q_proj".
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    keys = ts.KvStore.open(_key_value_store(folder)).result().list().result()
+    return [k.decode().removesuffix(_METADATA).replace(".", "/") for k in keys if k.endswith(_METADATA.encode())]
 
 
 def open_array(folder: pathlib.Path, path: str) -> Any:

@@ -17,6 +17,7 @@ from solar_jax.training.arrays import BlockWriter
 
 FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
+_COMMITTED = "commit_success.txt"  # Orbax writes it last
 _CHUNK_BYTES = 1 << 26
 
 
@@ -33,6 +34,13 @@ def _chunks(key: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving
     return ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ()
     )
+
+
+def newest(workdir: pathlib.Path) -> pathlib.Path | None:
+    """The folder of a run's newest whole checkpoint, found without Orbax, which asks every process."""
+    folder = workdir / FOLDER
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / _COMMITTED).exists()]
+    return folder / str(max(steps)) if steps else None
 
 
 class CheckpointStore:
@@ -66,18 +74,9 @@ class CheckpointStore:
         state = self._checkpointer.load_checkpointables(step, {"params": params, "opt_state": opt_state, "host": None})
         return state["params"], state["opt_state"], state["host"]
 
-    def param_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter that a step holds, by path, e.g. "layers/q_proj"."""
-        stored = self._checkpointer.checkpointables_metadata(step).metadata["params"]
-        return {"/".join(k.key for k in path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(stored)}
-
     def restore_params(self, step: int, params: Params) -> Params:
         """The parameters of a step alone, laid out as the given abstract tree says."""
         return self._checkpointer.load_checkpointables(step, {"params": params})["params"]
-
-    def params_folder(self, step: int) -> pathlib.Path:
-        """Where the arrays of a step's parameters lie."""
-        return self._folder / str(step) / "params"
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -104,7 +103,7 @@ def write_streamed(
       progress: told the bytes written since its last call.
     """
     folder = workdir / FOLDER / "0"
-    if not (folder / "commit_success.txt").exists():
+    if not (folder / _COMMITTED).exists():
         # No notes beside the arrays on how they lie: the arrays say that themselves.
         context = _context()
         context.array.saving.array_metadata_store = None
@@ -112,7 +111,11 @@ def write_streamed(
         with ocp.training.Checkpointer(
             str((workdir / FOLDER).resolve()), context=context, cleanup_tmp_directories=True
         ) as checkpointer:
-            empty = jax.tree.map(lambda dtype: jnp.zeros((1,), dtype), dtypes)
+            # On all devices of all processes, since Orbax takes no array that others do not know of.
+            everywhere = jax.sharding.NamedSharding(
+                jax.make_mesh((jax.device_count(),), ("all",)), jax.sharding.PartitionSpec()
+            )
+            empty = jax.jit(lambda: jax.tree.map(lambda d: jnp.zeros((1,), d), dtypes), out_shardings=everywhere)()
             checkpointer.save_checkpointables(0, {"params": empty}, force=True)
     writer = BlockWriter(folder / "params", progress)
     write_arrays(writer)

@@ -14,10 +14,11 @@ from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.reader import Checkpoint, grown_rows, is_copy, numpy_dtype, row_blocks, row_unit, source_name
 from solar_jax.hf.tensors import TENSORS, from_hf, hf_shape, paths
 from solar_jax.model.llama import Params, shapes, sizes
+from solar_jax.parallel import processes
 from solar_jax.training.arrays import BlockWriter, os_errors
 from solar_jax.training.checkpoint import write_streamed
 
-DONE = "written.txt"  # in a folder that is being filled: a line for each array's layers that are on disk
+DONE = "written"  # files in a folder that is being filled: a line for each array's layers that are on disk
 _WORKERS = 2  # blocks read and transposed at a time
 _AHEAD = 3  # blocks that wait for the writer
 
@@ -42,7 +43,7 @@ def total_bytes(c: Checkpoint, plan: GrowthPlan, dtype: str | None) -> int:
 def write_params(
     workdir: pathlib.Path, c: Checkpoint, plan: GrowthPlan, dtype: str | None, progress: Callable[[int], None]
 ) -> None:
-    """Writes the checkpoint of step 0 under `workdir`, grown by `plan`.
+    """Writes the checkpoint of step 0 under `workdir`, grown by `plan`; of several processes each its share of layers.
 
     Args:
       workdir: the folder above `checkpoints/`; empty, or as an earlier run of the same job left it.
@@ -59,8 +60,12 @@ def write_params(
         (tree[group] if group else tree)[leaf] = d
 
     def write_arrays(writer: BlockWriter) -> None:
-        done = _Log(workdir / DONE)
+        done = _Log(workdir)
         try:
+            if processes.is_first():
+                for path in dtypes:
+                    _array(writer, c, path, shape[path], dtypes[path], fresh=not done.has_any(path))
+            processes.wait("the arrays are there to be filled")
             for path in dtypes:
                 _write_array(writer, done, c, plan, path, shape[path], dtypes[path])
             writer.flush()
@@ -69,34 +74,54 @@ def write_params(
 
     with os_errors():
         write_streamed(workdir, tree, write_arrays, progress)
-    (workdir / DONE).unlink(missing_ok=True)
+    processes.wait("the arrays are filled")
+    if processes.is_first():
+        for file in workdir.glob(f"{DONE}.*"):
+            file.unlink()
 
 
 class _Log:
-    """The lines of a file, each on disk when `add` returns."""
+    """What is on disk already: a line for each, in a file of each process; on disk when `add` returns."""
 
-    def __init__(self, file: pathlib.Path):
-        self.file = file
-        text = file.read_text() if file.exists() else ""
-        self.lines = set(text[: text.rfind("\n") + 1].splitlines())  # not one that a kill cut short
+    def __init__(self, folder: pathlib.Path):
+        self.lines: set[str] = set()
+        for file in folder.glob(f"{DONE}.*"):
+            text = file.read_text()
+            self.lines |= set(text[: text.rfind("\n") + 1].splitlines())  # not one that a kill cut short
+        self.file = folder / f"{DONE}.{processes.index_and_count()[0]}"
+
+    def has_any(self, path: str) -> bool:
+        """Whether a part of an array is there."""
+        return any(line.split(" ")[0] == path for line in self.lines)
 
     def add(self, line: str) -> None:
         with self.file.open("a") as f:
             f.write(f"\n{line}\n")
 
 
+def _array(writer: BlockWriter, c: Checkpoint, path: str, shape: tuple[int, ...], dtype: np.dtype, fresh: bool) -> Any:
+    """An array on disk, in chunks of one block of a layer's file."""
+    row, unit = TENSORS[path], row_unit(path, c.cfg)
+    block = next(row_blocks(hf_shape(path, c.cfg), unit))
+    chunk = [sizes(c.cfg)[letter] for letter in row.axes]
+    chunk[_rows_axis(path)] = (block.stop - block.start) // unit
+    return writer.create(path, shape, dtype, (1, *chunk) if path.startswith("layers/") else tuple(chunk), fresh)
+
+
+def _rows_axis(path: str) -> int:
+    """The axis of our layer's array along which the file's rows run."""
+    return TENSORS[path].axes.index(TENSORS[path].hf_axes[0][0])
+
+
 def _write_array(
     writer: BlockWriter, done: _Log, c: Checkpoint, plan: GrowthPlan, path: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> None:
     """One array of the state, its distinct layers each read once and written to every place that they have."""
-    row, unit = TENSORS[path], row_unit(path, c.cfg)
-    axis = row.axes.index(row.hf_axes[0][0])  # of our layer's array, along which the file's rows run
+    unit, axis = row_unit(path, c.cfg), _rows_axis(path)
     blocks = list(row_blocks(hf_shape(path, c.cfg), unit))
-    chunk = [sizes(c.cfg)[letter] for letter in row.axes]
-    chunk[axis] = (blocks[0].stop - blocks[0].start) // unit
     stacked = path.startswith("layers/")
-    fresh = not any(line.split()[0] == path for line in done.lines if line)
-    array = writer.create(path, shape, dtype, (1, *chunk) if stacked else tuple(chunk), fresh)
+    array = _array(writer, c, path, shape, dtype, fresh=False)
+    index, count = processes.index_and_count()
 
     def prepare(item: tuple[list[int | None], slice]) -> tuple[list[int | None], slice, np.ndarray]:
         layers, rows = item
@@ -105,16 +130,16 @@ def _write_array(
         x = from_hf(x.view(f"u{dtype.itemsize}"), path, c.cfg)
         return layers, rows, np.ascontiguousarray(x).view(dtype)
 
-    for layers in _places(plan, path) if stacked else [[None]]:
+    for layers in (_places(plan, path) if stacked else [[None]])[index::count]:
         name = f"{path} {layers}"
         if name in done.lines:
             writer.skip(len(layers) * int(np.prod(shape[1:] if stacked else shape)) * dtype.itemsize)
             continue
         for places, rows, block in _ahead(prepare, [(layers, rows) for rows in blocks]):
-            index = [slice(None)] * len(row.axes)
-            index[axis] = slice(rows.start // unit, rows.stop // unit)
+            at: list[Any] = [slice(None)] * len(TENSORS[path].axes)
+            at[axis] = slice(rows.start // unit, rows.stop // unit)
             for layer in places:
-                writer.write(array, tuple(index) if layer is None else (layer, *index), block)
+                writer.write(array, tuple(at) if layer is None else (layer, *at), block)
         writer.then(lambda name=name: done.add(name))
 
 

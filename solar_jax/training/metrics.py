@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from solar_jax.config import ModelConfig
+from solar_jax.parallel import processes
 
 
 def flops_per_token(cfg: ModelConfig, sequence_length: int) -> float:
@@ -37,6 +38,7 @@ class JsonLines:
 
     def __init__(self, file: pathlib.Path):
         self.file = file
+        self._writes = processes.is_first()  # the others see what it writes
 
     def read(self) -> list[dict[str, Any]]:
         """The lines there are; one that a crash cut short is left out."""
@@ -51,6 +53,8 @@ class JsonLines:
 
     def keep_if(self, condition: Callable[[dict[str, Any]], bool]) -> None:
         """Drops the other lines, as those of steps that a resumed run will take again."""
+        if not self._writes:
+            return
         kept = [r for r in self.read() if condition(r)]
         write_text(self.file, "".join(json.dumps(r) + "\n" for r in kept))
 
@@ -63,6 +67,8 @@ class JsonLines:
             return f.read() != b"\n"
 
     def append(self, record: dict[str, Any]) -> None:
+        if not self._writes:
+            return
         if self._torn():
             self.keep_if(lambda _: True)
         with open(self.file, "a") as f:

@@ -1,0 +1,96 @@
+"""Several processes over loopback do what one does: training, and conversions of which each writes its share."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import hf_model, save_hf
+
+REPO = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+def run_together(count: int, module: str, *arguments: str) -> None:
+    """Runs a command in `count` processes of one CPU device each, and shows what they said if one fails."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    }
+    if count == 1:
+        del common["JAX_COORDINATOR_ADDRESS"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], cwd=REPO, env=common | {"JAX_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in running]
+    assert all(process.returncode == 0 for process in running), "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("source")
+    save_hf(hf_model(num_hidden_layers=4), folder / "model")
+    rng = np.random.default_rng(0)
+    (folder / "corpus.txt").write_text(" ".join(rng.choice(["depth", "up", "scaling", "grows", "a", "model"], 3000)))
+    return folder
+
+
+def train(count: int, source: pathlib.Path, workdir: pathlib.Path, *more: str) -> None:
+    run_together(
+        count, "solar_jax.train", f"--config={REPO}/configs/dus_48l.py:smollm2", f"--workdir={workdir}",
+        f"--config.source={source / 'model'}", "--config.growth.m=1", f"--config.data.sources={source / 'corpus.txt'}",
+        "--config.data.sequence_length=32", "--config.train.steps=4", "--config.train.batch_size=4",
+        "--config.optimizer.warmup_steps=1", "--config.evaluation.every=2", "--config.evaluation.windows=6",
+        "--config.checkpoint.every=2", "--config.train.control=False", *more,
+    )  # fmt: skip
+
+
+def lines(file: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def assert_same_run(found: pathlib.Path, expected: pathlib.Path) -> None:
+    """Every loss within 1e-5, each recorded once."""
+    for name, key in (("metrics.jsonl", "loss"), ("metrics.jsonl", "grad_norm"), ("evals.jsonl", "loss")):
+        a, b = lines(found / name), lines(expected / name)
+        assert [r["step"] for r in a] == [r["step"] for r in b]
+        np.testing.assert_allclose([r[key] for r in a], [r[key] for r in b], rtol=1e-5)
+
+
+def test_two_and_four_processes_train_with_the_losses_of_one(source, tmp_path):
+    for count in (1, 2, 4):
+        train(count, source, tmp_path / str(count))
+    for count in (2, 4):
+        assert_same_run(tmp_path / str(count), tmp_path / "1")
+        assert (tmp_path / str(count) / "hf" / "model.safetensors").stat().st_size == (
+            tmp_path / "1" / "hf" / "model.safetensors"
+        ).stat().st_size
+
+
+def test_processes_that_convert_together_write_what_one_writes(source, tmp_path):
+    for count in (1, 2):
+        grow = ("--operator=dus", "--m=1", f"--source={source / 'model'}", "--verify")
+        run_together(count, "solar_jax.upscale", *grow, f"--out={tmp_path / f'hf{count}'}", "--max_shard_size=100KB")
+        run_together(count, "solar_jax.convert", *grow, f"--out={tmp_path / f'own{count}'}", "--to=orbax")
+        run_together(
+            count, "solar_jax.convert", f"--source={tmp_path / f'own{count}'}", "--to=hf",
+            f"--out={tmp_path / f'back{count}'}", "--max_shard_size=100KB",
+        )  # fmt: skip
+    files = {f.name for f in (tmp_path / "hf1").iterdir()}
+    assert len([name for name in files if name.endswith(".safetensors")]) > 4
+    for name in files - {"lineage.json", "certificate.json"}:
+        for folder in ("hf2", "back1", "back2"):
+            assert (tmp_path / folder / name).read_bytes() == (tmp_path / "hf1" / name).read_bytes()
