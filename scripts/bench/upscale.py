@@ -129,7 +129,7 @@ def main() -> None:
             sys.executable, "-m", "solar_jax.upscale", f"--source={source}", f"--out={ours}", "--operator=dus",
             f"--m={args.m}",
         ],
-        "mergekit": [str(mergekit), str(work / "merge.yml"), str(theirs)],
+        "mergekit": [str(mergekit), str(work / "merge.yml"), str(theirs), "--no-copy-tokenizer"],
     }  # fmt: skip
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for repeat in range(args.repeats):
