@@ -22,6 +22,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MOST_BYTES = 1 << 25  # of metadata; a vocabulary of 262,144 tokens with its merges takes 12 MB
 _MOST_ITEMS = 1 << 16  # metadata keys, and tensors
+_MOST_STRINGS = 1 << 21  # of one array
 _MOST_AXES = 4
 
 
@@ -70,12 +71,12 @@ class _Cursor:
             return self.text()
         if kind != _ARRAY:
             raise _Broken(f"a value has the type {kind}, which the format does not know")
-        of, n = self.scalar("I"), self.scalar("Q")
+        of = self.scalar("I")
         if of == _STRING:
-            return [self.text() for _ in range(n)]
+            return [self.text() for _ in range(self.count("strings", _MOST_STRINGS))]
         if of not in _SCALARS:
             raise _Broken(f"an array has elements of type {of}, which are not read")
-        letter = _SCALARS[of]
+        letter, n = _SCALARS[of], self.scalar("Q")
         values = array.array(letter.replace("?", "B"))  # which takes no more than its bytes, unlike a list
         values.frombytes(self.take(n * values.itemsize))
         if sys.byteorder == "big":
