@@ -5,12 +5,14 @@ enough to handle ourselves, which keeps bfloat16 exact, checks every range, and 
 file to file without passing through this process.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -26,6 +28,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_MOST_AXES, _MOST_ELEMENTS, _MOST_NAME = 64, 1 << 63, 1000  # so that products and messages stay small
 _COPY_BYTES = 1 << 26  # a kernel copy at a time, between two reports of progress
 
 
@@ -84,23 +87,35 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object none of whose keys comes twice."""
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} comes twice")
+    out: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in out:
+            raise ValueError(f"{_short(name)} comes twice")
+        out[name] = value
     return out
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "endless nesting"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _entry(file: pathlib.Path, name: str, info: Any, data: int, size: int) -> Entry:
     """One tensor of a header whose data begin at byte `data` of a file of `size` bytes, checked."""
-    if not name.isprintable():
-        raise UserError(f"{file}: a tensor's name is not printable: {name!r}.")
+    if not name.isprintable() or len(name) > _MOST_NAME:
+        raise UserError(f"{file}: a tensor's name must be printable and short, found {_short(name)}.")
     try:
         code, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        sound = re.fullmatch(r"\w{1,20}", code, re.ASCII) and len(shape) <= _MOST_AXES
+        if not sound or not all(type(n) is int and 0 <= n < _MOST_ELEMENTS for n in shape):
+            raise ValueError
+        if not all(type(n) is int and n >= 0 for n in (start, stop)):
+            raise ValueError
     except (TypeError, KeyError, ValueError) as e:
-        raise UserError(f"{file}: the header's entry of {name} is malformed: {info!r}.") from e
-    if not isinstance(code, str) or not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise UserError(f"{file}: the header's entry of {name} is malformed: {info!r}.")
+        raise UserError(f"{file}: the header's entry of {name} is malformed: {_short(info)}.") from e
     start, stop = data + start, data + stop
     if not start <= stop <= size:
         raise UserError(
@@ -205,7 +220,11 @@ def _write_all(out: BinaryIO, data: Any) -> None:
 
 def _copy(entry: Entry, out: BinaryIO, progress: Callable[[int], None]) -> None:
     """Appends a byte range of another file; the kernel copies, or where it can, shares the blocks."""
-    with open(entry.file, "rb", buffering=0) as source:
+    with contextlib.ExitStack() as stack:
+        try:
+            source = stack.enter_context(open(entry.file, "rb", buffering=0))
+        except OSError as e:
+            raise UserError(f"{entry.file}: cannot be read: {e.strerror}.") from e
         at = entry.start
         for n in _kernel_copy(source.fileno(), out.fileno(), entry):
             at += n
@@ -230,7 +249,10 @@ def _kernel_copy(source: int, out: int, entry: Entry) -> Iterator[int]:
             copy = _sendfile  # between file systems, or one that has no copies of its own
             continue
         if n == 0:
-            return
+            if copy is _sendfile:
+                return
+            copy = _sendfile  # some file systems say 0 where they mean that they cannot
+            continue
         at += n
         yield n
 
