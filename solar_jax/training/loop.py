@@ -8,7 +8,6 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
-import optax
 
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch, training_batch
@@ -72,12 +71,12 @@ def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) ->
     return loss
 
 
-def make_arm_optimizer(run: Run, arm: Arm) -> optax.GradientTransformation:
-    mask = None
-    if arm.trainable != "all":
-        layers, others = trainable_layers(arm.trainable, arm.plan)
-        mask = trainable_mask(llama.shapes(arm.cfg(run.checkpoint.cfg)), layers, others)
-    return make_optimizer(run.config.optimizer, run.config.train.steps, mask)
+def arm_mask(run: Run, arm: Arm) -> Params | None:
+    """Where an arm's parameters move; None: everywhere."""
+    if arm.trainable == "all":
+        return None
+    layers, others = trainable_layers(arm.trainable, arm.plan)
+    return trainable_mask(llama.shapes(arm.cfg(run.checkpoint.cfg)), layers, others)
 
 
 def train(run: Run, arm: Arm) -> Params:
@@ -87,7 +86,7 @@ def train(run: Run, arm: Arm) -> Params:
       The trained parameters.
     """
     config, cfg = run.config, arm.cfg(run.checkpoint.cfg)
-    optimizer = make_arm_optimizer(run, arm)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, arm_mask(run, arm))
     shardings = state_shardings(cfg, optimizer, run.mesh)
     lines = metrics.JsonLines(arm.folder / "metrics.jsonl")
     with CheckpointStore(arm.folder, config.checkpoint.keep) as store:
@@ -122,12 +121,12 @@ def _steps(
     flops = metrics.flops_per_token(cfg, config.data.sequence_length)
     peak, devices = chips.peak_flops(jax.devices()[0]), jax.device_count()
 
-    step_fn = make_train_step(cfg, config, optimizer, run.mesh)
+    step_fn = make_train_step(cfg, config, optimizer, run.mesh, arm_mask(run, arm))
     begin = time.perf_counter()
     size = config.train.batch_size
     padded = rules.padded_rows(size, run.mesh, config.train.accumulation)
     batch = training_batch(run.rows, done, size, padded, batch_sharding)
-    compiled = step_fn.lower(state, batch).compile()
+    compiled = step_fn.lower(state, batch).compile(chips.compiler_options(jax.devices()[0]) or None)
     m = compiled.memory_analysis()
     if m is not None:
         say(

@@ -85,10 +85,13 @@ def _decayed(params: Params) -> Params:
     return jax.tree.map_with_path(lambda path, _: not is_vector(path[-1].key), params)
 
 
+def masked(tree: Params, mask: Params | None) -> Params:
+    """`tree` with 0 where nothing trains; itself where everything does."""
+    return tree if mask is None else jax.tree.map(jnp.multiply, tree, mask)
+
+
 def _masked(mask: Params | None) -> optax.GradientTransformation:
-    if mask is None:
-        return optax.identity()
-    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, mask))
+    return optax.identity() if mask is None else optax.stateless(lambda updates, _: masked(updates, mask))
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, mask: Params | None = None) -> optax.GradientTransformation:
