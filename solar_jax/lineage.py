@@ -12,6 +12,7 @@ from typing import Any
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.reader import Checkpoint
 from solar_jax.hf.safetensors import byte_size
+from solar_jax.hf.writer import json_text
 
 PACKAGES = ("solar_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes", "gguf")
 _HEAD, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 256, 4096
@@ -75,4 +76,4 @@ def record(c: Checkpoint, plan: GrowthPlan, made_by: str, **more: Any) -> dict[s
 
 def write(folder: pathlib.Path, content: dict[str, Any], name: str) -> None:
     """Puts a record into a checkpoint's folder, which does not have its name yet."""
-    (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    (folder / name).write_text(json_text(content))

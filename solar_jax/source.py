@@ -14,7 +14,7 @@ from jax.tree_util import keystr
 
 from solar_jax.errors import UserError
 from solar_jax.hf import families
-from solar_jax.hf.files import LEFT_BEHIND, LINEAGE, companions, open_folder, open_gguf, read_json
+from solar_jax.hf.files import LEFT_BEHIND, LINEAGE, companions, inside, lineage, open_folder, open_gguf, read_json
 from solar_jax.hf.reader import Checkpoint, check_tensors, row_unit
 from solar_jax.hf.tensors import TENSORS, hf_shape, hf_tensors, to_hf
 from solar_jax.model.llama import shapes
@@ -118,7 +118,7 @@ def _from_hub(repo: str) -> pathlib.Path:
 def _open_own(folder: pathlib.Path) -> Checkpoint:
     """The newest checkpoint of a run, or one that `convert --to orbax` wrote."""
     model = folder / MODEL_FOLDER
-    hf_config = read_json(model / "config.json")
+    hf_config = read_json(inside(model, "config.json"))
     cfg = families.model_config(hf_config, str(model / "config.json"))
     step = newest(folder)
     if step is None:
@@ -148,7 +148,6 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
         # As plain integers: numpy moves those several times faster than the bfloat16 that it does not know.
         return to_hf(x.view(f"u{x.dtype.itemsize}"), path, cfg).view(x.dtype)
 
-    lineage = model / LINEAGE
     return Checkpoint(
         where=str(step),
         hf_config=hf_config,
@@ -158,5 +157,5 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
         dtype_of={name: arrays[path].dtype.numpy_dtype for name, (path, _) in tensors.items()},
         read=read,
         files=(step / "params" / "manifest.ocdbt",),  # which names all others by their hashes
-        lineage=read_json(lineage) if lineage.is_file() else None,
+        lineage=lineage(model),
     )

@@ -11,7 +11,7 @@ import numpy as np
 from solar_jax.errors import UserError
 from solar_jax.hf import families, gguf, safetensors, torch_bin
 from solar_jax.hf.reader import Checkpoint, some
-from solar_jax.hf.safetensors import Entry
+from solar_jax.hf.safetensors import MOST_NAME, Entry, short
 
 INDEX = "model.safetensors.index.json"
 LINEAGE = "lineage.json"
@@ -26,7 +26,8 @@ LEFT_BEHIND = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.index.json",
     "config.json", LINEAGE, CERTIFICATE, "README.md", ".*", "training_args*", "trainer_state.json", "optimizer*",
 )  # fmt: skip
-_MOST_COMPANION_BYTES = 1 << 28
+_MOST_SMALL_BYTES = 1 << 28  # of a tokenizer, a template, or JSON
+_MOST_DEPTH = 200
 
 
 def open_gguf(path: pathlib.Path) -> Checkpoint:
@@ -55,13 +56,12 @@ def _generation_config(hf_config: dict[str, Any]) -> bytes:
 
 
 def open_folder(folder: pathlib.Path) -> Checkpoint:
-    hf_config = read_json(_inside(folder, "config.json"))
+    hf_config = read_json(inside(folder, "config.json"))
     entries = _entries(folder)
     for name, entry in entries.items():
         if entry.code not in safetensors.DTYPES and not name.endswith(".rotary_emb.inv_freq"):
             known = ", ".join(safetensors.DTYPES)
             raise UserError(f"{entry.file}: {name} must be one of {known}, found {entry.code}.")
-    lineage = folder / LINEAGE
     return Checkpoint(
         where=str(folder),
         hf_config=hf_config,
@@ -72,23 +72,35 @@ def open_folder(folder: pathlib.Path) -> Checkpoint:
         read=lambda name, rows=slice(None): safetensors.read(name, entries[name], rows),
         entry_of=entries,
         files=tuple(sorted({entry.file for entry in entries.values()})),
-        lineage=read_json(lineage) if lineage.is_file() else None,
+        lineage=lineage(folder),
     )
+
+
+def lineage(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The content of a checkpoint's lineage.json, where it has one."""
+    return read_json(inside(folder, LINEAGE)) if (folder / LINEAGE).is_file() else None
 
 
 def companions(folder: pathlib.Path) -> dict[str, bytes]:
     """The files of a checkpoint that belong to every model made from it: tokenizer, templates, generation config."""
     found = {}
-    for path in sorted(_walk(folder)):
-        name = path.relative_to(folder).as_posix()
-        if any(pathlib.PurePath(path.name).match(pattern) for pattern in LEFT_BEHIND):
-            continue
-        path = _inside(folder, name)
-        if safetensors.byte_size(path) > _MOST_COMPANION_BYTES:
-            size = safetensors.byte_size(path)
-            raise UserError(f"{path}: is too large ({size} bytes) for a tokenizer or template file.")
-        found[name] = path.read_bytes()
+    try:
+        for path in sorted(_walk(folder)):
+            name = path.relative_to(folder).as_posix()
+            if any(pathlib.PurePath(path.name).match(pattern) for pattern in LEFT_BEHIND):
+                continue
+            found[name] = _small(inside(folder, name))
+    except OSError as e:
+        raise UserError(f"{e.filename or folder}: cannot be read: {e.strerror}.") from e
     return found
+
+
+def _small(file: pathlib.Path) -> bytes:
+    """The content of a file that is no weights."""
+    size = safetensors.byte_size(file)
+    if size > _MOST_SMALL_BYTES:
+        raise UserError(f"{file}: is too large ({size} bytes) for anything but weights.")
+    return file.read_bytes()
 
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -107,17 +119,28 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
       UserError: the file is missing or holds something else.
     """
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(_small(file).decode())
     except OSError as e:
         raise UserError(f"{file}: cannot be read: {e.strerror}.") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: is not JSON: {e}.") from e
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold a JSON object, found {type(value).__name__}.")
+    if not _shallow(value):
+        raise UserError(f"{file}: nests values more than {_MOST_DEPTH} deep.")
     return value
 
 
-def _inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+def _shallow(value: Any) -> bool:
+    """Whether a JSON value can be printed and written without running out of stack."""
+    level = [value]
+    for _ in range(_MOST_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [x for values in inner for x in values]
+    return not level
+
+
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """A file of a folder, which no link takes out of it.
 
     The hub's cache alone may: its snapshots consist of links into `blobs` of the same repository.
@@ -148,7 +171,7 @@ def _entries(folder: pathlib.Path) -> dict[str, Entry]:
             return _indexed(folder, index, read_header)
         files = sorted(folder.glob(pattern))
         if len(files) == 1:
-            entries = read_header(_inside(folder, files[0].name))
+            entries = read_header(inside(folder, files[0].name))
             if not entries:
                 raise UserError(f"{files[0]}: holds no tensors.")
             return entries
@@ -159,16 +182,25 @@ def _entries(folder: pathlib.Path) -> dict[str, Entry]:
     raise UserError(f"{folder}: expected weights as one .safetensors file, or several with {INDEX}, found none.")
 
 
+def _is_name(file: Any) -> bool:
+    """Whether it can name a file, and one that lies in no other folder."""
+    if not isinstance(file, str) or not file.isprintable() or len(file.encode()) > 255:
+        return False
+    return pathlib.PurePath(file).name == file and file not in ("", "..")
+
+
 def _indexed(folder: pathlib.Path, index: str, read_header: Any) -> dict[str, Entry]:
-    weight_map = read_json(_inside(folder, index)).get("weight_map")
+    weight_map = read_json(inside(folder, index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / index}: weight_map must map tensors to files, found {type(weight_map).__name__}.")
     headers, entries, elsewhere = {}, {}, set()
     for name, file in weight_map.items():
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file or file in ("", "..") or "\0" in file:
-            raise UserError(f"{folder / index}: {name} must lie in a file of this folder, found {file!r}.")
+        if not name.isprintable() or len(name) > MOST_NAME:
+            raise UserError(f"{folder / index}: a tensor's name must be printable and short, found {short(name)}.")
+        if not _is_name(file):
+            raise UserError(f"{folder / index}: {name} must lie in a file of this folder, found {short(file)}.")
         if file not in headers:
-            headers[file] = read_header(_inside(folder, file))
+            headers[file] = read_header(inside(folder, file))
         if name not in headers[file]:
             raise UserError(f"{folder / file}: the tensor {name}, which {index} places there, is missing.")
         entries[name] = headers[file][name]

@@ -84,22 +84,25 @@ def some(names: set[str]) -> str:
 
 def check_tensors(c: Checkpoint) -> None:
     """Every tensor of the config is there with its shape, and nothing else is."""
+    layers, found = c.cfg.num_hidden_layers, len(c.shape_of)
+    if layers > found:  # before anything is listed: a config may say a billion
+        raise UserError(f"{c.where}: num_hidden_layers={layers} needs more tensors than the {found} there are.")
     expected = {name: hf_shape(path, c.cfg) for name, path, _ in hf_tensors(c.cfg)}
     missing = set(expected) - set(c.shape_of)
     if missing:
         raise UserError(f"{c.where}: tensors of its config are missing: {some(missing)}.")
+    for name, shape in expected.items():
+        if c.shape_of[name] != shape:
+            raise UserError(f"{c.where}: {name} must have shape {shape} by its config, found {c.shape_of[name]}.")
     unused = {name for name in set(c.shape_of) - set(expected) if not name.endswith(DERIVED)}
     head, embed = TENSORS["lm_head"].hf, TENSORS["embed"].hf
     if c.cfg.tie_word_embeddings and head in unused and c.shape_of[head] == c.shape_of[embed]:
         blocks = row_blocks(c.shape_of[embed])
-        if not all(np.array_equal(c.read(head, rows), c.read(embed, rows)) for rows in blocks):
+        if not all(np.array_equal(c.read(head, rows), c.read(embed, rows), equal_nan=True) for rows in blocks):
             raise UserError(f"{c.where}: tie_word_embeddings is true, but {head} differs from {embed}.")
         unused.remove(head)
     if unused:
         raise UserError(f"{c.where}: tensors have no place in the model: {some(unused)}.")
-    for name, shape in expected.items():
-        if c.shape_of[name] != shape:
-            raise UserError(f"{c.where}: {name} must have shape {shape} by its config, found {c.shape_of[name]}.")
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -28,7 +28,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
-_MOST_AXES, _MOST_ELEMENTS, _MOST_NAME = 64, 1 << 63, 1000  # so that products and messages stay small
+_MOST_AXES, _MOST_ELEMENTS, MOST_NAME = 64, 1 << 63, 1000  # so that products and messages stay small
 _COPY_BYTES = 1 << 26  # a kernel copy at a time, between two reports of progress
 
 
@@ -90,12 +90,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in pairs:
         if name in out:
-            raise ValueError(f"{_short(name)} comes twice")
+            raise ValueError(f"{short(name)} comes twice")
         out[name] = value
     return out
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value of a file as text on one line of a message, whatever it is."""
     try:
         text = repr(value)
     except RecursionError:
@@ -105,8 +106,8 @@ def _short(value: Any) -> str:
 
 def _entry(file: pathlib.Path, name: str, info: Any, data: int, size: int) -> Entry:
     """One tensor of a header whose data begin at byte `data` of a file of `size` bytes, checked."""
-    if not name.isprintable() or len(name) > _MOST_NAME:
-        raise UserError(f"{file}: a tensor's name must be printable and short, found {_short(name)}.")
+    if not name.isprintable() or len(name) > MOST_NAME:
+        raise UserError(f"{file}: a tensor's name must be printable and short, found {short(name)}.")
     try:
         code, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         sound = re.fullmatch(r"\w{1,20}", code, re.ASCII) and len(shape) <= _MOST_AXES
@@ -115,7 +116,7 @@ def _entry(file: pathlib.Path, name: str, info: Any, data: int, size: int) -> En
         if not all(type(n) is int and n >= 0 for n in (start, stop)):
             raise ValueError
     except (TypeError, KeyError, ValueError) as e:
-        raise UserError(f"{file}: the header's entry of {name} is malformed: {_short(info)}.") from e
+        raise UserError(f"{file}: the header's entry of {name} is malformed: {short(info)}.") from e
     start, stop = data + start, data + stop
     if not start <= stop <= size:
         raise UserError(

@@ -171,4 +171,14 @@ def write_companions(folder: pathlib.Path, hf_config: dict[str, Any], companions
 
 
 def write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json_text(value))
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """As a person reads it; half a surrogate pair, which JSON may escape but no file hold, stays escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    return text + "\n"
