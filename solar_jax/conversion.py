@@ -6,17 +6,19 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
-from solar_jax import lineage
+from solar_jax import certificate, lineage
+from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf import families
+from solar_jax.hf.buckets import bucket_folder, check_bucket
 from solar_jax.hf.files import LINEAGE
 from solar_jax.hf.folders import check_space, check_target, new_folder, partial
 from solar_jax.hf.reader import Checkpoint
+from solar_jax.hf.safetensors import is_local
 from solar_jax.hf.writer import parse_size, pieces, write_companions, write_model
 from solar_jax.model.llama import parameter_count
+from solar_jax.parallel import processes
 from solar_jax.progress import byte_bar
 from solar_jax.training import importing
 from solar_jax.training.checkpoint import MODEL_FOLDER
@@ -43,18 +45,25 @@ def write(c: Checkpoint, plan: GrowthPlan, target: Target, made_by: str, *, veri
       plan: made for its layers.
       target: where to and in which form.
       made_by: the command, for the lineage.
+      verify: compare the result with its source and add certificate.json.
       more: for the lineage too.
 
     Raises:
-      UserError: the target is taken or too small; nothing is written then.
+      UserError: the target is taken or too small, or the result is not what it must be; no folder appears then.
     """
     limit = parse_size(target.max_shard_size)
     hf = target.form == "hf"
     total = sum(p.nbytes for p in pieces(c, plan, target.dtype)) if hf else importing.total_bytes(c, plan, target.dtype)
-    index, count = processes()
+    local = is_local(target.out)
+    index, count = processes.index_and_count()
     if index == 0:
-        check_target(target.out, target.overwrite)
-        check_space(target.out, total)
+        if local:
+            check_target(target.out, target.overwrite)
+            check_space(target.out, total)
+        elif hf:
+            check_bucket(target.out, target.overwrite)
+        else:
+            raise UserError(f"{target.out}: --to orbax writes a local folder; copy that to the bucket.")
         dtype = target.dtype or c.common_dtype or "its several dtypes"
         count_text = f"{parameter_count(grown_config(c.cfg, plan)):,}"
         print(f"writing {c.where}, {plan.operator}, {plan.layers} layers, {count_text} parameters, ", end="")
@@ -64,44 +73,48 @@ def write(c: Checkpoint, plan: GrowthPlan, target: Target, made_by: str, *, veri
         "plan": dataclasses.asdict(plan), "versions": lineage.versions(), "processes": count,
     }  # fmt: skip
     record = lineage.record(c, plan, made_by, form=target.form, dtype=target.dtype or c.common_dtype, **more)
-    with _shared_folder(target, job) as folder, byte_bar(total, target.out.name) as progress:
-        if hf:
-            write_model(
-                folder, c, plan, dtype=target.dtype, max_shard_size=limit, progress=progress, process=(index, count)
-            )
-            model = folder
-        else:
-            importing.write_params(folder, c, plan, target.dtype, progress)
-            model = folder / MODEL_FOLDER
-            model.mkdir(exist_ok=True)
-            config = families.grown_hf_config(c.hf_config, plan.source, target.dtype or c.common_dtype)
-            write_companions(model, config, c.companions)
+    with _shared_folder(target, job) as (folder, has, put):
+        model = folder if hf else folder / MODEL_FOLDER
+        with byte_bar(total, target.out.name) as progress:
+            if hf:
+                write_model(
+                    folder, c, plan, dtype=target.dtype, max_shard_size=limit, progress=progress,
+                    process=(index, count), has=has, put=put,
+                )  # fmt: skip
+            else:
+                importing.write_params(folder, c, plan, target.dtype, progress)
+                model.mkdir(exist_ok=True)
+                config = families.grown_hf_config(c.hf_config, plan.source, target.dtype or c.common_dtype)
+                write_companions(model, config, c.companions)
         if index == 0:
             lineage.write(model, record, LINEAGE)
-
-
-def processes() -> tuple[int, int]:
-    """(index, count) of this process among those that run together; (0, 1) alone, without starting a backend."""
-    return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
+        if verify and local:
+            processes.wait(f"{target.out} is written")
+            if index == 0:
+                certificate.write(c, plan, folder, model, target.out, target.dtype)
+    if verify and not local and index == 0:
+        try:
+            certificate.write(c, plan, target.out, target.out, target.out, target.dtype)
+        except UserError:
+            (target.out / "config.json").unlink()  # it is no checkpoint without
+            raise
 
 
 @contextlib.contextmanager
-def _shared_folder(target: Target, job: dict[str, Any]) -> Iterator[pathlib.Path]:
-    """`new_folder` of the first process, for all of them."""
-    index, count = processes()
+def _shared_folder(target: Target, job: dict[str, Any]) -> Iterator[tuple[pathlib.Path, Any, Any]]:
+    """The folder to fill, `new_folder` of the first process for all of them, and `write_model`'s `has` and `put`."""
+    index, _ = processes.index_and_count()
+    has = put = None
     with contextlib.ExitStack() as stack:
-        if index == 0:
+        if not is_local(target.out):
+            folder, has, put = stack.enter_context(
+                bucket_folder(target.out, overwrite=target.overwrite, job=job, first=index == 0)
+            )
+        elif index == 0:
             folder = stack.enter_context(new_folder(target.out, overwrite=target.overwrite, job=job))
         else:
             folder = partial(target.out.parent.resolve() / target.out.name)
-        _wait(count, f"{target.out} is there to be filled")
-        yield folder
-        _wait(count, f"{target.out} is filled")
-    _wait(count, f"{target.out} has its name")
-
-
-def _wait(count: int, what: str) -> None:
-    if count > 1:
-        from jax.experimental import multihost_utils  # here, since only several processes need it
-
-        multihost_utils.sync_global_devices(what)
+        processes.wait(f"{target.out} is there to be filled")
+        yield folder, has, put
+        processes.wait(f"{target.out} is filled")
+    processes.wait(f"{target.out} has its name")
