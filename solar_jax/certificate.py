@@ -38,6 +38,7 @@ NOT_CHECKED = (
     "Logits of another implementation, such as transformers: both sides were computed by this program's own model.",
     "The readers of files: source and result were read by the same code, but for GGUF's blocks.",
     "What the tokenizer does; its files and the other companions are byte for byte those of the source.",
+    "How far a cast may move logits: that is measured and not judged.",
     "Arithmetic in bfloat16, or on another device than the one named under logits.",
     f"Positions past {LONG}, packed documents, and prompts other than random tokens.",
     f"Damaged results beyond the first {CONTROL} tokens of each prompt.",

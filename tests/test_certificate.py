@@ -20,7 +20,7 @@ from solar_jax.errors import UserError
 from solar_jax.growth.apply import grow
 from solar_jax.growth.plan import GrowthPlan, make_plan
 from solar_jax.hf import writer
-from solar_jax.hf.reader import load_params, numpy_dtype
+from solar_jax.hf.reader import load_params
 from solar_jax.model import llama
 from solar_jax.source import open_checkpoint
 from tests.conftest import TINY, hf_model, save_hf
@@ -384,25 +384,6 @@ def test_a_person_is_told_in_four_lines(tmp_path, tiny, capsys):
     assert lines[2] == "  logits: up to 0 from the source's (at most 0.0001); from the base's 0"
     assert lines[3].count("refused") == 2
     assert len(lines) == 4
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_narrow_rounds_every_pattern_of_bits_as_torch_does(dtype):
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 1 << 32, 1 << 18, np.uint32)
-    ties = (np.arange(1 << 16, dtype=np.uint32) << 16) | 0x8000
-    x = np.concatenate([x, ties, ties + 1, ties - 1]).view(np.float32)
-    found = recompute.narrow(x, numpy_dtype(dtype))
-    expected = torch.from_numpy(x).to(getattr(torch, dtype))
-    numbers = ~np.isnan(x)
-    width = f"u{found.itemsize}"
-    bits = expected.view({2: torch.int16, 4: torch.int32}[found.itemsize]).numpy().view(width)
-    np.testing.assert_array_equal(found.view(width)[numbers], bits[numbers])
-    assert np.isnan(recompute.widen(found)[~numbers]).all()
-    np.testing.assert_array_equal(recompute.widen(found), expected.float().numpy())
-    # NaNs too are those of the library that the writer casts with.
-    with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(found.view(width), x.astype(numpy_dtype(dtype)).view(width))
 
 
 def test_small_blocks_give_the_same_certificate(tmp_path, tiny, monkeypatch):
