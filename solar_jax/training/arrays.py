@@ -24,7 +24,9 @@ Index = tuple[slice | int, ...]
 def _key_value_store(folder: pathlib.Path) -> dict[str, Any]:
     """The spec of the store that Orbax makes of a checkpointable's folder."""
     where = str(folder)
-    base = where.rstrip("/") + "/" if "://" in where else f"file://{pathlib.Path(where).resolve()}/"
+    # No URL of a local folder: in one, a per cent or a question mark of its name would mean something else.
+    local = {"driver": "file", "path": f"{pathlib.Path(where).resolve()}/"}
+    base = where.rstrip("/") + "/" if "://" in where else local
     return {"driver": "ocdbt", "base": base, "config": {"max_inline_value_bytes": 1024}}
 
 

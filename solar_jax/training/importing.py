@@ -125,7 +125,8 @@ def _write_array(
 
     def prepare(item: tuple[list[int | None], slice]) -> tuple[list[int | None], slice, np.ndarray]:
         layers, rows = item
-        x = grown_rows(c, plan, path, layers[0], rows).astype(dtype, copy=False)
+        with np.errstate(over="ignore"):  # float16 has no room for what float32 has: it becomes inf
+            x = grown_rows(c, plan, path, layers[0], rows).astype(dtype, copy=False)
         # As plain integers: numpy moves those several times faster than the bfloat16 that it does not know.
         x = from_hf(x.view(f"u{dtype.itemsize}"), path, c.cfg)
         return layers, rows, np.ascontiguousarray(x).view(dtype)
