@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from solar_jax import certificate, lineage
+from solar_jax import lineage
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.plan import GrowthPlan
@@ -22,6 +22,7 @@ from solar_jax.parallel import processes
 from solar_jax.progress import byte_bar
 from solar_jax.training import importing
 from solar_jax.training.checkpoint import MODEL_FOLDER
+from solar_jax.verification import certificate
 
 
 @dataclasses.dataclass(frozen=True)

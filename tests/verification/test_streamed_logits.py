@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from solar_jax import streamed_logits
 from solar_jax.hf.reader import Checkpoint, load_params
 from solar_jax.hf.tensors import TENSORS
 from solar_jax.model import llama
 from solar_jax.source import open_checkpoint
-from solar_jax.streamed_logits import Model, Run, Step, compare, logits, stream
+from solar_jax.verification import streamed_logits
+from solar_jax.verification.streamed_logits import Model, Run, Step, compare, logits, stream
 from tests.conftest import TINY, save_hf
 from tests.hf.test_parity import MODELS, hf_model
 

@@ -23,9 +23,9 @@ from solar_jax.hf.files import CERTIFICATE
 from solar_jax.hf.reader import Checkpoint
 from solar_jax.hf.tensors import TENSORS, hf_tensors
 from solar_jax.progress import byte_bar
-from solar_jax.recompute import Stored, check_tensors, grown_tensor, total_bytes
 from solar_jax.source import open_checkpoint
-from solar_jax.streamed_logits import Distance, Layer, Model, Run, Step, compare, stream
+from solar_jax.verification.recompute import Stored, check_tensors, grown_tensor, total_bytes
+from solar_jax.verification.streamed_logits import Distance, Layer, Model, Run, Step, compare, stream
 
 TOLERANCE = 1e-4  # of float32 logits, absolute, where no number was changed
 SHORT, LONG = (3, 7), 512  # prompts: so many of so many tokens, and one long one

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from solar_jax import recompute
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.reader import numpy_dtype
+from solar_jax.verification import recompute
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 
-from solar_jax import certificate, conversion, recompute
+from solar_jax import conversion
 from solar_jax.config import GrowthConfig
 from solar_jax.conversion import Target
 from solar_jax.errors import UserError
@@ -23,6 +23,7 @@ from solar_jax.hf import writer
 from solar_jax.hf.reader import load_params
 from solar_jax.model import llama
 from solar_jax.source import open_checkpoint
+from solar_jax.verification import certificate, recompute
 from tests.conftest import TINY, hf_model, save_hf
 from tests.hf import test_gguf, test_parity
 
