@@ -236,7 +236,7 @@ def _check_keys(file: GGUF, config: dict[str, Any]) -> None:
         if key == name:
             continue
         if key in expected:
-            if type(value) is not type(expected[key]) or value != expected[key]:
+            if value != expected[key]:
                 raise UserError(f"{file.path}: {name} must be {expected[key]!r}, found {short(value)}.")
         elif key not in CONFIG_KEYS and key not in _OTHER_KEYS and not (_is_number(value) and value == 0):
             raise UserError(f"{file.path}: the key {name} is not understood by this program, found {short(value)}.")
@@ -251,7 +251,7 @@ def _rope_scaling(file: GGUF, config: dict[str, Any]) -> dict[str, Any] | None:
     kind, factor = file.field("rope.scaling.type"), file.field("rope.scaling.factor")
     if kind not in (None, "none", "linear"):
         raise UserError(f"{file.path}: rope scaling must be 'none' or 'linear', found {short(kind)}.")
-    if factor is not None and not (_is_number(factor) and 0 <= factor < math.inf):
+    if factor is not None and not _is_number(factor):
         raise UserError(f"{file.path}: the factor of rope scaling must be a number, found {short(factor)}.")
     # llama.cpp takes a factor without a type for linear, and a factor of 0 for none.
     linear = 1.0 if kind == "none" else float(factor or 1)

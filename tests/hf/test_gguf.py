@@ -141,11 +141,14 @@ def test_a_file_in_hugging_faces_own_order_would_come_out_wrong(tmp_path):
     assert differ == {name for name in expected if "q_proj" in name or "k_proj" in name}
 
 
-def test_as_many_kv_heads_as_heads_need_not_be_said(tmp_path):
-    expected = {k: x.numpy() for k, x in hf_model(num_hidden_layers=LAYERS, num_key_value_heads=4).state_dict().items()}
-    tensors = {k: llama_cpp_order(x, 4) if "q_proj" in k or "k_proj" in k else x for k, x in expected.items()}
-    keys = {"llama__attention__head_count_kv": None}
-    c = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", tensors, permute=False, **keys)))
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_as_many_kv_heads_as_heads_need_not_be_said(tmp_path, arch):
+    expected = state_dict(random_model(CONFIGS[arch](num_key_value_heads=4)))
+    permuted = ("q_proj", "k_proj") if arch == "llama" else ()
+    tensors = {k: llama_cpp_order(x, 4) if any(p in k for p in permuted) else x for k, x in expected.items()}
+    keys = {f"{arch}__attention__head_count_kv": None}
+    c = open_checkpoint(str(write_gguf(tmp_path / "x.gguf", tensors, permute=False, arch=arch, **keys)))
+    assert c.hf_config["num_key_value_heads"] == 4  # a config may mean another number by leaving it out
     for name, x in expected.items():
         np.testing.assert_array_equal(c.read(name), x)
 

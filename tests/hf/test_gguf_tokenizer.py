@@ -138,11 +138,13 @@ def test_byte_level_tokens_are_transformers(tmp_path, pre):
         ("gpt-2", "I'll see 1234€!", ["I", "'ll", " see", " 1234", "€!"]),
         ("smollm", "at 2024", ["at", " ", "2", "0", "2", "4"]),
         ("llama-bpe", "I'LL see 12345€!\n\n x", ["I", "'LL", " see", " ", "123", "45", "€!\n\n", " x"]),
+        ("llama-bpe", "we'VEx", ["we", "'VE", "x"]),
         ("llama-bpe", "f(x)  = _a", ["f", "(x", ")", " ", " =", " _", "a"]),
         ("qwen2", "I'LL see 123 \n x", ["I", "'LL", " see", " ", "1", "2", "3", " \n", " x"]),
         ("deepseek-r1-qwen", "it's 12", ["it", "'s", " ", "1", "2"]),
         # Digits by threes, from the left, and signs of their own, before GPT-2's cuts.
         ("default", "pay 12345+6 now!", ["pay", " ", "123", "45", "+", "6", " now", "!"]),
+        ("default", "at 12", ["at", " ", "12"]),
         ("default", "a <b>", ["a", " ", "<", "b", ">"]),
     ],
 )
@@ -201,7 +203,7 @@ def test_sentencepieces_special_tokens_are_cut_out_and_texts_begin_with_one(tmp_
     ids = tokenizer.get_vocab()
     bare = tokenizer.encode("a", add_special_tokens=False).ids
     assert tokenizer.encode("a</s><own>").ids == [1, *bare, 2, ids["<own>"]]
-    assert tokenizer.decode([1, ids["▁the"], 2]) == "the"
+    assert tokenizer.decode([1, 0, ids["▁the"], 2]) == "the"
     assert tokenizer.encode("a", "b").ids[0] == 1
 
 
