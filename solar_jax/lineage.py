@@ -1,6 +1,7 @@
 """lineage.json: where a checkpoint comes from; it travels with every checkpoint and holds its parents' in turn."""
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ PACKAGES = ("solar_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstor
 _HEAD, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 256, 4096
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Of Python and of the packages that a conversion's result depends on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
