@@ -295,6 +295,12 @@ def test_a_chat_template_is_kept_and_must_be_text(tmp_path):
         files(tmp_path, fields | {"tokenizer.chat_template": 3}, 512)
 
 
+def test_without_bytes_unknown_letters_in_a_row_are_one_unknown_token(tmp_path):
+    fields = metadata(model="llama", tokens=["<unk>", "▁", "a"], scores=np.zeros(3), token_type=np.array([2, 1, 1]))
+    tokenizer = tokenizers.Tokenizer.from_buffer(files(tmp_path, fields, 512)["tokenizer.json"])
+    assert tokenizer.encode("a東京a").ids == [1, 2, 0, 2]
+
+
 def test_a_piece_of_absurd_length_is_refused(tmp_path):
     fields = metadata(model="llama", tokens=["<unk>", "a" * 1000], scores=np.zeros(2), token_type=np.array([2, 1]))
     with pytest.raises(UserError, match="found 1000"):
