@@ -118,6 +118,18 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What is watched of a run; no number of its training depends on it, so that a restart may change it."""
+
+    tensorboard: bool = False  # event files in tensorboard/ (package tensorboardX)
+    wandb_project: str = ""  # Weights & Biases project (package wandb)
+    profile_start: int = 0  # first step of a window under the profiler; 0: only when SIGUSR1 asks for one
+    profile_steps: int = 3  # steps of a window
+    watchdog_seconds: float = 600.0  # without a step, and 10 median steps, before all stacks are dumped; 0: never
+    compilation_cache: bool = True  # programs are kept for the next start
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportConfig:
     dtype: str = "bfloat16"
     max_shard_size: str = "5GB"
@@ -137,6 +149,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
     export: ExportConfig = ExportConfig()
 
 
@@ -214,6 +227,7 @@ def _check(c: Config) -> None:
         "evaluation.batch_size": c.evaluation.batch_size,
         "checkpoint.every": c.checkpoint.every,
         "checkpoint.keep": c.checkpoint.keep,
+        "logging.profile_steps": c.logging.profile_steps,
     }
     for key, value in from_one.items():
         if value < 1:
@@ -225,6 +239,8 @@ def _check(c: Config) -> None:
         "optimizer.weight_decay": c.optimizer.weight_decay,
         "optimizer.clip_norm": c.optimizer.clip_norm,
         "optimizer.learning_rate": c.optimizer.learning_rate,
+        "logging.profile_start": c.logging.profile_start,
+        "logging.watchdog_seconds": c.logging.watchdog_seconds,
     }
     for key, value in from_zero.items():
         if not 0 <= value < math.inf:  # a NaN is refused too

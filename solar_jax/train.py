@@ -6,6 +6,7 @@ The same command again goes on from the last checkpoint. Left in DIR: config.jso
 evals.jsonl, summary.json, loss.png, checkpoints/, hf/, model/, and control/ where a control was asked for.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import pathlib
@@ -33,11 +34,13 @@ from solar_jax.model.llama import REMAT, parameter_count
 from solar_jax.parallel import chips, processes, rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.source import open_checkpoint
-from solar_jax.training import metrics, workdir
+from solar_jax.training import compilation, metrics, profiling, workdir
+from solar_jax.training.clock import Ledger, goodput_line
 from solar_jax.training.loop import Arm, Run, evaluate, initial_params, say, train
 from solar_jax.training.memory import GIB, Need, estimate
 from solar_jax.training.optimizer import learning_rate, make_optimizer, trainable_layers
 from solar_jax.training.step import abstract_state, state_shardings
+from solar_jax.training.writers import Writers, check_packages
 
 
 def define_flags() -> None:
@@ -50,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     if flags.FLAGS.config is None:
         raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
     config = resolve(flags.FLAGS.config)
-    run(config, pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}"))
+    with profiling.listening():
+        run(config, pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}"))
 
 
 def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
@@ -62,7 +66,8 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: something that the config names is missing, damaged or does not fit; nothing is left behind.
     """
-    begin = time.perf_counter()
+    begin, started = time.perf_counter(), time.time()
+    compilation.use_cache(config.logging.compilation_cache)
     # ---- What is asked for: every refusal comes here, before anything is allocated or written -------------------
     check_names(config)
     mesh = make_mesh(config.mesh)
@@ -90,6 +95,7 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     if not goes_on and processes.is_first():
         workdir.create(folder, config, checkpoint, plan, hf_config)
     processes.wait("the run's folder is there")
+    ledger = Ledger(folder, started)
     shared = Run(
         config=config,
         workdir=folder,
@@ -100,9 +106,28 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
             heldout, rules.padded_rows(config.evaluation.batch_size, mesh), rules.batch_sharding(mesh)
         ),
         evals=metrics.JsonLines(folder / "evals.jsonl"),
+        ledger=ledger,
+        writers=Writers(config.logging, folder, config.name, ledger.first_start, workdir.config_dict(config)),
     )
 
     # ---- The base as it is, the grown model, and the control ------------------------------------------------------
+    with contextlib.closing(shared.writers):
+        train_arms(shared, plan)
+
+    # ---- What came of it --------------------------------------------------------------------------------------------
+    summary = summarise(shared, plan, cfg, time.perf_counter() - begin)
+    if processes.is_first():
+        draw(shared, summary)
+        metrics.write_json(folder / "summary.json", summary)
+    processes.wait("the summary is written")
+    say(f"\n{table(summary)}\n{goodput_line(summary['time'])}")
+    say(f"{folder}: summary.json, metrics.jsonl, loss.png, checkpoints/, hf/")
+    return summary
+
+
+def train_arms(shared: Run, plan: GrowthPlan) -> None:
+    """Measures the base, heals the grown model and exports it, and trains the control where one is asked for."""
+    config, checkpoint, folder = shared.config, shared.checkpoint, shared.workdir
     unchanged = identity(checkpoint.cfg.num_hidden_layers)
     if not any(r["arm"] == "control" for r in shared.evals.read()):
         loss = evaluate(shared, "base", 0, checkpoint.cfg, initial_params(shared, unchanged))
@@ -119,20 +144,12 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
         trainable = config.train.trainable if config.train.trainable == "no_embed" else "all"
         train(shared, Arm("control", unchanged, folder / "control", trainable))
 
-    # ---- What came of it --------------------------------------------------------------------------------------------
-    summary = summarise(shared, plan, cfg, time.perf_counter() - begin)
-    if processes.is_first():
-        draw(shared, summary)
-        metrics.write_json(folder / "summary.json", summary)
-    processes.wait("the summary is written")
-    say(f"\n{table(summary)}\n{folder}: summary.json, metrics.jsonl, loss.png, checkpoints/, hf/")
-    return summary
-
 
 def check_names(config: Config) -> None:
-    """Raises a UserError for a name in the config that stands in none of the tables."""
+    """Raises a UserError for a name in the config that stands in none of the tables, or a package that is missing."""
     learning_rate(config.optimizer, config.train.steps)
     parse_size(config.export.max_shard_size)
+    check_packages(config.logging)
     if config.train.remat not in REMAT:
         raise UserError(f"config.train.remat must be one of {', '.join(REMAT)}, found {config.train.remat!r}.")
 
@@ -225,6 +242,7 @@ def summarise(run: Run, plan: GrowthPlan, cfg: ModelConfig, seconds: float) -> d
     config, base = run.config, run.checkpoint.cfg
     loss = {(r["arm"], r["step"]): r["loss"] for r in run.evals.read()}
     lines = metrics.JsonLines(run.workdir / "metrics.jsonl").read()
+    control = metrics.JsonLines(run.workdir / "control" / "metrics.jsonl").read()
     rates = sorted(r["tokens_per_second"] for r in lines)
     used = [r["mfu"] for r in lines if r["mfu"] is not None]
     return {
@@ -245,6 +263,8 @@ def summarise(run: Run, plan: GrowthPlan, cfg: ModelConfig, seconds: float) -> d
         "tokens_per_second": rates[len(rates) // 2],
         "mfu": sorted(used)[len(used) // 2] if used else None,
         "seconds": round(seconds, 1),
+        "time": run.ledger.summary(lines + control),
+        "memory_peak_gib": metrics.memory_peaks(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": dict(run.mesh.shape),
         "source": run.checkpoint.where,

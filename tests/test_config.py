@@ -137,6 +137,9 @@ def test_a_list_is_accepted_for_a_tuple_and_becomes_one():
         ("optimizer.b1", 1.0),  # Adam divides by 1 - b1 ** t
         ("optimizer.b2", 1.0),
         ("optimizer.eps", -1e-8),
+        ("logging.profile_start", -1),
+        ("logging.profile_steps", 0),
+        ("logging.watchdog_seconds", -1.0),
         ("optimizer.eps", 0.0),  # 0 / 0 for the embedding of a token that no batch has shown yet
     ],
 )

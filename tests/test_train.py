@@ -80,13 +80,14 @@ def test_a_run_leaves_every_promised_file_and_key(finished):
     assert summary["tokens"] == 6 * 8 * 32
     assert summary["params"] == llama.parameter_count(open_checkpoint(str(folder / "hf")).cfg)
     assert [r[0] for r in metrics(folder)] == list(range(1, 7))
-    keys = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu"}
+    keys = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu", "memory_peak_gib"}
+    keys |= {f"{name}_seconds" for name in ("data", "compute", "evaluation", "checkpoint")}
     assert set(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])) == keys
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "config.json").read_text())["train"]["steps"] == config.train.steps
     assert sorted(p.name for p in folder.iterdir()) == [
-        "checkpoints", "config.json", "control", "evals.jsonl", "hf", "loss.png", "metrics.jsonl", "model",
-        "summary.json",
+        "checkpoints", "config.json", "control", "evals.jsonl", "goodput.json", "hf", "loss.png", "metrics.jsonl",
+        "model", "summary.json",
     ]  # fmt: skip
 
 

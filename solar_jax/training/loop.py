@@ -1,13 +1,18 @@
 """One arm of a run: a model initialised, trained step by step, evaluated, checkpointed, and resumable."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import pathlib
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch, training_batch
@@ -19,8 +24,14 @@ from solar_jax.model.llama import Params
 from solar_jax.parallel import chips, rules
 from solar_jax.training import metrics
 from solar_jax.training.checkpoint import CheckpointStore
+from solar_jax.training.clock import Ledger, StepClock, StepTime, step_note
+from solar_jax.training.compilation import cache_hits
 from solar_jax.training.optimizer import learning_rate, make_optimizer, trainable_layers, trainable_mask
+from solar_jax.training.prefetch import Prefetcher
+from solar_jax.training.profiling import Profiler
 from solar_jax.training.step import abstract_state, make_eval_step, make_train_step, mean_loss, state_shardings
+from solar_jax.training.watchdog import Watchdog
+from solar_jax.training.writers import Writers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +45,8 @@ class Run:
     rows: grain.MapDataset  # training
     heldout: list[Batch]
     evals: metrics.JsonLines  # {"arm", "step", "loss"} of every held-out evaluation
+    ledger: Ledger
+    writers: Writers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +68,11 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
+def warn(text: str) -> None:
+    """Prints on any process."""
+    sys.stderr.write(f"warning: {text}\n")
+
+
 def initial_params(run: Run, plan: GrowthPlan) -> Params:
     """The base's weights, grown by the plan while they are read, each device's shard on its own."""
     cfg = grown_config(run.checkpoint.cfg, plan)
@@ -68,6 +86,7 @@ def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) ->
             return record["loss"]
     loss = mean_loss(make_eval_step(cfg, run.config, run.mesh), params, run.heldout)
     run.evals.append({"arm": arm, "step": step, "loss": loss})
+    run.writers.write(arm, step, {"heldout_loss": loss})
     return loss
 
 
@@ -91,6 +110,7 @@ def train(run: Run, arm: Arm) -> Params:
     lines = metrics.JsonLines(arm.folder / "metrics.jsonl")
     with CheckpointStore(arm.folder, config.checkpoint.keep) as store:
         done = store.latest_step or 0
+        run.ledger.add("lost", sum(seconds(r) for r in lines.read() if r["step"] > done))
         lines.keep_if(lambda r: r["step"] <= done)
         run.evals.keep_if(lambda r: r["arm"] != arm.name or r["step"] <= done)
         if done:
@@ -106,64 +126,190 @@ def train(run: Run, arm: Arm) -> Params:
             opt_state = jax.jit(optimizer.init, out_shardings=shardings["opt_state"])(params)
         state = {"params": params, "opt_state": opt_state}
         del params, opt_state  # the step takes their memory
-        return _steps(run, arm, cfg, optimizer, state, done, store, lines)
+        with contextlib.closing(_Session(run, arm, cfg, done, store, lines)) as session:
+            return session.steps(optimizer, state)
 
 
-def _steps(
-    run: Run, arm: Arm, cfg: ModelConfig, optimizer: Any, state: Any, done: int, store: CheckpointStore,
-    lines: metrics.JsonLines,
-) -> Params:  # fmt: skip
-    """The loop: batch, step, one line; held-out loss and checkpoint when due."""
-    config, steps = run.config, run.config.train.steps
-    batch_sharding = rules.batch_sharding(run.mesh)
-    rate = learning_rate(config.optimizer, steps)
-    tokens_a_step = config.train.batch_size * config.data.sequence_length
-    flops = metrics.flops_per_token(cfg, config.data.sequence_length)
-    peak, devices = chips.peak_flops(jax.devices()[0]), jax.device_count()
+def seconds(record: dict[str, Any]) -> float:
+    """What a step of the metrics took; 0 for one that an older version recorded."""
+    return record.get("data_seconds", 0.0) + record.get("compute_seconds", 0.0)
 
-    step_fn = make_train_step(cfg, config, optimizer, run.mesh, arm_mask(run, arm))
-    begin = time.perf_counter()
-    size = config.train.batch_size
-    padded = rules.padded_rows(size, run.mesh, config.train.accumulation)
-    batch = training_batch(run.rows, done, size, padded, batch_sharding)
-    compiled = step_fn.lower(state, batch).compile(chips.compiler_options(jax.devices()[0]) or None)
-    m = compiled.memory_analysis()
-    if m is not None:
-        say(
-            f"{arm.name}: step compiled in {time.perf_counter() - begin:.0f} s; by the compiler it takes "
-            f"{(m.argument_size_in_bytes + m.temp_size_in_bytes) / 2**30:.1f} GiB a device"
-        )
-    clock = metrics.Clock(steps - done)
-    for step in range(done + 1, steps + 1):
-        clock.start()
-        batch = training_batch(run.rows, step - 1, size, padded, batch_sharding)
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    """A step that the devices work on. Times are of `time.perf_counter()`."""
+
+    step: int
+    asked: float  # when its batch was
+    ready: float  # when that was there
+    numbers: concurrent.futures.Future  # of _fetch
+
+
+def _fetch(measured: dict[str, jax.Array]) -> tuple[dict[str, float], float]:
+    """What a step measured, and when it was done."""
+    return {name: float(value) for name, value in measured.items()}, time.perf_counter()
+
+
+class _Session:
+    """An arm's steps from one start of the command: batch, step, one line; held-out loss and checkpoint when due.
+
+    The devices get a step before the host has read the last one's numbers, so they never wait for what the host
+    writes. Every number is recorded under its own step, and none later than the checkpoint that holds the step.
+    """
+
+    def __init__(
+        self, run: Run, arm: Arm, cfg: ModelConfig, done: int, store: CheckpointStore, lines: metrics.JsonLines
+    ):
+        self._run, self._arm, self._cfg, self._done, self._store, self._lines = run, arm, cfg, done, store, lines
+        config = run.config
+        self._last = config.train.steps
+        self._rates = _rates(config)
+        self._tokens = config.train.batch_size * config.data.sequence_length  # a step
+        self._flops = metrics.flops_per_token(cfg, config.data.sequence_length)
+        self._peak = chips.peak_flops(jax.devices()[0])
+        self._clock = StepClock(self._last - done)
+        log = config.logging
+        self._profiler = Profiler(run.workdir / "profiles", arm.name, log.profile_start, log.profile_steps, say)
+        self._watchdog = Watchdog(run.workdir / "stalls", arm.name, log.watchdog_seconds, warn)
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, "numbers")
+        self._flying: _Flight | None = None
+
+    def close(self) -> None:
+        self._profiler.end()
+        self._reader.shutdown(wait=False)
+
+    def steps(self, optimizer: Any, state: Any) -> Params:
+        """Takes the steps that are left; the state's memory goes to the new one.
+
+        Returns:
+          The trained parameters.
+        """
+        run, config, size = self._run, self._run.config, self._run.config.train.batch_size
+        sharding, padded = rules.batch_sharding(run.mesh), rules.padded_rows(size, run.mesh, config.train.accumulation)
+        with Prefetcher(
+            lambda step: training_batch(run.rows, step, size, padded, sharding), self._done, self._last
+        ) as batches:
+            compiled = self._compile(optimizer, state, batches)
+            with self._watchdog, self._landing_on_error():
+                self._clock.resume()
+                for step in range(self._done + 1, self._last + 1):
+                    if self._profiler.opens(step):
+                        self._land()
+                        self._profiler.begin(step)
+                        self._clock.resume()
+                    state = self._step(compiled, step, state, batches)
+                    self._after(step, state)
+        return state["params"]
+
+    def _compile(self, optimizer: Any, state: Any, batches: Prefetcher) -> jax.stages.Compiled:
+        step = make_train_step(self._cfg, self._run.config, optimizer, self._run.mesh, arm_mask(self._run, self._arm))
+        begin = time.perf_counter()
+        batch = batches.first()
+        with cache_hits() as hits:
+            compiled = step.lower(state, batch).compile()
+        spent = time.perf_counter() - begin
+        self._run.ledger.add("compilation", spent)
+        cached = f" (from the cache in {jax.config.jax_compilation_cache_dir})" if hits else ""
+        m = compiled.memory_analysis()
+        takes = "" if m is None else (
+            f"; by the compiler it takes {(m.argument_size_in_bytes + m.temp_size_in_bytes) / 2**30:.1f} GiB a device"
+        )  # fmt: skip
+        say(f"{self._arm.name}: step compiled in {spent:.0f} s{cached}{takes}")
+        return compiled
+
+    def _step(self, compiled: jax.stages.Compiled, step: int, state: Any, batches: Prefetcher) -> Any:
+        """Hands a step to the devices and records the one before it."""
+        asked = time.perf_counter()
+        if self._flying and batches.is_slower_than(self._flying.numbers):
+            self._land()  # the devices are idle, so the line need not wait either
+        batch = batches.take()
+        ready = time.perf_counter()
         state, measured = compiled(state, batch)
-        loss, grad_norm = float(measured["loss"]), float(measured["grad_norm"])
-        seconds = clock.stop()
-        record = {
-            "step": step,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": float(jnp.asarray(rate(step - 1))),
-            "tokens": step * tokens_a_step,
-            "tokens_per_second": tokens_a_step / seconds,
-            "mfu": metrics.mfu(tokens_a_step / seconds, flops, peak, devices),
+        before, self._flying = self._flying, _Flight(step, asked, ready, self._reader.submit(_fetch, measured))
+        if before:
+            self._record(before)
+        return state
+
+    def _after(self, step: int, state: Any) -> None:
+        """What is due after a step; all of it needs the step to be done."""
+        config = self._run.config
+        last = step == self._last
+        evaluates = last or (config.evaluation.every and step % config.evaluation.every == 0)
+        saves = last or step % config.checkpoint.every == 0
+        closes = self._profiler.closes(step)
+        if not (evaluates or saves or closes):
+            return
+        self._land()
+        if closes:
+            self._profiler.end()
+            self._clock.resume()
+        if evaluates:
+            with self._outside("evaluation", step):
+                loss = evaluate(self._run, self._arm.name, step, self._cfg, state["params"])
+            say(f"{self._arm.name}: held-out loss {loss:.4f} after step {step}")
+        if saves:
+            with self._outside("checkpoint", step):
+                self._store.save(step, **state, host={"step": step, "tokens": step * self._tokens})
+
+    @contextlib.contextmanager
+    def _outside(self, name: str, step: int) -> Iterator[None]:
+        begin = time.perf_counter()
+        with self._clock.outside(name):
+            yield
+        self._run.ledger.add(name, time.perf_counter() - begin)
+        self._watchdog.beat(step, self._clock.median())
+
+    def _land(self) -> None:
+        """Waits for the step under way, if there is one, and records it."""
+        before, self._flying = self._flying, None
+        if before:
+            self._record(before)
+
+    @contextlib.contextmanager
+    def _landing_on_error(self) -> Iterator[None]:
+        """What fails next to a step, as the next batch may, does not cost the line of the step under way."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(Exception):  # which is the first one again, if the step itself failed
+                self._land()
+            raise
+
+    def _record(self, flight: _Flight) -> None:
+        """The step's line in the metrics and on the screen."""
+        measured, end = flight.numbers.result()
+        spent = self._clock.step(flight.asked, flight.ready, end)
+        self._watchdog.beat(flight.step, self._clock.median())
+        rate = self._tokens / spent.total
+        peaks = metrics.memory_peaks()
+        record = measured | {
+            "step": flight.step,
+            "learning_rate": float(self._rates[flight.step - 1]),
+            "tokens": flight.step * self._tokens,
+            "tokens_per_second": rate,
+            "mfu": metrics.mfu(rate, self._flops, self._peak, jax.device_count()),
+            "data_seconds": spent.data,
+            "compute_seconds": spent.compute,
+            **{f"{name}_seconds": value for name, value in spent.outside.items()},
+            "memory_peak_gib": None if peaks is None else max(peaks),
         }
-        lines.append(record)
-        say(_line(arm.name, steps, record, clock))
-        if step == steps or (config.evaluation.every and step % config.evaluation.every == 0):
-            say(
-                f"{arm.name}: held-out loss {evaluate(run, arm.name, step, cfg, state['params']):.4f} after step {step}"
-            )
-        if step == steps or step % config.checkpoint.every == 0:
-            store.save(step, **state, host={"step": step, "tokens": record["tokens"]})
-    return state["params"]
+        self._lines.append(record)
+        self._run.writers.write(self._arm.name, flight.step, record)
+        say(_line(self._arm.name, self._last, record, spent, self._clock.eta()))
 
 
-def _line(name: str, steps: int, r: dict[str, Any], clock: metrics.Clock) -> str:
+def _rates(config: Config) -> np.ndarray:
+    """The learning rate of every update: at once, since one at a time would queue behind the devices' steps."""
+    steps = config.train.steps
+    rate = learning_rate(config.optimizer, steps)
+    return np.asarray(jax.jit(jax.vmap(lambda i: jnp.asarray(rate(i), jnp.float32)))(jnp.arange(steps)))
+
+
+def _line(name: str, steps: int, r: dict[str, Any], spent: StepTime, eta: float) -> str:
     """One step for a person."""
     used = "" if r["mfu"] is None else f"  mfu {100 * r['mfu']:.1f} %"
     return (
         f"{name} step {r['step']:>{len(str(steps))}}/{steps}  loss {r['loss']:.4f}  lr {r['learning_rate']:.2e}  "
-        f"grad {r['grad_norm']:.2f}  {r['tokens_per_second']:,.0f} tok/s{used}  {metrics.duration(clock.eta())} left"
+        f"grad {r['grad_norm']:.2f}  {r['tokens_per_second']:,.0f} tok/s{used}{step_note(spent)}  "
+        f"{metrics.duration(eta)} left"
     )

@@ -3,9 +3,10 @@
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from solar_jax.config import ModelConfig
 from solar_jax.parallel import processes
@@ -31,6 +32,13 @@ def flops_per_token(cfg: ModelConfig, sequence_length: int) -> float:
 def mfu(tokens_per_second: float, flops_a_token: float, peak: float | None, devices: int) -> float | None:
     """Model FLOPs utilisation, 0 to 1: model FLOPs done over what the chips could do; None without a known peak."""
     return None if peak is None else tokens_per_second * flops_a_token / (peak * devices)
+
+
+def memory_peaks() -> list[float] | None:
+    """The most GiB of memory that each device of this process has held; None where a device does not tell."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] / 2**30 for s in stats if s and "peak_bytes_in_use" in s]
+    return peaks if len(peaks) == len(stats) else None
 
 
 class JsonLines:
@@ -88,29 +96,6 @@ def read_json(file: pathlib.Path) -> Any:
 
 def write_json(file: pathlib.Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=2) + "\n")
-
-
-class Clock:
-    """Seconds a step, and what is left; the first step of a session is not counted, as it warms up."""
-
-    def __init__(self, remaining_steps: int):
-        self.remaining = remaining_steps
-        self.seconds: list[float] = []
-        self._start = time.perf_counter()
-
-    def start(self) -> None:
-        self._start = time.perf_counter()
-
-    def stop(self) -> float:
-        """Seconds since `start`."""
-        self.remaining -= 1
-        self.seconds.append(time.perf_counter() - self._start)
-        return self.seconds[-1]
-
-    def eta(self) -> float:
-        """Seconds for the remaining steps, from the median of the last ones."""
-        recent = sorted(self.seconds[1:][-20:] or self.seconds)
-        return self.remaining * recent[len(recent) // 2]
 
 
 def duration(seconds: float) -> str:

@@ -85,7 +85,7 @@ def _decayed(params: Params) -> Params:
     return jax.tree.map_with_path(lambda path, _: not is_vector(path[-1].key), params)
 
 
-def masked(tree: Params, mask: Params | None) -> Params:
+def masked(tree: Any, mask: Params | None) -> Any:
     """`tree` with 0 where nothing trains; itself where everything does."""
     return tree if mask is None else jax.tree.map(jnp.multiply, tree, mask)
 

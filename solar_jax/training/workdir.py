@@ -32,6 +32,11 @@ def config_dict(config: Config) -> dict[str, Any]:
     return as_json
 
 
+def _may_change(key: str) -> bool:
+    """Whether a key may be another after a restart."""
+    return key.startswith("config.logging.")
+
+
 def check_owner(workdir: pathlib.Path, config: Config) -> bool:
     """Whether `workdir` already holds this run.
 
@@ -45,7 +50,7 @@ def check_owner(workdir: pathlib.Path, config: Config) -> bool:
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir}: holds files but no run (no config.json); give another --workdir.")
     here, there = flat(config_dict(config)), flat(read_json(workdir / "config.json"))
-    changed = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
+    changed = [key for key in sorted(here | there) if here.get(key) != there.get(key) and not _may_change(key)]
     if changed:
         key, more = changed[0], f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
         raise UserError(

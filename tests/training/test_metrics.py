@@ -139,18 +139,6 @@ def test_durations_read_as_a_person_writes_them(seconds, expected):
     assert duration(seconds) == expected
 
 
-def test_what_is_left_is_told_from_the_median_without_the_first_step(monkeypatch):
-    # The first step warms up, and one slow step among many is no trend.
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    clock = metrics.Clock(10)
-    for seconds, expected in ((100, 9 * 100), (2, 8 * 2), (2, 7 * 2), (50, 6 * 2), (2, 5 * 2)):
-        clock.start()
-        now[0] += seconds
-        assert clock.stop() == seconds
-        assert clock.eta() == expected
-
-
 @pytest.mark.parametrize(
     "arms",
     [
