@@ -92,7 +92,7 @@ def _prepare(folder: pathlib.Path, job: str) -> None:
     if JOB in found and _CONFIG not in found and retry((folder / JOB).read_text, f"{folder / JOB}") == job:
         return
     for name in sorted(found, key=lambda name: name != _CONFIG):
-        path = folder / name
+        path: Any = folder / name  # a bucket's path has rmtree, pathlib's has not
         retry(lambda path=path: path.rmtree() if path.is_dir() else path.unlink(), f"{path}")
     retry(lambda: (folder.mkdir(parents=True, exist_ok=True), (folder / JOB).write_text(job)), f"{folder / JOB}")
 

@@ -1,6 +1,5 @@
 """Checkpoint files, opened and checked without reading a weight: a folder of safetensors or .bin files, or GGUF."""
 
-import functools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -33,11 +32,6 @@ _MOST_DEPTH = 200
 def open_gguf(path: pathlib.Path) -> Checkpoint:
     file = gguf.open_gguf(path)
     hf_config = gguf.hf_config(file)
-    whole = functools.lru_cache(maxsize=2)(file.read)  # rows are asked for one block after another
-
-    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
-        return whole(name)[rows]
-
     return Checkpoint(
         where=str(path),
         hf_config=hf_config,
@@ -45,7 +39,7 @@ def open_gguf(path: pathlib.Path) -> Checkpoint:
         companions=gguf.tokenizer_files(file) | {"generation_config.json": _generation_config(hf_config)},
         shape_of={name: file.shape(name) for name in file.tensors},
         dtype_of=dict.fromkeys(file.tensors, np.dtype(np.float32)),
-        read=read,
+        read=file.read,
         files=(path,),
     )
 

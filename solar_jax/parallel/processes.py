@@ -24,12 +24,11 @@ def start() -> None:
         return
     several = any(test(os.environ.get(name, "")) for name, test in _SEVERAL.items())
     if several or _on_tpu_vm():
-        given = {
-            "coordinator_address": os.environ.get("JAX_COORDINATOR_ADDRESS"),
-            "num_processes": _number("JAX_NUM_PROCESSES"),
-            "process_id": _number("JAX_PROCESS_ID"),
-        }
-        jax.distributed.initialize(**{key: value for key, value in given.items() if value is not None})
+        jax.distributed.initialize(  # what is None it finds by itself
+            coordinator_address=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+            num_processes=_number("JAX_NUM_PROCESSES"),
+            process_id=_number("JAX_PROCESS_ID"),
+        )
 
 
 def _number(name: str) -> int | None:

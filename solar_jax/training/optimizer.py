@@ -1,5 +1,6 @@
 """AdamW with clipping, a schedule, and a mask of what may move; all of it optax."""
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,7 @@ def masked(tree: Any, mask: Params | None) -> Any:
 
 
 def _masked(mask: Params | None) -> optax.GradientTransformation:
-    return optax.identity() if mask is None else optax.stateless(lambda updates, _: masked(updates, mask))
+    return optax.identity() if mask is None else optax.stateless(lambda updates, _: masked(typing.cast(Params, updates), mask))
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, mask: Params | None = None) -> optax.GradientTransformation:
