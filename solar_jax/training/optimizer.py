@@ -92,7 +92,11 @@ def masked(tree: Any, mask: Params | None) -> Any:
 
 
 def _masked(mask: Params | None) -> optax.GradientTransformation:
-    return optax.identity() if mask is None else optax.stateless(lambda updates, _: masked(typing.cast(Params, updates), mask))
+    return (
+        optax.identity()
+        if mask is None
+        else optax.stateless(lambda updates, _: masked(typing.cast(Params, updates), mask))
+    )
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, mask: Params | None = None) -> optax.GradientTransformation:
