@@ -79,6 +79,7 @@ class TrainConfig:
     accumulation: int = 1  # microbatches that one step's batch is split into
     trainable: str = "all"  # a name of training.optimizer.TRAINABLE
     remat: str = "full"  # a name of model.llama.REMAT
+    attention: str = "auto"  # a name of training.step.ATTENTION; auto: splash kernels on TPUs
     compute_dtype: str = "bfloat16"  # of matmuls and activations; parameters and optimiser state are float32
     control: bool = False  # also train the base without growth, on the same tokens
 

@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from solar_jax.config import ModelConfig
-from solar_jax.model.attention import attention, attention_mask
+from solar_jax.model.attention import Attend, attention, attention_mask
 from solar_jax.model.rope import apply_rope, rope_angles
 
 Params = dict[str, Any]  # {"embed", "layers": {...}, "final_norm", "lm_head"}, arrays or anything shaped like them
-# (array, its axis letters) -> the same array, laid out on a mesh; a dot is an axis that is kept whole.
+# (array, its axis letters) -> the same array, laid out on a mesh; a dot is an axis that is kept whole. An array with a
+# B is an activation. One without is a parameter: it is gathered for use, and its gradient goes back to where it rests.
 Constrain = Callable[[jax.Array, str], jax.Array]
 
 LAYER_AXES = {
@@ -47,11 +49,22 @@ OPTIONAL: dict[str, Callable[[ModelConfig], bool]] = {
     "k_norm": lambda cfg: cfg.qk_norm,
 }
 
-# What the backward pass finds saved instead of computing it again; None saves everything.
-REMAT = {
+# Names of a layer's values -> their axes, from the cheapest in memory for what it saves in time. "attention" is what
+# the kernel's backward pass needs of its forward one, "mid" the sum after attention.
+SAVEABLE = {
+    "attention": "BTNH", "q": "BTNH", "k": "BTKH", "v": "BTKH", "mid": "BTD", "gate": "BTF", "up": "BTF",
+}  # fmt: skip
+
+# Which of them the backward pass finds saved instead of computing them again; a layer's input always is. None saves
+# whatever differentiation asks for.
+REMAT: dict[str, tuple[str, ...] | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "matmuls": ("attention", "q", "k", "v", "mid", "gate", "up"),
+    "half_mlp": ("attention", "q", "k", "v", "mid", "gate"),
+    "mid": ("attention", "q", "k", "v", "mid"),
+    "qkv": ("attention", "q", "k", "v"),
+    "attention": ("attention",),
+    "full": (),
 }
 
 
@@ -166,23 +179,33 @@ class Block(nnx.Module):
             setattr(self, name, _initial(rngs, cfg, name, letters) if name in present else None)
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array, constrain: Constrain
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        seen: jax.Array | None,
+        constrain: Constrain,
+        attend: Attend = attention,
     ) -> jax.Array:
-        """x: [B, T, D] -> [B, T, D]."""
+        """x: [B, T, D] -> [B, T, D]; `seen` says what a query may see, in the form that `attend` takes."""
+
+        def weight(name: str) -> jax.Array:
+            return constrain(getattr(self, name)[...], LAYER_AXES[name])
+
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attn_norm[...], self.eps)
-            q = constrain(_add_bias(_einsum("btd,dnh->btnh", h, self.q_proj[...]), self.q_bias), "BTNH")
-            k = constrain(_add_bias(_einsum("btd,dkh->btkh", h, self.k_proj[...]), self.k_bias), "BTKH")
-            v = constrain(_add_bias(_einsum("btd,dkh->btkh", h, self.v_proj[...]), self.v_bias), "BTKH")
+            q = constrain(_add_bias(_einsum("btd,dnh->btnh", h, weight("q_proj")), self.q_bias), "BTNH")
+            k = constrain(_add_bias(_einsum("btd,dkh->btkh", h, weight("k_proj")), self.k_bias), "BTKH")
+            v = constrain(_add_bias(_einsum("btd,dkh->btkh", h, weight("v_proj")), self.v_bias), "BTKH")
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = rms_norm(q, self.q_norm[...], self.eps), rms_norm(k, self.k_norm[...], self.eps)
-            h = attention(apply_rope(q, rope), apply_rope(k, rope), v, mask)
-            x = x + _add_bias(constrain(_einsum("btnh,nhd->btd", h, self.o_proj[...]), "BTD"), self.o_bias)
+            h = attend(apply_rope(q, rope), apply_rope(k, rope), v, seen)
+            x = x + _add_bias(constrain(_einsum("btnh,nhd->btd", h, weight("o_proj")), "BTD"), self.o_bias)
+            x = checkpoint_name(x, "mid")
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], self.eps)
-            gate = constrain(_einsum("btd,df->btf", h, self.gate_proj[...]), "BTF")
-            up = constrain(_einsum("btd,df->btf", h, self.up_proj[...]), "BTF")
-            return x + constrain(_down_projection(jax.nn.silu(gate) * up, self.down_proj[...]), "BTD")
+            gate = checkpoint_name(constrain(_einsum("btd,df->btf", h, weight("gate_proj")), "BTF"), "gate")
+            up = checkpoint_name(constrain(_einsum("btd,df->btf", h, weight("up_proj")), "BTF"), "up")
+            return x + constrain(_down_projection(jax.nn.silu(gate) * up, weight("down_proj")), "BTD")
 
 
 class Llama(nnx.Module):
@@ -205,27 +228,29 @@ class Llama(nnx.Module):
         compute_dtype: Any,
         remat: str,
         constrain: Constrain,
+        attend: Attend | None,
     ) -> jax.Array:
         """Final-norm output [B, T, D] in compute_dtype, for tokens, positions and segment ids [B, T]."""
         rope = rope_angles(positions, self.cfg)
-        mask = attention_mask(tokens.shape[1], segment_ids, self.cfg.sliding_window)
+        seen = segment_ids
+        if attend is None:
+            attend, seen = attention, attention_mask(tokens.shape[1], segment_ids, self.cfg.sliding_window)
         # The table is gathered before the look-up: a look-up in a table split over D and V makes XLA fall back to
         # full rematerialisation of the result.
         x = constrain(constrain(self.embed[...].astype(compute_dtype), ".D")[tokens], "BTD")
 
         def body(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return block(x, rope, mask, constrain), None
+            return block(x, rope, seen, constrain, attend), None
 
-        if (policy := REMAT[remat]) is not None:
+        if (names := REMAT[remat]) is not None:
+            policy = jax.checkpoint_policies.save_only_these_names(*names)
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x, _ = jax.lax.scan(body, x, self.layers)
         return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
 
-    def unembed(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> float32 logits [B, T, V]."""
-        if self.cfg.tie_word_embeddings:
-            return _einsum("btd,vd->btv", x, self.embed[...], jnp.float32)
-        return _einsum("btd,dv->btv", x, self.lm_head[...], jnp.float32)
+    def head(self) -> jax.Array:
+        """The output projection [D, V]."""
+        return self.embed[...].T if self.cfg.tie_word_embeddings else self.lm_head[...]
 
 
 def graph(cfg: ModelConfig) -> nnx.GraphDef:
@@ -246,7 +271,7 @@ def compute_copy(params: Params, compute_dtype: Any) -> Params:
     return jax.tree.map_with_path(lambda path, p: p if is_vector(path[-1].key) else p.astype(compute_dtype), params)
 
 
-def logits(
+def hidden(
     cfg: ModelConfig,
     params: Params,
     tokens: jax.Array,
@@ -256,8 +281,9 @@ def logits(
     compute_dtype: Any = jnp.float32,
     remat: str = "none",
     constrain: Constrain = identity,
-) -> jax.Array:
-    """Next-token logits.
+    attend: Attend | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What the logits are the product of.
 
     Args:
       cfg: the architecture.
@@ -267,13 +293,37 @@ def logits(
       segment_ids: [B, T], the document of each token within its row; one document if None.
       compute_dtype: of matmuls and activations.
       remat: a name of `REMAT`.
-      constrain: lays activations out on a mesh.
+      constrain: lays activations and gathered parameters out on a mesh.
+      attend: attention from segment ids; None for plain array operations.
 
     Returns:
-      float32 [B, T, V].
+      The final norm's output [B, T, D] and the output projection [D, V], both in compute_dtype.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     model = nnx.merge(graph(cfg), compute_copy(params, compute_dtype))
-    x = model.hidden(tokens, positions, segment_ids, compute_dtype=compute_dtype, remat=remat, constrain=constrain)
-    return constrain(model.unembed(x), "BTV")
+    x = model.hidden(
+        tokens, positions, segment_ids,
+        compute_dtype=compute_dtype, remat=remat, constrain=constrain, attend=attend,
+    )  # fmt: skip
+    return x, model.head()
+
+
+def unembed(x: jax.Array, head: jax.Array) -> jax.Array:
+    """[..., D] x [D, V] -> float32 logits [..., V]."""
+    return _einsum("...d,dv->...v", x, head, jnp.float32)
+
+
+def logits(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    constrain: Constrain = identity,
+    **how: Any,
+) -> jax.Array:
+    """Next-token logits, float32 [B, T, V]; the arguments are those of `hidden`."""
+    x, head = hidden(cfg, params, tokens, positions, segment_ids, constrain=constrain, **how)
+    return constrain(unembed(x, constrain(head, "DV")), "BTV")

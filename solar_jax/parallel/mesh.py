@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 
 from solar_jax.config import MeshConfig
 from solar_jax.errors import UserError
@@ -31,3 +32,27 @@ def make_mesh(cfg: MeshConfig) -> jax.sharding.Mesh:
     """A mesh of all devices, its axes in Auto mode: shardings are given at the ends and as constraints."""
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(mesh_shape(cfg, jax.device_count()), AXES, axis_types=auto)
+
+
+def platform(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
+    """What its devices are, "tpu" or "cpu" for example; "" for a mesh of no particular devices."""
+    return mesh.devices.flat[0].platform if isinstance(mesh, jax.sharding.Mesh) else ""
+
+
+def fsdp_stages(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
+    """Sizes whose product is the fsdp axis, outermost first; a parameter is gathered over one after the other.
+
+    Over all three dimensions of a TPU's torus at once, XLA makes an all-reduce of zeros of every all-gather: twice
+    the bytes. So where the axis has all three, the innermost dimension is a stage of its own.
+    """
+    line = mesh.devices[0, :, 0]
+    if not hasattr(line[0], "coords"):
+        return (len(line),)
+    coords = np.array([d.coords for d in line])
+    if sum(len(set(c)) > 1 for c in coords.T) < 3:
+        return (len(line),)
+    moved = (coords != coords[0]).sum(axis=1) > 1
+    inner = int(np.argmax(moved))  # the first device that is away from the first one in two dimensions, or none
+    while len(line) % inner:
+        inner -= 1
+    return (len(line) // inner, inner)

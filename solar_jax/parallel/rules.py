@@ -4,15 +4,18 @@ Parameters, and optimiser state with them, are split over fsdp on D and over ten
 Activations are split over their batch, and over tensor where a weight made them so.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
+from solar_jax.model.attention import Attend
 from solar_jax.model.llama import Params, axes, sizes
+from solar_jax.parallel.mesh import fsdp_stages
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -102,5 +105,50 @@ def padded_rows(rows: int, mesh: Mesh, microbatches: int = 1) -> int:
 
 
 def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
-    """A `model.llama.Constrain` that lays activations out on `mesh`."""
-    return lambda x, letters: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATIONS)))
+    """A `model.llama.Constrain` that lays activations and gathered parameters out on `mesh`."""
+
+    def one(x: jax.Array, letters: str) -> jax.Array:
+        if "B" in letters or "." in letters:
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATIONS)))
+        return gathered(x, letters)
+
+    stages = fsdp_stages(mesh)
+    names = tuple(f"fsdp{i}" for i in range(len(stages)))
+    shape = (mesh.shape["data"], *stages, mesh.shape["tensor"])
+    staged = Mesh(mesh.devices.reshape(shape), ("data", *names, "tensor"), axis_types=(AxisType.Auto,) * len(shape))
+
+    def split(x: jax.Array, letters: str, over: int) -> jax.Array:
+        """A parameter split over the outermost `over` stages of fsdp, as it rests otherwise."""
+        entries = ((names[:over] or None) if PARAMETERS[a] == "fsdp" else PARAMETERS[a] for a in letters)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(staged, PartitionSpec(*entries)))
+
+    # The transpose of a constraint is the same constraint, which here would sum every gradient whole on every device
+    # before it is cut: an all-reduce where a reduce-scatter does.
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def gathered(x: jax.Array, letters: str) -> jax.Array:
+        for over in reversed(range(len(stages))):
+            x = split(x, letters, over)
+        return x
+
+    def forward(x: jax.Array, letters: str) -> tuple[jax.Array, None]:
+        return gathered(x, letters), None
+
+    def backward(letters: str, _: None, g: jax.Array) -> tuple[jax.Array]:
+        for over in range(len(stages)):
+            g = split(g, letters, over + 1)
+        return (g,)
+
+    gathered.defvjp(forward, backward)
+    return one
+
+
+def attend(mesh: Mesh, kernel: Attend) -> Attend:
+    """A kernel for the rows and heads of one device, run on each device's own."""
+    q, k, ids = (spec(letters, ACTIVATIONS) for letters in ("BTNH", "BTKH", "BT"))
+
+    def sharded(queries: jax.Array, keys: jax.Array, values: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        # check_vma: kernels do not say over which axes their results vary.
+        run = jax.shard_map(kernel, mesh=mesh, in_specs=(q, k, k, ids), out_specs=q, check_vma=False)
+        return run(queries, keys, values, segment_ids)
+
+    return sharded

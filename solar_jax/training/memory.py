@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from solar_jax.config import Config, ModelConfig
+from solar_jax.model.llama import REMAT, SAVEABLE
 from solar_jax.parallel.rules import padded_rows
-from solar_jax.training.step import State
+from solar_jax.training.step import State, uses_splash
 
 GIB = 2**30
 
@@ -54,12 +55,15 @@ def estimate(cfg: ModelConfig, config: Config, state: State, mesh: jax.sharding.
     D, F, N, K, H = (
         cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim,
     )  # fmt: skip
-    # Values kept a token and layer for the backward pass; scores and their softmax are float32.
-    dots = D * 3 + (2 * (N + 2 * K) * H + 2 * F) / tensor
-    scores = 3 * N / tensor * config.data.sequence_length * 4
+    # Values kept a token and layer for the backward pass; plain attention's scores and their softmax are float32.
+    scores = 0 if uses_splash(cfg, config, mesh) else 3 * N / tensor * config.data.sequence_length * 4
     everything = (6 * D + (2 * (N + 2 * K) * H + 4 * F) / tensor) * width + scores
-    kept = {"full": D * width, "dots": dots * width, "none": everything}[config.train.remat]
-    working = 0 if config.train.remat == "none" else everything
+    values = {"B": 1, "T": 1, "D": D, "F": F / tensor, "N": N / tensor, "K": K / tensor, "H": H}
+    names = REMAT[config.train.remat]
+    kept, working = everything, 0.0
+    if names is not None:
+        kept = width * (D + sum(math.prod(values[a] for a in SAVEABLE[name]) for name in names))
+        working = everything
     logits = 3 * 4 * cfg.vocab_size / tensor
     activations = tokens * (kept * cfg.num_hidden_layers + working + logits)
     accumulated = parameters if config.train.accumulation > 1 else 0

@@ -1,7 +1,11 @@
 """What training minimises."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from solar_jax.model.llama import Constrain, identity, unembed
 
 
 def next_token_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -17,3 +21,78 @@ def next_token_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -
     """
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked)), jnp.sum(weights)
+
+
+def head_loss(
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunks: int = 1,
+    shards: int = 1,
+    constrain: Constrain = identity,
+) -> tuple[jax.Array, jax.Array]:
+    """`next_token_loss` of the logits x @ head, a chunk of each row's tokens at a time.
+
+    No more than a chunk's logits are in memory. Their gradient is taken along with the loss, so that the backward
+    pass computes no logits again; a gradient with respect to `weights` is not given.
+
+    Args:
+      x: [B, T, D], the final norm's output.
+      head: [D, V], the output projection, in x's dtype.
+      targets: [B, T] integers.
+      weights: [B, T] float32, 0 where a target does not count.
+      chunks: how many; T has to be a multiple.
+      shards: over how many devices B is split; each sums its own gradient of the head, and they are added once.
+      constrain: lays arrays out on a mesh.
+    """
+    B, T, D = x.shape
+
+    def split(a: jax.Array, letters: str) -> jax.Array:
+        """[B, T, ...] -> [chunks, B, T / chunks, ...], every chunk on the devices of its rows."""
+        moved = a.reshape(B, chunks, T // chunks, *a.shape[2:]).swapaxes(0, 1)
+        return constrain(moved, "." + letters)
+
+    def loss_of(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        return next_token_loss(constrain(logits, "BTV"), targets, weights)[0]
+
+    def product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+        return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+    @jax.custom_vjp
+    def summed(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            x, *labels = chunk
+            return total + loss_of(unembed(x, head), *labels), None
+
+        parts = split(x, "BTD"), split(targets, "BT"), split(weights, "BT")
+        return jax.lax.scan(add, jnp.float32(0), parts)[0]
+
+    def forward(
+        x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def add(sums: Any, chunk: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+            total, d_head = sums
+            x, *labels = chunk
+            loss, d_logits = jax.value_and_grad(loss_of)(unembed(x, head), *labels)
+            d_logits = constrain(d_logits.astype(x.dtype), "BTV")
+            dx = constrain(product("btv,dv->btd", d_logits, head), "BTD").astype(x.dtype)
+            # Rows of one device under an axis of their own: a sum over them is local until that axis is summed.
+            groups = (a.reshape(shards, B // shards, *a.shape[1:]) for a in (x, d_logits))
+            d_head += product("gbtd,gbtv->gdv", *groups)
+            return (total + loss, constrain(d_head, "BDV")), dx
+
+        zero = jnp.float32(0), constrain(jnp.zeros((shards, *head.shape), jnp.float32), "BDV")
+        parts = split(x, "BTD"), split(targets, "BT"), split(weights, "BT")
+        (total, d_head), dx = jax.lax.scan(add, zero, parts)
+        dx = constrain(dx.swapaxes(0, 1).reshape(B, T, D), "BTD")
+        return total, (dx, d_head)
+
+    def backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array | None, ...]:
+        dx, d_head = saved
+        return (g * dx).astype(dx.dtype), (g * jnp.sum(d_head.astype(dx.dtype), axis=0)).astype(dx.dtype), None, None
+
+    summed.defvjp(forward, backward)
+    return summed(x, constrain(head, "DV"), targets, weights), jnp.sum(weights)

@@ -7,18 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
 from solar_jax.model import llama
+from solar_jax.model.attention import LANES, Attend, splash_attention
 from solar_jax.model.llama import Params
 from solar_jax.parallel import rules
-from solar_jax.training.objectives import next_token_loss
+from solar_jax.parallel.mesh import platform
+from solar_jax.training.objectives import head_loss
 from solar_jax.training.optimizer import masked
 
 State = dict[str, Any]  # {"params", "opt_state"}
+ATTENTION = ("auto", "splash", "xla")  # config.train.attention
+LOGITS = 2**28  # of one chunk of the loss, on one device: a GiB in float32
 
 
 def state_shardings(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
@@ -36,6 +40,37 @@ def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, sh
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
 
 
+def uses_splash(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether attention runs as splash kernels: asked for, or on TPUs where they take the shapes.
+
+    Raises:
+      UserError: no such choice, or kernels are asked for that do not take the shapes.
+    """
+    wanted, length = config.train.attention, config.data.sequence_length
+    if wanted not in ATTENTION:
+        raise UserError(f"config.train.attention must be one of {', '.join(ATTENTION)}, found {wanted!r}.")
+    fits = length % LANES == 0 and cfg.head_dim % LANES == 0
+    if wanted == "splash" and not length % LANES == 0:
+        raise UserError(
+            f"config.train.attention='splash' needs a config.data.sequence_length that is a multiple of {LANES}, "
+            f"found {length}."
+        )
+    return wanted == "splash" or (wanted == "auto" and fits and platform(mesh) == "tpu")
+
+
+def attention_kernel(cfg: ModelConfig, config: Config, mesh: Mesh) -> Attend | None:
+    """Splash attention on `mesh`, or None for plain array operations; on other devices than TPUs it is interpreted."""
+    if not uses_splash(cfg, config, mesh):
+        return None
+    kernel = functools.partial(splash_attention, sliding_window=cfg.sliding_window, interpret=platform(mesh) != "tpu")
+    return rules.attend(mesh, kernel)
+
+
+def loss_chunks(logits: int, length: int) -> int:
+    """Into how many chunks of its T tokens a row is cut, so that a device's logits do not outgrow `LOGITS`."""
+    return next((n for n in range(1, length) if length % n == 0 and logits <= n * LOGITS), length)
+
+
 def _summed_loss(
     cfg: ModelConfig, config: Config, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
@@ -43,13 +78,18 @@ def _summed_loss(
     if config.train.remat not in llama.REMAT:
         raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {config.train.remat!r}.")
 
+    constrain, attend = rules.constrain(mesh), attention_kernel(cfg, config, mesh)
+    shards = rules.padded_rows(1, mesh)
+
     def summed_loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logits = llama.logits(
+        x, head = llama.hidden(
             cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"],
             compute_dtype=jnp.dtype(config.train.compute_dtype),
-            remat=config.train.remat, constrain=rules.constrain(mesh),
+            remat=config.train.remat, constrain=constrain, attend=attend,
         )  # fmt: skip
-        return next_token_loss(logits, batch["targets"], batch["weights"])
+        rows, length = batch["tokens"].shape
+        chunks = loss_chunks(rows // shards * length * cfg.vocab_size // mesh.shape["tensor"], length)
+        return head_loss(x, head, batch["targets"], batch["weights"], chunks=chunks, shards=shards, constrain=constrain)
 
     return summed_loss
 
