@@ -5,12 +5,14 @@ says something is refused: ignored, it would give another model than the one tha
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 
+_LARGEST = (1 << 63) - 1
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -124,7 +126,7 @@ def model_config(hf: dict[str, Any], where: str) -> ModelConfig:
     """
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, found {kind!r}.")
+        raise UserError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, found {_short(kind)}.")
     family = FAMILIES[kind]
     _check_keys(hf, family, where)
     read = set(family.defaults) - set(family.fixed) - family.ignored
@@ -154,15 +156,20 @@ def _check_keys(hf: dict[str, Any], family: Family, where: str) -> None:
     """Raises a UserError for a key that says something which is not computed."""
     found = hf.get("architectures")
     if found and found != [family.architecture]:
-        raise UserError(f"{where}: architectures must be [{family.architecture!r}], found {found!r}.")
+        raise UserError(f"{where}: architectures must be [{family.architecture!r}], found {_short(found)}.")
     fixed = FIXED | family.fixed
     known = {*SIZES, *family.defaults, *family.ignored, *HARMLESS}
     for key, value in hf.items():
         if key in fixed:
             if value is not None and value not in fixed[key]:
-                raise UserError(f"{where}: {key} must be {fixed[key][0]!r}, found {value!r}.")
+                raise UserError(f"{where}: {key} must be {fixed[key][0]!r}, found {_short(value)}.")
         elif key not in known and value is not None and value is not False and value != {} and value != []:
-            raise UserError(f"{where}: the key {key} is not understood by this program, found {_short(value)}.")
+            raise UserError(f"{where}: the key {_name(key)} is not understood by this program, found {_short(value)}.")
+
+
+def _name(key: str) -> str:
+    """A key as it is, or what is left of one that would break a message."""
+    return key if key.isprintable() and len(key) <= 80 else _short(key)
 
 
 def _short(value: Any) -> str:
@@ -180,8 +187,8 @@ def _one_of(value: Any, allowed: tuple[Any, ...], key: str, where: str) -> Any:
 
 
 def _positive(value: Any, kind: type, key: str, where: str) -> Any:
-    """`value` as a positive, finite int or float."""
-    if type(value) not in (int, kind) or not 0 < value < float("inf"):
+    """`value` as a positive, finite int or float; Python's integers have no bound, those of other programs do."""
+    if type(value) not in (int, kind) or not 0 < value <= (_LARGEST if kind is int else sys.float_info.max):
         name = "integer" if kind is int else "number"
         raise UserError(f"{where}: {key} must be a positive {name}, found {_short(value)}.")
     return kind(value)
@@ -233,8 +240,8 @@ def _rope(known: dict[str, Any], theta_given: bool, positions: int, where: str) 
             found[key] = _rope_dict(known[key], known["rope_theta"], theta_given, positions, key, where)
     if len({tuple(sorted(rope.items())) for rope in found.values()}) > 1:
         raise UserError(
-            f"{where}: rope_scaling and rope_parameters must say the same, found {known['rope_scaling']!r} and "
-            f"{known['rope_parameters']!r}."
+            f"{where}: rope_scaling and rope_parameters must say the same, found {_short(known['rope_scaling'])} "
+            f"and {_short(known['rope_parameters'])}."
         )
     for rope in found.values():
         return rope
@@ -257,10 +264,12 @@ def _rope_dict(rope: Any, theta: Any, theta_given: bool, positions: int, key: st
         if name == "partial_rotary_factor" and value in FIXED[name]:
             continue
         if name not in ("rope_type", "type", "rope_theta", *ROPE_TYPES[kind]) and value is not None:
-            raise UserError(f"{where}: {key}.{name} is not understood for rope type {kind!r}, found {_short(value)}.")
+            raise UserError(
+                f"{where}: {key}.{_name(name)} is not understood for rope type {kind!r}, found {_short(value)}."
+            )
     inner = rope.get("rope_theta")
     if inner is not None and theta_given and inner != theta:
-        raise UserError(f"{where}: {key}.rope_theta={inner!r} contradicts rope_theta={theta!r}.")
+        raise UserError(f"{where}: {key}.rope_theta={_short(inner)} contradicts rope_theta={_short(theta)}.")
     numbers: dict[str, Any] = {name: rope.get(name) for name in ROPE_TYPES[kind]}
     if numbers.get("original_max_position_embeddings", 1) is None:  # then transformers takes the other
         numbers["original_max_position_embeddings"] = positions
