@@ -1,6 +1,7 @@
 """Grouped-query attention: plain array operations for any device and length, and splash kernels for TPUs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def splash_attention(
     T, N, H = q.shape[1:]
     mask = masks.LocalMask((T, T), (sliding_window - 1, 0), 0) if sliding_window else masks.CausalMask((T, T))
     forward, backward, compute = (block_size(T, BLOCK[name]) for name in ("forward", "backward", "compute"))
-    kernel = splash.make_splash_mha(
+    kernel: Callable[..., Any] = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
         block_sizes=splash.BlockSizes(
             block_q=forward, block_kv=forward, block_kv_compute=block_size(forward, compute),

@@ -1,0 +1,70 @@
+"""Splash kernels, interpreted on a CPU, against plain attention: same result, same gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solar_jax.model.attention import attention, attention_mask, block_size, splash_attention
+from solar_jax.parallel import rules
+from tests.parallel.test_mesh import mesh_of
+
+B, T, N, K, H = 2, 256, 4, 2, 128
+TOLERANCE = 2e-5  # absolute, float32: sums of the same terms in blocks
+
+
+def arrays(kv_heads: int = K) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(0)
+    return tuple(jnp.array(rng.standard_normal((B, T, n, H)), jnp.float32) for n in (N, kv_heads, kv_heads))
+
+
+def segments() -> jax.Array:
+    """Another border in each row, neither at a block's edge."""
+    place = np.arange(T)[None]
+    return jnp.array((place >= 100) + (place >= np.array([[190], [131]])), jnp.int32)
+
+
+def plain(q, k, v, segment_ids, window):
+    return attention(q, k, v, attention_mask(T, segment_ids, window))
+
+
+def splash(q, k, v, segment_ids, window):
+    return splash_attention(q, k, v, segment_ids, sliding_window=window, interpret=True)
+
+
+def gradients(attend, q, k, v, segment_ids, window):
+    """Of a sum in which every output counts differently."""
+    weights = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
+    return jax.grad(lambda *x: jnp.sum(weights * attend(*x, segment_ids, window)), argnums=(0, 1, 2))(q, k, v)
+
+
+@pytest.mark.parametrize("window", [0, 70, 256])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_splash_is_plain_attention_forward_and_backward(window, segmented, kv_heads):
+    inputs, ids = arrays(kv_heads), segments() if segmented else None
+    np.testing.assert_allclose(splash(*inputs, ids, window), plain(*inputs, ids, window), atol=TOLERANCE)
+    found, expected = (gradients(f, *inputs, ids, window) for f in (splash, plain))
+    for name, a, b in zip("qkv", found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=10 * TOLERANCE, err_msg=f"d{name}")
+
+
+@pytest.mark.parametrize(("ids", "window"), [(None, 70), (segments(), 71)], ids=["documents leak", "window one longer"])
+def test_the_comparison_refuses_another_mask(ids, window):
+    found = splash(*arrays(), ids, window)
+    assert float(jnp.abs(found - plain(*arrays(), segments(), 70)).max()) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1), (1, 2, 2), (2, 1, 2)])
+def test_every_device_attends_within_its_rows_and_heads(shape):
+    kernel = functools.partial(splash_attention, sliding_window=0, interpret=True)
+    attend = rules.attend(mesh_of(*shape), kernel)
+    found = jax.jit(lambda *x: attend(*x, segments()))(*arrays())
+    np.testing.assert_allclose(found, plain(*arrays(), segments(), 0), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("length", "largest", "expected"), [(4096, 1024, 1024), (384, 1024, 384), (640, 512, 128)])
+def test_a_block_divides_the_row(length, largest, expected):
+    assert block_size(length, largest) == expected
