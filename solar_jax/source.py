@@ -16,6 +16,7 @@ from solar_jax.errors import UserError
 from solar_jax.hf import families
 from solar_jax.hf.files import LEFT_BEHIND, LINEAGE, companions, inside, lineage, open_folder, open_gguf, read_json
 from solar_jax.hf.reader import Checkpoint, check_tensors, row_unit
+from solar_jax.hf.safetensors import is_local
 from solar_jax.hf.tensors import TENSORS, hf_shape, hf_tensors, to_hf
 from solar_jax.model.llama import shapes
 from solar_jax.training.arrays import array_paths, open_array
@@ -123,6 +124,10 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
     step = newest(folder)
     if step is None:
         raise UserError(f"{folder}: holds no checkpoint yet.")
+    if is_local(step):
+        for file in step.rglob("*"):
+            if not file.is_dir() or file.is_symlink():
+                inside(step, str(file.relative_to(step)))
     expected = {keystr(p, simple=True, separator="/"): s.shape for p, s in jax.tree.leaves_with_path(shapes(cfg))}
     try:
         arrays = {path: open_array(step / "params", path) for path in array_paths(step / "params")}

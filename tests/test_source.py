@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import shutil
 
@@ -91,6 +92,20 @@ def test_a_run_whose_checkpoint_is_damaged_is_refused(tmp_path, run):
     with pytest.raises(UserError) as e:
         load_params(open_checkpoint(str(folder)))
     assert str(e.value).startswith(str(folder))
+
+
+@pytest.mark.parametrize("what", ["pipe", "link", "folder that is a link"])
+def test_a_run_whose_files_are_pipes_or_lie_elsewhere_is_refused_and_not_waited_for(tmp_path, run, what):
+    folder = shutil.copytree(run, tmp_path / "run")
+    arrays = folder / FOLDER / "10" / "params"
+    place = arrays / "d" if what == "folder that is a link" else arrays / "manifest.ocdbt"
+    place.rename(tmp_path / "elsewhere")
+    if what == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(tmp_path / "elsewhere")
+    said = "must be a file" if what == "pipe" else "must lie in its folder"
+    assert said in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["nothing", "a/b/c", "nothing.gguf", "some name"])
