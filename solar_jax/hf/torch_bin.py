@@ -320,15 +320,15 @@ def _call(target: Any, args: Any) -> Any:
     match name.rpartition(" ")[2], args:
         case "OrderedDict", ():
             return {}
-        case "_rebuild_parameter", (_Tensor() as tensor, _, _):
+        case "_rebuild_parameter", (_Tensor() as tensor, bool(), _):
             return tensor
-        case "_rebuild_parameter_with_state", (_Tensor() as tensor, _, _, _):
+        case "_rebuild_parameter_with_state", (_Tensor() as tensor, bool(), _, _):
             return tensor
-        case "_rebuild_tensor_v2", (_Storage() as storage, offset, shape, strides, _, _, *metadata):
+        case "_rebuild_tensor_v2", (_Storage() as storage, offset, shape, strides, bool(), _, *metadata):
             return _tensor(storage, storage.code, offset, shape, strides, metadata)
-        case "_rebuild_tensor_v3", (_Storage() as storage, offset, shape, strides, _, _, _Global(dtype), *metadata):
-            if dtype in _DTYPES:
-                return _tensor(storage, _DTYPES[dtype], offset, shape, strides, metadata)
+        case "_rebuild_tensor_v3", (_Storage() as storage, offset, shape, strides, bool(), _, _Global(kind), *metadata):
+            if kind in _DTYPES:
+                return _tensor(storage, _DTYPES[kind], offset, shape, strides, metadata)
     raise ValueError(f"the call of {name.replace(' ', '.')} is malformed")
 
 
