@@ -91,6 +91,18 @@ def test_a_run_leaves_every_promised_file_and_key(finished):
     ]  # fmt: skip
 
 
+def test_the_lineage_leads_from_the_healed_model_to_the_base(finished, tiny):
+    config, folder, _ = finished
+    healed = json.loads((folder / "hf" / "lineage.json").read_text())
+    (run,) = healed["parents"]
+    assert run == json.loads((folder / "model" / "lineage.json").read_text())
+    assert (healed["made_by"], healed["operator"], healed["steps"]) == ("train", "identity", config.train.steps)
+    assert (run["made_by"], run["operator"], run["name"]) == ("train", "dus(m=2)", "test")
+    assert run["source_layers"] == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert (run["source"]["where"], run["parents"]) == (str(tiny), [])
+    assert not (folder / ".hf.partial").exists()
+
+
 def test_training_heals_and_the_control_starts_from_the_base(finished):
     _, folder, summary = finished
     evals = [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
