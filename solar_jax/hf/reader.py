@@ -159,16 +159,30 @@ def grown_rows(c: Checkpoint, plan: GrowthPlan, path: str, layer: int | None, ro
     return x
 
 
+def places(plan: GrowthPlan, path: str) -> list[list[int | None]]:
+    """The layers of the grown model at which an array is the same, together; [[None]] outside the stack."""
+    if not path.startswith("layers/"):
+        return [[None]]
+    groups: dict[Any, list[int | None]] = {}
+    for layer in range(plan.layers):
+        same = plan.source[layer] if is_copy(path, layer, plan) else ("made", layer)
+        groups.setdefault(same, []).append(layer)
+    return list(groups.values())
+
+
 def load_params(
     c: Checkpoint, shardings: Params | None = None, dtype: Any = np.float32, plan: GrowthPlan | None = None
 ) -> Params:
-    """The checkpoint's weights as the stacked state, each device's part read on its own.
+    """The checkpoint's weights as the stacked state, grown on the way.
+
+    A process reads of each tensor the rows that its devices need, once, whatever the devices and the layers that they
+    go to; beside the devices' own parts it holds one tensor.
 
     Args:
       c: an opened checkpoint.
       shardings: of the state's arrays; the first device holds everything if None.
       dtype: of the state's arrays.
-      plan: grows on the way; a source layer is read for each place that it has.
+      plan: made for its layers; identity if None.
 
     Returns:
       A tree shaped as `model.llama.shapes` of the grown config.
@@ -180,39 +194,35 @@ def load_params(
         shardings = jax.tree.map(lambda _: one, shapes(cfg))
 
     def load(key_path: Any, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-        path = "/".join(k.key for k in key_path)
-        read = {}  # index of a device's part -> the part; replicas read once
-
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            if not path.startswith("layers/"):
-                return _part(c, plan, path, None, index, cfg).astype(dtype, order="C")
-            layers = range(cfg.num_hidden_layers)[index[0]]
-            extent = (len(range(n)[i]) for n, i in zip(shape.shape[1:], index[1:], strict=True))
-            out = np.empty((len(layers), *extent), dtype)
-            for i, layer in enumerate(layers):
-                out[i] = _part(c, plan, path, layer, index[1:], cfg)
-            return out
-
-        def cached(index: Any) -> np.ndarray:
-            key = str(index)
-            if key not in read:
-                read[key] = part(index)
-            return read[key]
-
-        return jax.make_array_from_callback(shape.shape, sharding, cached)
+        parts = _parts(c, plan, "/".join(k.key for k in key_path), shape.shape, sharding, dtype)
+        return jax.make_array_from_callback(shape.shape, sharding, lambda index: parts[str(index)])
 
     return jax.tree.map_with_path(load, shapes(cfg), shardings)
 
 
-def _part(
-    c: Checkpoint, plan: GrowthPlan, path: str, layer: int | None, index: tuple[slice, ...], cfg: ModelConfig
-) -> np.ndarray:
-    """`index` of one layer's array in our layout, of whose file only the rows that it needs are read."""
-    row, unit = TENSORS[path], row_unit(path, cfg)
-    axis = row.axes.index(row.hf_axes[0][0])
-    start, stop, _ = index[axis].indices(sizes(cfg)[row.axes[axis]])
-    x = from_hf(grown_rows(c, plan, path, layer, slice(start * unit, stop * unit)), path, cfg)
-    return x[tuple(slice(None) if a == axis else i for a, i in enumerate(index))]
+def _parts(
+    c: Checkpoint, plan: GrowthPlan, path: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: Any
+) -> dict[str, np.ndarray]:
+    """What the devices of this process hold of one array, by index."""
+    row, unit, stacked = TENSORS[path], row_unit(path, c.cfg), path.startswith("layers/")
+    axis = row.axes.index(row.hf_axes[0][0])  # of one layer's array, along which the file's rows run
+    indices: Any = {str(i): i for i in sharding.addressable_devices_indices_map(shape).values()}
+    spans = {key: [range(n)[i] for n, i in zip(shape, index, strict=True)] for key, index in indices.items()}
+    parts = {key: np.empty([len(span) for span in spans[key]], dtype) for key in indices}
+    for layers in places(plan, path):
+        wanted = [(key, layer) for key in indices for layer in layers if not stacked or layer in spans[key][0]]
+        if not wanted:
+            continue
+        rows = [spans[key][axis + stacked] for key, _ in wanted]
+        start, stop = min(r.start for r in rows), max(r.stop for r in rows)
+        x = from_hf(grown_rows(c, plan, path, layers[0], slice(start * unit, stop * unit)), path, c.cfg)
+        for key, layer in wanted:
+            index = list(indices[key][stacked:])
+            own = spans[key][axis + stacked]
+            index[axis] = slice(own.start - start, own.stop - start)
+            into = parts[key] if layer is None else parts[key][layer - spans[key][0].start]
+            into[...] = x[tuple(index)]
+    return parts
 
 
 def load_tokenizer(c: Checkpoint) -> tokenizers.Tokenizer:

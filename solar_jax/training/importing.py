@@ -11,7 +11,7 @@ import numpy as np
 
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.plan import GrowthPlan
-from solar_jax.hf.reader import Checkpoint, grown_rows, is_copy, numpy_dtype, row_blocks, row_unit, source_name
+from solar_jax.hf.reader import Checkpoint, grown_rows, numpy_dtype, places, row_blocks, row_unit, source_name
 from solar_jax.hf.tensors import TENSORS, from_hf, hf_shape, paths
 from solar_jax.model.llama import Params, shapes, sizes
 from solar_jax.parallel import processes
@@ -131,26 +131,17 @@ def _write_array(
         x = from_hf(x.view(f"u{dtype.itemsize}"), path, c.cfg)
         return layers, rows, np.ascontiguousarray(x).view(dtype)
 
-    for layers in (_places(plan, path) if stacked else [[None]])[index::count]:
+    for layers in places(plan, path)[index::count]:
         name = f"{path} {layers}"
         if name in done.lines:
             writer.skip(len(layers) * int(np.prod(shape[1:] if stacked else shape)) * dtype.itemsize)
             continue
-        for places, rows, block in _ahead(prepare, [(layers, rows) for rows in blocks]):
+        for group, rows, block in _ahead(prepare, [(layers, rows) for rows in blocks]):
             at: list[Any] = [slice(None)] * len(TENSORS[path].axes)
             at[axis] = slice(rows.start // unit, rows.stop // unit)
-            for layer in places:
+            for layer in group:
                 writer.write(array, tuple(at) if layer is None else (layer, *at), block)
         writer.then(lambda name=name: done.add(name))
-
-
-def _places(plan: GrowthPlan, path: str) -> list[list[int | None]]:
-    """The layers of the grown model, those that are equal together."""
-    groups: dict[Any, list[int | None]] = {}
-    for layer in range(plan.layers):
-        same = plan.source[layer] if is_copy(path, layer, plan) else ("made", layer)
-        groups.setdefault(same, []).append(layer)
-    return list(groups.values())
 
 
 def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
