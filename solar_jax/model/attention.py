@@ -1,6 +1,5 @@
 """Grouped-query attention: plain array operations for any device and length, and splash kernels for TPUs."""
 
-import functools
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import Literal
 
 # (q [B, T, N, H], k [B, S, K, H], v [B, S, K, H], what a query may see in the form that it takes) -> [B, T, N, H]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -116,48 +114,8 @@ def splash_attention(
     q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)  # the kernel does not scale
     # The kernel takes heads before tokens; XLA lets the projections write that order.
     q, k, v = _named(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
-    one = with_additions(kernel)
     if segment_ids is None:
-        out = jax.vmap(lambda q, k, v: one(q, k, v, None))(q, k, v)
+        out = jax.vmap(kernel)(q, k, v)
     else:
-        out = jax.vmap(one)(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
     return jnp.swapaxes(typing.cast(jax.Array, out), 1, 2)
-
-
-def with_additions(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A kernel (q, k, v, segment ids) -> out whose backward pass adds where the kernel's own sums.
-
-    The fused backward kernel leaves a partial dq for each block of keys and sums over them. XLA fuses additions with
-    what follows, but not that sum, to which it gives seven times the cycles.
-    """
-
-    @jax.custom_vjp
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: Any) -> jax.Array:
-        return kernel(q, k, v, segment_ids)
-
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: Any) -> tuple[jax.Array, Any]:
-        return jax.vjp(lambda *qkv: kernel(*qkv, segment_ids), q, k, v)
-
-    def backward(pullback: Any, g: jax.Array) -> tuple[jax.Array | None, ...]:
-        program = jax.make_jaxpr(pullback)(g)
-        return (*_evaluate(program.jaxpr, program.consts, [g]), None)
-
-    attend.defvjp(forward, backward)
-    return attend
-
-
-def _evaluate(jaxpr: Any, consts: Any, arguments: Any) -> list[Any]:
-    """A jaxpr's results, sums over a short leading axis written as additions."""
-    values: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
-    for equation in jaxpr.eqns:
-        inputs = [x.val if isinstance(x, Literal) else values[x] for x in equation.invars]
-        name, how = equation.primitive.name, equation.params
-        if name in ("jit", "pjit"):
-            results = _evaluate(how["jaxpr"].jaxpr, how["jaxpr"].consts, inputs)
-        elif name == "reduce_sum" and how["axes"] == (0,) and inputs[0].ndim == 4:
-            results = [functools.reduce(jnp.add, inputs[0])]
-        else:
-            found = equation.primitive.bind(*inputs, **how)
-            results = found if equation.primitive.multiple_results else [found]
-        values.update(zip(equation.outvars, results, strict=True))
-    return [x.val if isinstance(x, Literal) else values[x] for x in jaxpr.outvars]
