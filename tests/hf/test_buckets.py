@@ -1,5 +1,6 @@
 """Checkpoints in a bucket, against an emulator on loopback that can be told to fail."""
 
+import collections
 import contextlib
 import json
 import logging
@@ -89,11 +90,11 @@ def test_an_orbax_checkpoint_in_a_bucket_is_refused_before_anything_is_written(b
 
 
 def test_an_upload_that_fails_now_and_then_loses_nothing(bucket, source, monkeypatch, tmp_path):
-    upload, calls = buckets._upload, []
+    upload, calls = buckets._upload, collections.Counter()
 
     def sometimes(file: pathlib.Path, target: pathlib.Path) -> None:
-        calls.append(target.name)
-        if len(calls) % 3:
+        calls[target.name] += 1
+        if calls[target.name] % 3:  # two threads upload, each object by one of them
             raise ConnectionResetError("injected")
         upload(file, target)
 
