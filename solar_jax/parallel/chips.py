@@ -1,5 +1,6 @@
-"""What accelerators can do: peak rates by device kind, and how much memory a device has."""
+"""What accelerators can do and cost, in one table of chips, and how much memory a device here has."""
 
+import dataclasses
 import os
 import pathlib
 import time
@@ -7,43 +8,63 @@ import time
 import jax
 import jax.numpy as jnp
 
-# `device.device_kind` -> dense bfloat16 FLOP/s of one device, as its maker states it
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of TPU; a device is what jax counts as one, which of a TPU7x are two a chip."""
+
+    kinds: tuple[str, ...]  # `device.device_kind`
+    devices: int  # a chip
+    cores: int  # a chip, as slices are named by: a v5p-128 has 64 chips
+    peak: float  # dense bfloat16 FLOP/s of a device, as its maker states it
+    clock: float  # Hz
+    memory: float  # GiB of a device's HBM that the compiler lets a program use
+    bandwidth: float  # bytes/s between a device and its HBM
+    links: float  # bytes/s of a device over the axes of the torus together, both ways
+    network: float  # bytes/s of a device to other slices, over its host's network
+    price: float  # US dollars a chip and hour, on demand
+    scoped_memory: bool = True  # whether `compiler_options` widens the vector memory of a fusion
+
+
+# Rates from Google's pages on each chip (cloud.google.com/tpu/docs/v4 ... /tpu7x), links at 90 % of what is stated;
+# the clock is the one at which the matrix units reach the peak; memory as libtpu 0.0.44's compiler names it.
+# Prices: cloud.google.com/tpu/pricing, on demand in us regions, list prices of 2025.
+CHIPS = {
+    "v4": Chip(("TPU v4",), 1, 2, 275e12, 1.05e9, 30.75, 1.228e12, 3 * 9e10, 6.25e9, 3.22, False),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 1, 1, 197e12, 1.5e9, 15.75, 8.19e11, 2 * 9e10, 3.125e9, 1.20),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 1, 2, 459e12, 1.75e9, 95.73, 2.765e12, 3 * 1.8e11, 6.25e9, 4.20),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 1, 1, 918e12, 1.75e9, 31.24, 1.64e12, 2 * 1.8e11, 12.5e9, 2.70),
+    "tpu7x": Chip(("TPU7x",), 2, 2, 1153.5e12, 2.2e9, 94.74, 3.69e12, 3 * 9e10, 6.25e9, 12.00, False),
+}
+
+# `device.device_kind` -> dense bfloat16 FLOP/s of one device that is no TPU
+GPU_PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
 
-# `device.device_kind` -> options for the compiler of a training step. More vector memory for a fusion's operands than
-# the default lets matmuls keep whole tiles of them: 98 % of peak on a v5p where it was 74 to 93 %, by the compiler.
+# More vector memory for a fusion's operands than the default lets matmuls keep whole tiles of them: 98 % of peak on a
+# v5p where it was 74 to 93 %, by the compiler.
 _SCOPED = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
-COMPILER_OPTIONS: dict[str, dict[str, str]] = {
-    "TPU v5": _SCOPED,
-    "TPU v5p": _SCOPED,
-    "TPU v5 lite": _SCOPED,
-    "TPU v5e": _SCOPED,
-    "TPU v6 lite": _SCOPED,
-    "TPU v6e": _SCOPED,
-}
+
+
+def chip_name(device: jax.Device) -> str | None:
+    """The name in `CHIPS` of a device's chip; None of what is no TPU."""
+    return next((name for name, chip in CHIPS.items() if device.device_kind in chip.kinds), None)
 
 
 def compiler_options(device: jax.Device) -> dict[str, str]:
     """What to pass to `.compile()` for a training step on such devices."""
-    return COMPILER_OPTIONS.get(device.device_kind, {})
+    name = chip_name(device)
+    return _SCOPED if name and CHIPS[name].scoped_memory else {}
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """bfloat16 FLOP/s of a device; None where it is not known, as for a CPU."""
-    return PEAK_FLOPS.get(device.device_kind)
+    name = chip_name(device)
+    return CHIPS[name].peak if name else GPU_PEAK_FLOPS.get(device.device_kind)
 
 
 def memory_bytes(device: jax.Device) -> int:

@@ -1,6 +1,7 @@
 """The device mesh: data x fsdp x tensor, over whatever devices there are."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -28,10 +29,14 @@ def mesh_shape(cfg: MeshConfig, devices: int) -> tuple[int, int, int]:
     return filled[0], filled[1], filled[2]
 
 
-def make_mesh(cfg: MeshConfig) -> jax.sharding.Mesh:
-    """A mesh of all devices, its axes in Auto mode: shardings are given at the ends and as constraints."""
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh of all devices, its axes in Auto mode: shardings are given at the ends and as constraints.
+
+    `devices` are those that are here if not given; they may be ones to compile for that are not.
+    """
+    devices = jax.devices() if devices is None else devices
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(mesh_shape(cfg, jax.device_count()), AXES, axis_types=auto)
+    return jax.make_mesh(mesh_shape(cfg, len(devices)), AXES, axis_types=auto, devices=devices)
 
 
 def platform(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
