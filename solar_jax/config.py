@@ -80,7 +80,7 @@ class TrainConfig:
     trainable: str = "all"  # a name of training.optimizer.TRAINABLE
     remat: str = "full"  # a name of model.llama.REMAT
     attention: str = "auto"  # a name of training.step.ATTENTION; auto: splash kernels on TPUs
-    compute_dtype: str = "bfloat16"  # of matmuls and activations; parameters and optimiser state are float32
+    precision: str = "mixed"  # a name of model.precision.PRECISIONS; mixed: float32 state, bfloat16 matmuls
     control: bool = False  # also train the base without growth, on the same tokens
 
 
@@ -156,6 +156,9 @@ class Config:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+# What older config files and runs say: key -> (what it is called now, {its values: those of now})
+RENAMED = {"train.compute_dtype": ("train.precision", {"float32": "float32", "bfloat16": "mixed"})}
+
 
 def defaults() -> ml_collections.ConfigDict:
     """Every key with its default, for a config file to change."""
@@ -168,13 +171,15 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     Raises:
       UserError: a key is unknown, has another type than its default, or an impossible value.
     """
-    resolved = _typed(Config, config.to_dict(), "config")
+    resolved = _typed(Config, _renamed(config.to_dict()), "config")
     _check(resolved)
     return resolved
 
 
 def check_override(path: str) -> None:
     """Raises a UserError unless `path`, as in `--config.train.steps`, is a key of the tree."""
+    if (new := RENAMED.get(path.removeprefix("config."))) is not None:
+        raise UserError(f"{path} is not a key of the config any more; it is config.{new[0]} now.")
     cls: Any = Config
     done = "config"
     for key in path.split(".")[1:]:
@@ -187,6 +192,25 @@ def check_override(path: str) -> None:
             raise UserError(f"{done}.{key} is not a key of the config; {hint}")
         cls = typing.get_type_hints(cls)[key]
         done += f".{key}"
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the keys of `RENAMED` under their new names.
+
+    Raises:
+      UserError: a value that the new key has no counterpart for.
+    """
+    for old, (new, counterparts) in RENAMED.items():
+        (group, old_name), new_name = old.split("."), new.split(".")[1]
+        keys = values.get(group)
+        if not isinstance(keys, dict) or old_name not in keys:
+            continue
+        keys = dict(keys)
+        value = keys.pop(old_name)
+        if value not in counterparts:
+            raise UserError(f"config.{old} is config.{new} now, which has nothing for {value!r}.")
+        values = values | {group: keys | {new_name: counterparts[value]}}
+    return values
 
 
 def _typed(cls: type, values: Any, path: str) -> Any:
@@ -273,6 +297,5 @@ def _check(c: Config) -> None:
             f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} must not exceed "
             f"config.train.steps={c.train.steps}."
         )
-    for key, value in (("train.compute_dtype", c.train.compute_dtype), ("export.dtype", c.export.dtype)):
-        if value not in DTYPES:
-            raise UserError(f"config.{key} must be one of {', '.join(DTYPES)}, found {value!r}.")
+    if c.export.dtype not in DTYPES:
+        raise UserError(f"config.export.dtype must be one of {', '.join(DTYPES)}, found {c.export.dtype!r}.")

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
@@ -31,6 +30,7 @@ from solar_jax.hf import families
 from solar_jax.hf.reader import Checkpoint, eos_id, load_tokenizer
 from solar_jax.hf.writer import parse_size
 from solar_jax.model.llama import REMAT, parameter_count
+from solar_jax.model.precision import compute_dtype, precision
 from solar_jax.parallel import chips, processes, rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.source import open_checkpoint
@@ -148,6 +148,7 @@ def train_arms(shared: Run, plan: GrowthPlan) -> None:
 def check_names(config: Config) -> None:
     """Raises a UserError for a name in the config that stands in none of the tables, or a package that is missing."""
     learning_rate(config.optimizer, config.train.steps)
+    precision(config.train)
     parse_size(config.export.max_shard_size)
     check_packages(config.logging)
     if config.train.remat not in REMAT:
@@ -173,9 +174,9 @@ def check_fits(config: Config, base: ModelConfig, plan: GrowthPlan, mesh: jax.sh
       UserError: a device has less, or the mesh does not divide the model.
     """
     cfg = grown_config(base, plan)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config)
     shardings = state_shardings(cfg, optimizer, mesh)
-    need = estimate(cfg, config, abstract_state(cfg, optimizer, shardings), mesh)
+    need = estimate(cfg, config, abstract_state(cfg, config, optimizer, shardings), mesh)
     device = jax.local_devices()[0]
     there = chips.memory_bytes(device)
     if need.total > there:
@@ -231,9 +232,7 @@ def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, window
         evals = per_arm if trains else 1
         flops += metrics.flops_per_token(arm, length) * (train_tokens * trains + evals * windows * length / 3)
     peak = chips.peak_flops(jax.devices()[0])
-    rate = (
-        0.4 * peak * jax.device_count() if peak else 0.5 * chips.measured_flops(jnp.dtype(config.train.compute_dtype))
-    )
+    rate = 0.4 * peak * jax.device_count() if peak else 0.5 * chips.measured_flops(compute_dtype(config.train))
     return flops / rate
 
 

@@ -122,7 +122,6 @@ def test_a_list_is_accepted_for_a_tuple_and_becomes_one():
         ("checkpoint.keep", 0),
         ("seed", -1),
         ("source", ""),
-        ("train.compute_dtype", "float8"),
         ("export.dtype", "int8"),
         ("optimizer.warmup_steps", -1),
         ("optimizer.warmup_steps", 11),  # of 10 steps
@@ -148,6 +147,26 @@ def test_a_value_that_no_run_could_use_is_refused_by_key_and_value(key, value):
         resolve(with_value(key, value))
     assert f"config.{key}" in str(e.value)
     assert str(value) in str(e.value)
+
+
+@pytest.mark.parametrize(("old", "new"), [("float32", "float32"), ("bfloat16", "mixed")])
+def test_a_config_file_from_before_precision_had_names_means_what_it_meant(old, new):
+    config = valid()
+    del config.train["precision"]
+    config.train.compute_dtype = old
+    assert resolve(config).train.precision == new
+
+
+def test_an_old_value_without_a_counterpart_is_refused_with_both_keys():
+    config = valid()
+    config.train.compute_dtype = "float16"
+    with pytest.raises(UserError, match=r"config\.train\.compute_dtype is config\.train\.precision now, .* 'float16'"):
+        resolve(config)
+
+
+def test_an_override_by_an_old_name_is_refused_with_the_new_one():
+    with pytest.raises(UserError, match=r"compute_dtype is not a key .* config\.train\.precision now"):
+        check_override("config.train.compute_dtype")
 
 
 def test_a_batch_that_microbatches_do_not_divide_is_refused_with_both_numbers():

@@ -21,7 +21,7 @@ from solar_jax.errors import UserError
 from solar_jax.hf.reader import load_params
 from solar_jax.model import llama
 from solar_jax.source import open_checkpoint
-from solar_jax.training import loop
+from solar_jax.training import loop, workdir
 from tests.conftest import byte_tokenizer, hf_model, save_hf
 
 REPO = pathlib.Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def make_config(source: pathlib.Path | str, text: pathlib.Path, **changes) -> Co
     config.growth.m = 2
     config.data.sources, config.data.sequence_length = (str(text),), 32
     config.train.steps, config.train.batch_size, config.train.remat = 6, 8, "none"
-    config.train.compute_dtype = "float32"
+    config.train.precision = "float32"
     config.optimizer.learning_rate, config.optimizer.warmup_steps = 3e-3, 2
     config.evaluation.every, config.evaluation.windows, config.evaluation.batch_size = 2, 8, 8
     config.checkpoint.every, config.export.dtype = 3, "float32"
@@ -188,7 +188,7 @@ def test_the_full_size_recipe_runs_on_a_tiny_base_and_keeps_float32_state(tiny, 
     config.checkpoint.every = 2
     summary = train.run(resolve(config), tmp_path / "run")
     assert summary["final_loss"] < summary["zero_token_loss"]
-    config.train.compute_dtype = "float32"
+    config.train.precision = "float32"
     exact = train.run(resolve(config), tmp_path / "float32")
     for key in ("base_loss", "zero_token_loss", "final_loss"):
         assert summary[key] == pytest.approx(exact[key], abs=0.03)  # bfloat16 keeps 8 bits of mantissa
@@ -267,6 +267,20 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(tiny, text, tmp_path, ch
     for word in words:
         assert word in message
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_of_an_older_version_is_known_by_what_its_keys_meant(finished, tmp_path):
+    config, folder, _ = finished
+    old = json.loads((folder / "config.json").read_text())
+    assert old["train"].pop("precision") == "float32"
+    old["train"]["compute_dtype"] = "float32"
+    del old["logging"]["watchdog_seconds"]  # a key that came later
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert workdir.check_owner(tmp_path, config)
+    old["train"]["compute_dtype"] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"whose config\.train\.precision is 'mixed' where this one's is 'float32'"):
+        workdir.check_owner(tmp_path, config)
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(finished, tmp_path):

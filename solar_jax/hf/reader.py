@@ -181,7 +181,7 @@ def load_params(
     Args:
       c: an opened checkpoint.
       shardings: of the state's arrays; the first device holds everything if None.
-      dtype: of the state's arrays.
+      dtype: of the state's arrays; a tree of dtypes where they differ.
       plan: made for its layers; identity if None.
 
     Returns:
@@ -193,11 +193,13 @@ def load_params(
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: one, shapes(cfg))
 
-    def load(key_path: Any, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+    dtypes = dtype if isinstance(dtype, dict) else jax.tree.map(lambda _: dtype, shapes(cfg))
+
+    def load(key_path: Any, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
         parts = _parts(c, plan, "/".join(k.key for k in key_path), shape.shape, sharding, dtype)
         return jax.make_array_from_callback(shape.shape, sharding, lambda index: parts[str(index)])
 
-    return jax.tree.map_with_path(load, shapes(cfg), shardings)
+    return jax.tree.map_with_path(load, shapes(cfg), shardings, dtypes)
 
 
 def _parts(

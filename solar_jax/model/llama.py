@@ -97,10 +97,15 @@ def sizes(cfg: ModelConfig) -> dict[str, int]:
     }
 
 
-def shapes(cfg: ModelConfig) -> Params:
-    """The shape of every array of the state, as a tree of float32 `jax.ShapeDtypeStruct`."""
+def shapes(cfg: ModelConfig, weights: str = "float32") -> Params:
+    """Every array of the state as a tree of `jax.ShapeDtypeStruct`: matrices of dtype `weights`, vectors float32."""
     size = sizes(cfg)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(tuple(size[x] for x in a), jnp.float32), axes(cfg))
+
+    def one(path: Any, letters: str) -> jax.ShapeDtypeStruct:
+        dtype = jnp.float32 if is_vector(path[-1].key) else jnp.dtype(weights)
+        return jax.ShapeDtypeStruct(tuple(size[x] for x in letters), dtype)
+
+    return jax.tree.map_with_path(one, axes(cfg))
 
 
 def parameter_count(cfg: ModelConfig) -> int:

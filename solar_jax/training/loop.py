@@ -21,6 +21,7 @@ from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.reader import Checkpoint, load_params
 from solar_jax.model import llama
 from solar_jax.model.llama import Params
+from solar_jax.model.precision import precision
 from solar_jax.parallel import chips, rules
 from solar_jax.training import metrics
 from solar_jax.training.checkpoint import CheckpointStore
@@ -76,7 +77,8 @@ def warn(text: str) -> None:
 def initial_params(run: Run, plan: GrowthPlan) -> Params:
     """The base's weights, grown by the plan while they are read, each device's shard on its own."""
     cfg = grown_config(run.checkpoint.cfg, plan)
-    return load_params(run.checkpoint, rules.parameter_shardings(cfg, run.mesh), plan=plan)
+    dtypes = jax.tree.map(lambda s: s.dtype, llama.shapes(cfg, precision(run.config.train).weights))
+    return load_params(run.checkpoint, rules.parameter_shardings(cfg, run.mesh), dtypes, plan)
 
 
 def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) -> float:
@@ -105,7 +107,7 @@ def train(run: Run, arm: Arm) -> Params:
       The trained parameters.
     """
     config, cfg = run.config, arm.cfg(run.checkpoint.cfg)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, arm_mask(run, arm))
+    optimizer = make_optimizer(config, arm_mask(run, arm))
     shardings = state_shardings(cfg, optimizer, run.mesh)
     lines = metrics.JsonLines(arm.folder / "metrics.jsonl")
     with CheckpointStore(arm.folder, config.checkpoint.keep) as store:
@@ -114,7 +116,7 @@ def train(run: Run, arm: Arm) -> Params:
         lines.keep_if(lambda r: r["step"] <= done)
         run.evals.keep_if(lambda r: r["arm"] != arm.name or r["step"] <= done)
         if done:
-            abstract = abstract_state(cfg, optimizer, shardings)
+            abstract = abstract_state(cfg, config, optimizer, shardings)
             if done == config.train.steps:
                 return store.restore_params(done, abstract["params"])
             params, opt_state, _ = store.restore(done, abstract["params"], abstract["opt_state"])

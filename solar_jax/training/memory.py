@@ -5,10 +5,10 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from solar_jax.config import Config, ModelConfig
 from solar_jax.model.llama import REMAT, SAVEABLE
+from solar_jax.model.precision import compute_dtype
 from solar_jax.parallel.rules import padded_rows
 from solar_jax.training.step import State, uses_splash
 
@@ -47,7 +47,7 @@ def estimate(cfg: ModelConfig, config: Config, state: State, mesh: jax.sharding.
       state: abstract, with shardings.
       mesh: of the shardings.
     """
-    width = jnp.dtype(config.train.compute_dtype).itemsize
+    width = compute_dtype(config.train).itemsize
     parameters = shard_bytes(state["params"])
     padded = padded_rows(config.train.batch_size, mesh, config.train.accumulation)
     rows = padded / config.train.accumulation / (mesh.shape["data"] * mesh.shape["fsdp"])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from solar_jax.config import OptimizerConfig
+from solar_jax.config import Config, OptimizerConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.model.llama import Params, is_vector
@@ -99,13 +99,14 @@ def _masked(mask: Params | None) -> optax.GradientTransformation:
     )
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int, mask: Params | None = None) -> optax.GradientTransformation:
+def make_optimizer(config: Config, mask: Params | None = None) -> optax.GradientTransformation:
     """Clipping and AdamW; where `mask` is 0 neither gradient, decay nor moment moves a weight.
 
     Frozen gradients are dropped before the norm is taken, so that clipping sees what moves.
     """
+    cfg = config.optimizer
     clip: Any = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     adamw = optax.adamw(
-        learning_rate(cfg, steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=_decayed
+        learning_rate(cfg, config.train.steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=_decayed
     )
     return optax.chain(_masked(mask), clip, adamw, _masked(mask))

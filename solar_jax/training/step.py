@@ -15,6 +15,7 @@ from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.model.attention import LANES, Attend, splash_attention
 from solar_jax.model.llama import Params
+from solar_jax.model.precision import compute_dtype, precision
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import platform
 from solar_jax.training.objectives import head_loss
@@ -34,9 +35,12 @@ def state_shardings(cfg: ModelConfig, optimizer: optax.GradientTransformation, m
     }
 
 
-def abstract_state(cfg: ModelConfig, optimizer: optax.GradientTransformation, shardings: State) -> State:
+def abstract_state(
+    cfg: ModelConfig, config: Config, optimizer: optax.GradientTransformation, shardings: State
+) -> State:
     """Shapes, dtypes and shardings of the state, nothing allocated."""
-    shapes = {"params": llama.shapes(cfg), "opt_state": jax.eval_shape(optimizer.init, llama.shapes(cfg))}
+    params = llama.shapes(cfg, precision(config.train).weights)
+    shapes = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params)}
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
 
 
@@ -84,7 +88,7 @@ def _summed_loss(
     def summed_loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         x, head = llama.hidden(
             cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"],
-            compute_dtype=jnp.dtype(config.train.compute_dtype),
+            compute_dtype=compute_dtype(config.train),
             remat=config.train.remat, constrain=constrain, attend=attend,
         )  # fmt: skip
         rows, length = batch["tokens"].shape

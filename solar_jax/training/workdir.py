@@ -4,8 +4,10 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import ml_collections
+
 from solar_jax import lineage
-from solar_jax.config import Config
+from solar_jax.config import Config, resolve
 from solar_jax.errors import UserError
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.files import LINEAGE, read_json
@@ -49,7 +51,11 @@ def check_owner(workdir: pathlib.Path, config: Config) -> bool:
         return False
     if not (workdir / "config.json").exists():
         raise UserError(f"{workdir}: holds files but no run (no config.json); give another --workdir.")
-    here, there = flat(config_dict(config)), flat(read_json(workdir / "config.json"))
+    try:  # read by today's names and defaults
+        there = flat(config_dict(resolve(ml_collections.ConfigDict(read_json(workdir / "config.json")))))
+    except UserError as e:
+        raise UserError(f"{workdir / 'config.json'}: {e}") from e
+    here = flat(config_dict(config))
     changed = [key for key in sorted(here | there) if here.get(key) != there.get(key) and not _may_change(key)]
     if changed:
         key, more = changed[0], f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""

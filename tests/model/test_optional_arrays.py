@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from solar_jax.config import GrowthConfig, ModelConfig, OptimizerConfig
+from solar_jax.config import Config, GrowthConfig, ModelConfig, OptimizerConfig
 from solar_jax.growth.apply import grow
 from solar_jax.growth.plan import make_plan
 from solar_jax.model import llama
@@ -80,7 +80,9 @@ def test_bfloat16_logits_stay_near_float32_ones_with_them():
 
 def test_weight_decay_leaves_them_alone():
     params = random_params(FULL)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5), 10)
+    optimizer = make_optimizer(
+        Config(optimizer=OptimizerConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5))
+    )
     zero = jax.tree.map(jnp.zeros_like, params)  # no gradient, so that only the decay moves anything
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     moved = {name for name, x in updates["layers"].items() if np.any(np.asarray(x))}
@@ -101,7 +103,7 @@ def test_they_rest_where_what_they_are_added_to_does():
 
 def test_every_moment_of_theirs_lies_as_they_do():
     mesh = mesh_of(1, 4, 2)
-    opt_state = jax.eval_shape(make_optimizer(OptimizerConfig(), 10).init, llama.shapes(FULL))
+    opt_state = jax.eval_shape(make_optimizer(Config()).init, llama.shapes(FULL))
     found = rules.like_parameters(opt_state, FULL, mesh)
     expected = rules.parameter_shardings(FULL, mesh)
     moments = [x for x in jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, dict)) if isinstance(x, dict)]

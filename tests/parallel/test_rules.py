@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from solar_jax.config import ModelConfig, OptimizerConfig
+from solar_jax.config import Config, ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.parallel import rules
@@ -101,7 +101,7 @@ def test_a_mesh_axis_that_does_not_divide_is_refused_with_both_numbers(shape, ch
 @pytest.mark.parametrize("shape", [(1, 4, 2), (1, 8, 1), (2, 2, 2)])
 def test_every_adam_moment_lies_as_its_parameter(shape):
     mesh = mesh_of(*shape)
-    opt_state = jax.eval_shape(make_optimizer(OptimizerConfig(), 10).init, llama.shapes(SMALL))
+    opt_state = jax.eval_shape(make_optimizer(Config()).init, llama.shapes(SMALL))
     found = rules.like_parameters(opt_state, SMALL, mesh)
     adam = [s for s in jax.tree.leaves(found, is_leaf=_is_adam) if _is_adam(s)]
     assert len(adam) == 1

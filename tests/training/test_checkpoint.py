@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from solar_jax.config import OptimizerConfig
+from solar_jax.config import Config
 from solar_jax.training.arrays import open_array
 from solar_jax.training.checkpoint import FOLDER, CheckpointStore
 from solar_jax.training.optimizer import make_optimizer
@@ -16,12 +16,12 @@ from solar_jax.training.step import State, abstract_state, state_shardings
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 
-OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
+OPTIMIZER = make_optimizer(Config())
 
 
 @functools.cache
 def abstract(shape: tuple[int, int, int]) -> State:
-    return abstract_state(SMALL, OPTIMIZER, state_shardings(SMALL, OPTIMIZER, mesh_of(*shape)))
+    return abstract_state(SMALL, Config(), OPTIMIZER, state_shardings(SMALL, OPTIMIZER, mesh_of(*shape)))
 
 
 def make_state(shape: tuple[int, int, int], seed: int = 0) -> State:

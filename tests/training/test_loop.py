@@ -35,7 +35,7 @@ def test_the_norm_that_is_recorded_is_of_what_trains_as_clipping_takes_it(name, 
     assert SMALL.num_hidden_layers == plan.layers
     trained, others = trainable_layers(name, plan)
     mask = trainable_mask(llama.shapes(SMALL), trained, others)
-    optimizer = make_optimizer(run.optimizer, 3, mask)
+    optimizer = make_optimizer(run, mask)
 
     def loss(params):
         logits = llama.logits(SMALL, params, batch["tokens"], batch["positions"], batch["segment_ids"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from solar_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from solar_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import AXES
 from solar_jax.training.memory import GIB, Need, estimate, shard_bytes
@@ -17,18 +17,18 @@ from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 
 SOLAR = ModelConfig(32000, 4096, 14336, 48, 32, 8, 128)
-OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
+OPTIMIZER = make_optimizer(Config())
 FAST_COMPILE = {"xla_backend_optimization_level": 0}  # leaves out LLVM's work on the code, not XLA's on the buffers
 COUNTS = 8  # the step counts of Adam and of the schedule, int32 each, on every device
 
 
 def config(batch_size: int = 8, length: int = 64, accumulation: int = 1, remat: str = "full") -> Config:
-    train = TrainConfig(10, batch_size, accumulation, remat=remat, compute_dtype="float32")
+    train = TrainConfig(10, batch_size, accumulation, remat=remat, precision="float32")
     return Config(data=DataConfig(sequence_length=length), train=train)
 
 
 def state(cfg: ModelConfig, mesh):
-    return abstract_state(cfg, OPTIMIZER, state_shardings(cfg, OPTIMIZER, mesh))
+    return abstract_state(cfg, config(), OPTIMIZER, state_shardings(cfg, OPTIMIZER, mesh))
 
 
 def pod(data: int, fsdp: int, tensor: int) -> AbstractMesh:

@@ -9,7 +9,7 @@ import optax
 import pytest
 import torch
 
-from solar_jax.config import GrowthConfig, OptimizerConfig
+from solar_jax.config import Config, GrowthConfig, OptimizerConfig, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.plan import identity, make_plan
@@ -25,6 +25,10 @@ from solar_jax.training.optimizer import (
 from tests.parallel.test_rules import SMALL
 
 PEAK, LAST = 1e-3, 1e-4  # final_fraction 0.1
+
+
+def run(cfg: OptimizerConfig, steps: int, precision: str = "float32") -> Config:
+    return Config(optimizer=cfg, train=TrainConfig(steps=steps, precision=precision))
 
 
 def rates(schedule: str, steps: int, warmup: int, **changes) -> list[float]:
@@ -98,7 +102,7 @@ def test_five_steps_are_those_of_torch_adamw(clip_norm):
         clip_norm=clip_norm,
     )  # fmt: skip
 
-    optimizer = make_optimizer(cfg, 5)
+    optimizer = make_optimizer(run(cfg, 5))
     ours, state = params, optimizer.init(params)
     update = jax.jit(optimizer.update)
     for g in gradients:
@@ -134,7 +138,7 @@ def _is_shape(x) -> bool:
 @pytest.mark.parametrize("name", ["final_norm", "attn_norm"])
 def test_weight_decay_leaves_norm_scales_alone(name):
     params = {name: jnp.ones(3), "layers": {name: jnp.ones((2, 3)), "o_proj": jnp.ones((2, 3))}}
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 1)
+    optimizer = make_optimizer(run(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 1))
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     assert not updates[name].any()
     assert not updates["layers"][name].any()
@@ -162,7 +166,7 @@ def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(name):
     params = jax.tree.map(lambda s: jnp.array(rng.standard_normal(s.shape), jnp.float32), shapes)
     # With decay and momentum, either of which could move a weight whose gradient is masked.
     cfg = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.5)
-    optimizer = make_optimizer(cfg, 3, trainable_mask(shapes, *trainable_layers(name, PLAN)))
+    optimizer = make_optimizer(run(cfg, 3), trainable_mask(shapes, *trainable_layers(name, PLAN)))
 
     @jax.jit
     def step(params, state, grads):
@@ -193,7 +197,7 @@ def test_clipping_sees_only_what_moves():
     # A frozen layer's large gradient must not shrink the steps of the others.
     params = {"embed": jnp.ones(2), "layers": {"o_proj": jnp.ones((2, 1))}}
     mask = {"embed": jnp.float32(0), "layers": {"o_proj": jnp.array([[1.0], [0.0]])}}
-    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0), 1, mask)
+    optimizer = make_optimizer(run(OptimizerConfig(clip_norm=1.0), 1), mask)
     grads = {"embed": jnp.full(2, 1e6), "layers": {"o_proj": jnp.array([[0.5], [1e6]])}}
     _, state = optimizer.update(grads, optimizer.init(params), params)
     mu = optax.tree_utils.tree_get(state, "mu")

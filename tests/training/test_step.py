@@ -43,11 +43,11 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}
 REMATERIALISED = "Involuntary full rematerialization"
 
 
-def config(accumulation: int = 1, remat: str = "full", dtype: str = "float32") -> Config:
+def config(accumulation: int = 1, remat: str = "full", precision: str = "float32") -> Config:
     return Config(
         data=DataConfig(sequence_length=LENGTH),
         train=TrainConfig(
-            steps=STEPS, batch_size=ROWS, accumulation=accumulation, remat=remat, compute_dtype=dtype
+            steps=STEPS, batch_size=ROWS, accumulation=accumulation, remat=remat, precision=precision
         ),
         # A rate that moves the loss, so that a wrong update shows in the next step's. Adam divides a gradient by its
         # own size plus eps: with a tiny eps, rounding in a gradient near 0 would decide which way its weight goes.
@@ -113,7 +113,7 @@ class Compiled:
 @functools.cache
 def _compiled(shape: tuple[int, int, int], tied: bool, accumulation: int) -> Compiled:
     cfg, mesh, run = model(tied), mesh_of(*shape), config(accumulation)
-    optimizer = make_optimizer(run.optimizer, STEPS)
+    optimizer = make_optimizer(run)
     shardings = state_shardings(cfg, optimizer, mesh)
     init = jax.jit(optimizer.init, out_shardings=shardings["opt_state"])
 
@@ -247,7 +247,7 @@ def test_two_steps_are_those_of_transformers_and_torch(tmp_path, tied):
     theirs = hf_model(tie_word_embeddings=tied)
     checkpoint = open_checkpoint(str(save_hf(theirs, tmp_path / "m")))
     cfg, mesh, run = checkpoint.cfg, mesh_of(1, 1, 1), config(remat="none")
-    optimizer = make_optimizer(run.optimizer, STEPS)
+    optimizer = make_optimizer(run)
     params = load_params(checkpoint)
     state = {"params": params, "opt_state": optimizer.init(params)}
     place = functools.partial(jax.tree.map, jnp.array)
@@ -307,8 +307,8 @@ def test_the_check_above_sees_what_xla_prints():
 def test_the_old_state_gives_its_memory_to_the_new_one():
     # Without donation a step would hold parameters and moments twice.
     mesh, run = mesh_of(1, 1, 1), config()
-    optimizer = make_optimizer(run.optimizer, STEPS)
-    abstract = abstract_state(SMALL, optimizer, state_shardings(SMALL, optimizer, mesh))
+    optimizer = make_optimizer(run)
+    abstract = abstract_state(SMALL, run, optimizer, state_shardings(SMALL, optimizer, mesh))
     lowered = make_train_step(SMALL, run, optimizer, mesh).lower(abstract, jax.tree.map(jnp.array, make_batch(0)))
     donated = [info.donated for info in jax.tree.leaves(lowered.args_info[0][0])]
     assert len(donated) == len(jax.tree.leaves(abstract))
@@ -338,4 +338,4 @@ def test_the_evaluation_is_the_mean_over_all_targets():
 def test_an_unknown_remat_is_refused_with_the_known_ones():
     run = config(remat="some")
     with pytest.raises(UserError, match=rf"config\.train\.remat must be one of {', '.join(llama.REMAT)}, found 'some'"):
-        make_train_step(SMALL, run, make_optimizer(run.optimizer, STEPS), mesh_of(1, 1, 1))
+        make_train_step(SMALL, run, make_optimizer(run), mesh_of(1, 1, 1))
