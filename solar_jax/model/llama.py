@@ -196,21 +196,25 @@ class Block(nnx.Module):
         def weight(name: str) -> jax.Array:
             return constrain(getattr(self, name)[...], LAYER_AXES[name])
 
+        def project(subscripts: str, name: str, letters: str) -> jax.Array:
+            y = _add_bias(_einsum(subscripts, h, weight(name + "_proj")), getattr(self, name + "_bias"))
+            return checkpoint_name(constrain(y, letters), name)
+
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attn_norm[...], self.eps)
-            q = constrain(_add_bias(_einsum("btd,dnh->btnh", h, weight("q_proj")), self.q_bias), "BTNH")
-            k = constrain(_add_bias(_einsum("btd,dkh->btkh", h, weight("k_proj")), self.k_bias), "BTKH")
-            v = constrain(_add_bias(_einsum("btd,dkh->btkh", h, weight("v_proj")), self.v_bias), "BTKH")
+            q = project("btd,dnh->btnh", "q", "BTNH")
+            k = project("btd,dkh->btkh", "k", "BTKH")
+            v = project("btd,dkh->btkh", "v", "BTKH")
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = rms_norm(q, self.q_norm[...], self.eps), rms_norm(k, self.k_norm[...], self.eps)
             h = attend(apply_rope(q, rope), apply_rope(k, rope), v, seen)
-            x = x + _add_bias(constrain(_einsum("btnh,nhd->btd", h, weight("o_proj")), "BTD"), self.o_bias)
-            x = checkpoint_name(x, "mid")
+            o = constrain(_einsum("btnh,nhd->btd", h, weight("o_proj")), "BTD")
+            x = checkpoint_name(constrain(x + _add_bias(o, self.o_bias), "BTD"), "mid")
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], self.eps)
             gate = checkpoint_name(constrain(_einsum("btd,df->btf", h, weight("gate_proj")), "BTF"), "gate")
             up = checkpoint_name(constrain(_einsum("btd,df->btf", h, weight("up_proj")), "BTF"), "up")
-            return x + constrain(_down_projection(jax.nn.silu(gate) * up, weight("down_proj")), "BTD")
+            return constrain(x + _down_projection(jax.nn.silu(gate) * up, weight("down_proj")), "BTD")
 
 
 class Llama(nnx.Module):

@@ -23,6 +23,7 @@ class Chip:
     links: float  # bytes/s of a device over the axes of the torus together, both ways
     network: float  # bytes/s of a device to other slices, over its host's network
     price: float  # US dollars a chip and hour, on demand
+    vector_memory: int  # MiB of a core, as the compiler bounds a kernel's
     scoped_memory: bool = True  # whether `compiler_options` widens the vector memory of a fusion
 
 
@@ -30,11 +31,11 @@ class Chip:
 # the clock is the one at which the matrix units reach the peak; memory as libtpu 0.0.44's compiler names it.
 # Prices: cloud.google.com/tpu/pricing, on demand in us regions, list prices of 2025.
 CHIPS = {
-    "v4": Chip(("TPU v4",), 1, 2, 275e12, 1.05e9, 30.75, 1.228e12, 3 * 9e10, 6.25e9, 3.22, False),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 1, 1, 197e12, 1.5e9, 15.75, 8.19e11, 2 * 9e10, 3.125e9, 1.20),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 1, 2, 459e12, 1.75e9, 95.73, 2.765e12, 3 * 1.8e11, 6.25e9, 4.20),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 1, 1, 918e12, 1.75e9, 31.24, 1.64e12, 2 * 1.8e11, 12.5e9, 2.70),
-    "tpu7x": Chip(("TPU7x",), 2, 2, 1153.5e12, 2.2e9, 94.74, 3.69e12, 3 * 9e10, 6.25e9, 12.00, False),
+    "v4": Chip(("TPU v4",), 1, 2, 275e12, 1.05e9, 30.75, 1.228e12, 3 * 9e10, 6.25e9, 3.22, 16, False),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 1, 1, 197e12, 1.5e9, 15.75, 8.19e11, 2 * 9e10, 3.125e9, 1.20, 128),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 1, 2, 459e12, 1.75e9, 95.73, 2.765e12, 3 * 1.8e11, 6.25e9, 4.20, 64),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 1, 1, 918e12, 1.75e9, 31.24, 1.64e12, 2 * 1.8e11, 12.5e9, 2.70, 128),
+    "tpu7x": Chip(("TPU7x",), 2, 2, 1153.5e12, 2.2e9, 94.74, 3.69e12, 3 * 9e10, 6.25e9, 12.00, 64, False),
 }
 
 # `device.device_kind` -> dense bfloat16 FLOP/s of one device that is no TPU
@@ -53,6 +54,12 @@ _SCOPED = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 def chip_name(device: jax.Device) -> str | None:
     """The name in `CHIPS` of a device's chip; None of what is no TPU."""
     return next((name for name, chip in CHIPS.items() if device.device_kind in chip.kinds), None)
+
+
+def vector_memory(device: jax.Device) -> int:
+    """Bytes that a kernel may use of a core's vector memory; of what is no TPU, as much as any has."""
+    name = chip_name(device)
+    return (CHIPS[name].vector_memory if name else 128) * 2**20
 
 
 def compiler_options(device: jax.Device) -> dict[str, str]:

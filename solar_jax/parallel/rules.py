@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.model.attention import Attend
 from solar_jax.model.llama import Params, axes, sizes
-from solar_jax.parallel.mesh import fsdp_stages
+from solar_jax.parallel.mesh import fsdp_stages, platform
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -27,6 +28,7 @@ ACTIVATIONS: dict[str, MeshAxes] = {
     "V": "tensor", ".": None,
 }  # fmt: skip
 BATCH_AXES = ("data", "fsdp")
+ROW_MAJOR = Layout(major_to_minor=(0, 1, 2))
 
 _KEY = {
     "V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "N": "num_attention_heads",
@@ -108,9 +110,11 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
     """A `model.llama.Constrain` that lays activations and gathered parameters out on `mesh`."""
 
     def one(x: jax.Array, letters: str) -> jax.Array:
-        if "B" in letters or "." in letters:
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATIONS)))
-        return gathered(x, letters)
+        if "B" not in letters and "." not in letters:
+            return gathered(x, letters)
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATIONS)))
+        # Left to itself XLA may write the residual stream transposed in the forward pass, and copy it in the backward.
+        return with_layout_constraint(x, ROW_MAJOR) if letters == "BTD" and platform(mesh) == "tpu" else x
 
     stages = fsdp_stages(mesh)
     names = tuple(f"fsdp{i}" for i in range(len(stages)))

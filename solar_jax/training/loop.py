@@ -208,7 +208,7 @@ class _Session:
         begin = time.perf_counter()
         batch = batches.first()
         with cache_hits() as hits:
-            compiled = step.lower(state, batch).compile()
+            compiled = step.lower(state, batch).compile(dict(chips.compiler_options(jax.devices()[0])) or None)
         spent = time.perf_counter() - begin
         self._run.ledger.add("compilation", spent)
         cached = f" (from the cache in {jax.config.jax_compilation_cache_dir})" if hits else ""

@@ -13,10 +13,11 @@ from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
 from solar_jax.model import llama
-from solar_jax.model.attention import LANES, Attend, splash_attention
+from solar_jax.model.attention import Attend
 from solar_jax.model.llama import Params
 from solar_jax.model.precision import compute_dtype, precision
-from solar_jax.parallel import rules
+from solar_jax.model.splash import LANES, splash_attention
+from solar_jax.parallel import chips, rules
 from solar_jax.parallel.mesh import platform
 from solar_jax.training.objectives import head_loss
 from solar_jax.training.optimizer import masked
@@ -66,7 +67,12 @@ def attention_kernel(cfg: ModelConfig, config: Config, mesh: Mesh) -> Attend | N
     """Splash attention on `mesh`, or None for plain array operations; on other devices than TPUs it is interpreted."""
     if not uses_splash(cfg, config, mesh):
         return None
-    kernel = functools.partial(splash_attention, sliding_window=cfg.sliding_window, interpret=platform(mesh) != "tpu")
+    kernel = functools.partial(
+        splash_attention,
+        sliding_window=cfg.sliding_window,
+        vector_memory=chips.vector_memory(mesh.devices.flat[0]),
+        interpret=platform(mesh) != "tpu",
+    )
     return rules.attend(mesh, kernel)
 
 
