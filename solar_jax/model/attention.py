@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-# (q [B, T, N, H], k [B, S, K, H], v [B, S, K, H], what a query may see in the form that it takes) -> [B, T, N, H]
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+from solar_jax.model.rope import apply_rope
+
+# (q [B, T, N, H] and k [B, S, K, H] before rotation, v [B, S, K, H], cosines and sines [B, T, H/2], what a query may
+# see in the form that it takes) -> [B, T, N, H]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array], jax.Array | None], jax.Array]
 
 SAVED = "attention"  # the name under which a remat policy keeps the output, and a kernel's logarithms of softmax sums
 
@@ -56,3 +59,10 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision).reshape(B, T, N, H)
     return checkpoint_name(out, SAVED)
+
+
+def rotated_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array | None
+) -> jax.Array:
+    """`attention` of queries and keys that are rotated first; an `Attend`."""
+    return attention(apply_rope(q, rope), apply_rope(k, rope), v, mask)

@@ -13,8 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from solar_jax.config import ModelConfig
-from solar_jax.model.attention import Attend, attention, attention_mask
-from solar_jax.model.rope import apply_rope, rope_angles
+from solar_jax.model.attention import Attend, attention_mask, rotated_attention
+from solar_jax.model.rope import rope_angles
 
 Params = dict[str, Any]  # {"embed", "layers": {...}, "final_norm", "lm_head"}, arrays or anything shaped like them
 # (array, its axis letters) -> the same array, laid out on a mesh; a dot is an axis that is kept whole. An array with a
@@ -189,7 +189,7 @@ class Block(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         seen: jax.Array | None,
         constrain: Constrain,
-        attend: Attend = attention,
+        attend: Attend = rotated_attention,
     ) -> jax.Array:
         """x: [B, T, D] -> [B, T, D]; `seen` says what a query may see, in the form that `attend` takes."""
 
@@ -207,7 +207,7 @@ class Block(nnx.Module):
             v = project("btd,dkh->btkh", "v", "BTKH")
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = rms_norm(q, self.q_norm[...], self.eps), rms_norm(k, self.k_norm[...], self.eps)
-            h = attend(apply_rope(q, rope), apply_rope(k, rope), v, seen)
+            h = attend(q, k, v, rope, seen)
             o = constrain(_einsum("btnh,nhd->btd", h, weight("o_proj")), "BTD")
             x = checkpoint_name(constrain(x + _add_bias(o, self.o_bias), "BTD"), "mid")
         with jax.named_scope("mlp"):
@@ -243,7 +243,7 @@ class Llama(nnx.Module):
         rope = rope_angles(positions, self.cfg)
         seen = segment_ids
         if attend is None:
-            attend, seen = attention, attention_mask(tokens.shape[1], segment_ids, self.cfg.sliding_window)
+            attend, seen = rotated_attention, attention_mask(tokens.shape[1], segment_ids, self.cfg.sliding_window)
         # The table is gathered before the look-up: a look-up in a table split over D and V makes XLA fall back to
         # full rematerialisation of the result.
         x = constrain(constrain(self.embed[...].astype(compute_dtype), ".D")[tokens], "BTD")

@@ -148,11 +148,6 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
 
 def attend(mesh: Mesh, kernel: Attend) -> Attend:
     """A kernel for the rows and heads of one device, run on each device's own."""
-    q, k, ids = (spec(letters, ACTIVATIONS) for letters in ("BTNH", "BTKH", "BT"))
-
-    def sharded(queries: jax.Array, keys: jax.Array, values: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-        # check_vma: kernels do not say over which axes their results vary.
-        run = jax.shard_map(kernel, mesh=mesh, in_specs=(q, k, k, ids), out_specs=q, check_vma=False)
-        return run(queries, keys, values, segment_ids)
-
-    return sharded
+    q, k, angles, ids = (spec(letters, ACTIVATIONS) for letters in ("BTNH", "BTKH", "BTH", "BT"))
+    # check_vma: kernels do not say over which axes their results vary.
+    return jax.shard_map(kernel, mesh=mesh, in_specs=(q, k, k, angles, ids), out_specs=q, check_vma=False)

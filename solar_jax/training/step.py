@@ -14,9 +14,10 @@ from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.model.attention import Attend
+from solar_jax.model.flash import LANES, flash_attention, needed_memory
 from solar_jax.model.llama import Params
 from solar_jax.model.precision import compute_dtype, precision
-from solar_jax.model.splash import LANES, splash_attention
+from solar_jax.model.splash import splash_attention
 from solar_jax.parallel import chips, rules
 from solar_jax.parallel.mesh import platform
 from solar_jax.training.objectives import head_loss
@@ -46,7 +47,7 @@ def abstract_state(
 
 
 def uses_splash(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> bool:
-    """Whether attention runs as splash kernels: asked for, or on TPUs where they take the shapes.
+    """Whether attention runs in kernels: asked for, or on TPUs where they take the shapes.
 
     Raises:
       UserError: no such choice, or kernels are asked for that do not take the shapes.
@@ -64,13 +65,14 @@ def uses_splash(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> 
 
 
 def attention_kernel(cfg: ModelConfig, config: Config, mesh: Mesh) -> Attend | None:
-    """Splash attention on `mesh`, or None for plain array operations; on other devices than TPUs it is interpreted."""
+    """The kernels for `mesh`, or None for plain array operations; on other devices than TPUs they are interpreted."""
     if not uses_splash(cfg, config, mesh):
         return None
+    needed = needed_memory(config.data.sequence_length, cfg.head_dim, compute_dtype(config.train).itemsize)
+    whole_rows = cfg.head_dim % LANES == 0 and needed <= chips.vector_memory(mesh.devices.flat[0])
     kernel = functools.partial(
-        splash_attention,
+        flash_attention if whole_rows else splash_attention,
         sliding_window=cfg.sliding_window,
-        vector_memory=chips.vector_memory(mesh.devices.flat[0]),
         interpret=platform(mesh) != "tpu",
     )
     return rules.attend(mesh, kernel)

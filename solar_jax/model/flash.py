@@ -1,0 +1,308 @@
+"""Causal grouped-query attention with its rotary embedding in two TPU kernels that hold whole rows of a head.
+
+Splash attention, which streams blocks of a row of any length, leaves to XLA what costs passes over memory: the rotation
+of queries and keys before and of their gradients after, the sum of dq's parts, the first of 128 equal lanes of the
+softmax sums. Where a head's row fits vector memory all of that happens there, blocks may be small, and blocks of keys
+that no query of a block sees, be they later or of another document, are passed over.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from solar_jax.model.attention import SAVED
+
+LANES = 128  # a TPU vector's; T and H have to be multiples
+BLOCK = 512  # queries and keys a step, at most: matmuls of 512 x 512 x H are enough between two turns of a loop
+MASKED = -1e30  # finite, so that a masked score gives 0 and no NaN
+SCORES = 16 * 2**20  # bytes of vector memory for blocks of scores and what is made of them
+
+_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
+_ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))  # a b
+_COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # a^T b
+_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+
+def block_size(length: int, largest: int) -> int:
+    """The largest multiple of `LANES` that divides T and is at most `largest`."""
+    return max(b for b in range(LANES, min(length, largest) + 1, LANES) if length % b == 0)
+
+
+def needed_memory(length: int, width: int, itemsize: int) -> int:
+    """Bytes of vector memory that the backward kernel, the larger one, needs for T = `length`, H = `width`.
+
+    Twice what moves for every query head (q, do, dq) or is written (dk, dv), once what stays for a group or a row (k,
+    v, k rotated; cosines, sines and segment ids in float32 and int32), and float32 sums of dk and dv.
+    """
+    row = length * width
+    lanes = length * LANES * 4
+    return (2 * 5 + 3) * row * itemsize + 2 * row * 4 + lanes + 2 * row * 4 + 2 * 3 * 8 * length * 4 + SCORES
+
+
+def first_blocks(segment_ids: jax.Array, block: int, sliding_window: int) -> jax.Array:
+    """[B, T] -> int32 [B, T / block]: the first block of keys that any query of a block may see.
+
+    Segment ids do not fall along a row, so the first query's first key is the earliest one.
+    """
+    T = segment_ids.shape[1]
+    starts = segment_ids[:, ::block]  # of each block's first query
+    first = jnp.sum(segment_ids[:, None, :] < starts[:, :, None], axis=-1)  # keys of earlier documents
+    if sliding_window:
+        first = jnp.maximum(first, jnp.arange(0, T, block)[None] - sliding_window + 1)
+    return (first // block).astype(jnp.int32)
+
+
+def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """float32 [T, H] rotated by the angles whose sines have the sign of their half; by minus them with -sin."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    return x * cos + pltpu.roll(x, x.shape[1] // 2, 1) * sin
+
+
+def _rotate(source: Any, cos: Any, sin: Any, way: int, target: Any, block: int) -> None:
+    """Rotates all rows from one reference to another, a block at a time, which keeps the program short."""
+    from jax.experimental import pallas as pl
+
+    def one(i, _):
+        at = pl.ds(i * block, block)
+        target[at, :] = _rotated(source[at, :].astype(jnp.float32), cos[at, :], way * sin[at, :]).astype(target.dtype)
+
+    jax.lax.fori_loop(0, source.shape[0] // block, one, None)
+
+
+def _seen(i: Any, j: Any, block: int, q_segment: jax.Array, k_segment: jax.Array, sliding_window: int) -> jax.Array:
+    """Which keys of block j (down) the queries of block i (across) see."""
+    shape = (block, block)
+    age = (i - j) * block + (
+        jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    )
+    seen = (k_segment == q_segment) & (age >= 0)
+    return seen & (age < sliding_window) if sliding_window else seen
+
+
+def _forward_kernel(
+    first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, q_segment_ref, k_segment_ref, out_ref, lse_ref,
+    k_rotated, out_sum, *, block: int, sliding_window: int, scale: float,
+):  # fmt: skip
+    """One query head. first: [B, T / block]; q, k, v, cos, sin, out: [T, H]; q_segment, lse: [1, T].
+
+    k_segment: [T, LANES], the same in all lanes. Scores are [keys, queries], so that what belongs to a query lies
+    across the lanes; out_sum is float32 [H, block] for the same reason.
+    """
+    from jax.experimental import pallas as pl
+
+    row = pl.program_id(0)
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        _rotate(k_ref, cos_ref, sin_ref, 1, k_rotated, block)
+
+    def queries(i, _):
+        at = pl.ds(i * block, block)
+        q = _rotated(q_ref[at, :].astype(jnp.float32), cos_ref[at, :], sin_ref[at, :])
+        q = (q * scale).astype(q_ref.dtype)
+        q_segment = q_segment_ref[:, at]
+        out_sum[...] = jnp.zeros_like(out_sum)
+
+        def keys(j, carried):
+            largest, total = carried
+            of = pl.ds(j * block, block)
+            scores = _dot(k_rotated[of, :], q, _ROWS_BY_ROWS)
+            seen = _seen(i, j, block, q_segment, k_segment_ref[of, :1], sliding_window)
+            scores = jnp.where(seen, scores, MASKED)
+            larger = jnp.maximum(largest, jnp.max(scores, axis=0, keepdims=True))
+            p, shrink = jnp.exp(scores - larger), jnp.exp(largest - larger)
+            out_sum[...] = out_sum[...] * shrink + _dot(v_ref[of, :], p.astype(v_ref.dtype), _COLUMNS_BY_COLUMNS)
+            return larger, total * shrink + jnp.sum(p, axis=0, keepdims=True)
+
+        start = jnp.full((1, block), MASKED, jnp.float32), jnp.zeros((1, block), jnp.float32)
+        largest, total = jax.lax.fori_loop(first_ref[row, i], i + 1, keys, start)
+        out_ref[at, :] = (out_sum[...] / total).T.astype(out_ref.dtype)
+        lse_ref[:, at] = largest + jnp.log(total)
+
+    jax.lax.fori_loop(0, q_ref.shape[0] // block, queries, None)
+
+
+def _backward_kernel(
+    first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, q_segment_ref, k_segment_ref, do_ref, lse_ref, di_ref,
+    dq_ref, dk_ref, dv_ref, k_rotated, dq_sum, dk_sum, dv_sum, *, block: int, sliding_window: int, scale: float,
+):  # fmt: skip
+    """One query head; shapes as forward, and do, dq, dk, dv: [T, H], di: [1, T].
+
+    Sums are float32: dq's [block, H], the others' [T, H] over all query heads of a key head.
+    """
+    from jax.experimental import pallas as pl
+
+    row, head = pl.program_id(0), pl.program_id(2)
+
+    @pl.when(head == 0)
+    def _():
+        _rotate(k_ref, cos_ref, sin_ref, 1, k_rotated, block)
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    def queries(i, _):
+        at = pl.ds(i * block, block)
+        cos, sin = cos_ref[at, :], sin_ref[at, :]
+        q = (_rotated(q_ref[at, :].astype(jnp.float32), cos, sin) * scale).astype(q_ref.dtype)
+        do, lse, di, q_segment = do_ref[at, :], lse_ref[:, at], di_ref[:, at], q_segment_ref[:, at]
+        dq_sum[...] = jnp.zeros_like(dq_sum)
+
+        def keys(j, _):
+            of = pl.ds(j * block, block)
+            k, v = k_rotated[of, :], v_ref[of, :]
+            seen = _seen(i, j, block, q_segment, k_segment_ref[of, :1], sliding_window)
+            p = jnp.exp(jnp.where(seen, _dot(k, q, _ROWS_BY_ROWS), MASKED) - lse)
+            dv_sum[of, :] += _dot(p.astype(do.dtype), do, _ROWS_BY_COLUMNS)
+            ds = ((_dot(v, do, _ROWS_BY_ROWS) - di) * p).astype(q.dtype)
+            dk_sum[of, :] += _dot(ds, q, _ROWS_BY_COLUMNS)
+            dq_sum[...] += _dot(ds, k, _COLUMNS_BY_COLUMNS)
+
+        jax.lax.fori_loop(first_ref[row, i], i + 1, keys, None)
+        dq_ref[at, :] = _rotated(dq_sum[...] * scale, cos, -sin).astype(dq_ref.dtype)
+
+    jax.lax.fori_loop(0, q_ref.shape[0] // block, queries, None)
+
+    @pl.when(head == pl.num_programs(2) - 1)
+    def _():
+        _rotate(dk_sum, cos_ref, sin_ref, -1, dk_ref, block)
+        dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+
+@functools.cache
+def _specs(N: int, K: int, T: int, H: int) -> dict[str, Any]:
+    """How each kind of array is cut for a grid of (rows, key heads, query heads of each)."""
+    from jax.experimental import pallas as pl
+
+    # What does not change from one query head to the next needs no second buffer.
+    once = {"pipeline_mode": pl.Buffered(buffer_count=1)}
+    G = N // K
+    return {
+        "q": pl.BlockSpec((None, None, T, H), lambda b, k, g, _: (b, k * G + g, 0, 0)),
+        "k": pl.BlockSpec((None, None, T, H), lambda b, k, g, _: (b, k, 0, 0), **once),
+        "dk": pl.BlockSpec((None, None, T, H), lambda b, k, g, _: (b, k, 0, 0)),
+        "per_query": pl.BlockSpec((None, None, 1, T), lambda b, k, g, _: (b, k * G + g, 0, 0)),
+        "angles": pl.BlockSpec((None, T, H), lambda b, k, g, _: (b, 0, 0), **once),
+        "q_segment": pl.BlockSpec((None, 1, T), lambda b, k, g, _: (b, 0, 0)),
+        "k_segment": pl.BlockSpec((None, T, LANES), lambda b, k, g, _: (b, 0, 0), **once),
+    }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, cos: jax.Array, sin: jax.Array, segment_ids: jax.Array,
+    sliding_window: int, interpret: bool,
+) -> jax.Array:  # fmt: skip
+    """[B, N, T, H] from q [B, N, T, H], k and v [B, K, T, H], angles [B, T, H] and segment ids int32 [B, T]."""
+    return _forward(q, k, v, cos, sin, segment_ids, sliding_window, interpret)[0]
+
+
+def _run(
+    kernel: Any, name: str, inputs: tuple[Any, ...], extra: tuple[tuple[str, Any], ...],
+    outputs: tuple[tuple[str, Any], ...], sums: tuple[tuple[int, int], ...], sliding_window: int, interpret: bool,
+) -> Any:  # fmt: skip
+    """Runs a kernel for every row and head.
+
+    Args:
+      kernel: `_forward_kernel` or `_backward_kernel`.
+      name: of the kernel, in profiles.
+      inputs: q, k, v, cos, sin, segment_ids, as `_attention` takes them.
+      extra: further inputs, each with its kind in `_specs`.
+      outputs: arrays that the results are shaped like, each with its kind.
+      sums: shapes of float32 scratch.
+      sliding_window: keys that a query sees, itself included; 0 for all before it.
+      interpret: run as array operations.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    q, k, v, cos, sin, segment_ids = inputs
+    (B, N, T, H), K = q.shape, k.shape[1]
+    specs, block = _specs(N, K, T, H), block_size(T, BLOCK)
+    kinds = ("q", "k", "k", "angles", "angles", "q_segment", "k_segment", *(kind for kind, _ in extra))
+    return pl.pallas_call(
+        functools.partial(kernel, block=block, sliding_window=sliding_window, scale=H**-0.5),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, K, N // K),
+            in_specs=[specs[kind] for kind in kinds],
+            out_specs=[specs[kind] for kind, _ in outputs],
+            scratch_shapes=[pltpu.VMEM((T, H), k.dtype), *(pltpu.VMEM(shape, jnp.float32) for shape in sums)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outputs],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=needed_memory(T, H, q.dtype.itemsize),
+        ),
+        name=name,
+        interpret=interpret,
+    )(
+        first_blocks(segment_ids, block, sliding_window), q, k, v, cos, sin, segment_ids[:, None],
+        jnp.broadcast_to(segment_ids[:, :, None], (B, T, LANES)), *(array for _, array in extra),
+    )  # fmt: skip
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, cos: jax.Array, sin: jax.Array, segment_ids: jax.Array,
+    sliding_window: int, interpret: bool,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:  # fmt: skip
+    """The result, and what the backward pass needs: the inputs, the result, logarithms of softmax sums [B, N, 1, T]."""
+    (B, N, T, H), inputs = q.shape, (q, k, v, cos, sin, segment_ids)
+    sums = jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32)
+    out, lse = _run(
+        _forward_kernel, "flash_attention_fwd", inputs, (), (("q", q), ("per_query", sums)),
+        ((H, block_size(T, BLOCK)),), sliding_window, interpret,
+    )  # fmt: skip
+    out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
+    return out, (*inputs, out, lse)
+
+
+def _backward(
+    sliding_window: int, interpret: bool, saved: tuple[jax.Array, ...], do: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    *inputs, out, lse = saved
+    q, k, v = inputs[:3]
+    T, H = q.shape[2:]
+    di = jnp.sum(out.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)[:, :, None]
+    dq, dk, dv = _run(
+        _backward_kernel, "flash_attention_dkv_fused", tuple(inputs),
+        (("q", do), ("per_query", lse), ("per_query", di)), (("q", q), ("dk", k), ("dk", v)),
+        ((block_size(T, BLOCK), H), (T, H), (T, H)), sliding_window, interpret,
+    )  # fmt: skip
+    return dq, dk, dv, None, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def flash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, *,
+    sliding_window: int, interpret: bool,
+) -> jax.Array:  # fmt: skip
+    """Attention of rotated queries and keys, no [T, S] scores in memory; angles get no gradient.
+
+    Args:
+      q: [B, T, N, H] before rotation, T and H multiples of `LANES`, the rows of one device.
+      k: [B, T, K, H] before rotation.
+      v: [B, T, K, H].
+      rope: cosines and sines, float32 [B, T, H/2], as `model.rope.rope_angles` gives them.
+      segment_ids: [B, T], the document that a token belongs to, which does not fall along a row; None: a row is one.
+      sliding_window: keys that a query sees, itself included; 0 for all before it.
+      interpret: run the kernels as array operations, where there is no TPU.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
+    """
+    cos, sin = rope
+    if segment_ids is None:
+        segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+    # The kernels take heads before tokens; XLA lets the projections write that order.
+    out = _attention(
+        *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)),
+        jnp.concatenate((cos, cos), axis=-1), jnp.concatenate((-sin, sin), axis=-1),
+        segment_ids.astype(jnp.int32), sliding_window, interpret,
+    )  # fmt: skip
+    return jnp.swapaxes(out, 1, 2)

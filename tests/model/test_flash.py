@@ -1,0 +1,108 @@
+"""The kernels of whole rows, interpreted on a CPU, against plain attention: same result, same gradients."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solar_jax.model import flash
+from solar_jax.model.attention import SAVED, attention_mask, rotated_attention
+from solar_jax.parallel import rules
+from tests.parallel.test_mesh import mesh_of
+
+B, T, N, K, H = 2, 256, 4, 2, 128
+TOLERANCE = 2e-5  # absolute, float32: sums of the same terms in blocks
+
+
+def arrays(kv_heads: int = K) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(0)
+    return tuple(jnp.array(rng.standard_normal((B, T, n, H)), jnp.float32) for n in (N, kv_heads, kv_heads))
+
+
+def segments() -> jax.Array:
+    """Another border in each row, neither at a block's edge."""
+    place = np.arange(T)[None]
+    return jnp.array((place >= 100) + (place >= np.array([[190], [131]])), jnp.int32)
+
+
+def angles() -> tuple[jax.Array, jax.Array]:
+    """Of any size, others in each row, place and pair."""
+    a = np.random.default_rng(1).uniform(0, 6.28, (B, T, H // 2))
+    return jnp.array(np.cos(a), jnp.float32), jnp.array(np.sin(a), jnp.float32)
+
+
+def plain(q, k, v, segment_ids, window):
+    return rotated_attention(q, k, v, angles(), attention_mask(T, segment_ids, window))
+
+
+def kernels(q, k, v, segment_ids, window):
+    return flash.flash_attention(q, k, v, angles(), segment_ids, sliding_window=window, interpret=True)
+
+
+def gradients(attend, q, k, v, segment_ids, window):
+    """Of a sum in which every output counts differently."""
+    weights = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
+    return jax.grad(lambda *x: jnp.sum(weights * attend(*x, segment_ids, window)), argnums=(0, 1, 2))(q, k, v)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Two blocks of queries and keys, so that one of four pairs is passed over, and more with documents or a window."""
+    monkeypatch.setattr(flash, "BLOCK", 128)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("window", "segmented", "kv_heads"), [(0, False, 2), (0, True, 4), (70, True, 2), (70, False, 1), (256, True, 2)]
+)
+def test_kernels_are_plain_attention_forward_and_backward(window, segmented, kv_heads):
+    inputs, ids = arrays(kv_heads), segments() if segmented else None
+    np.testing.assert_allclose(kernels(*inputs, ids, window), plain(*inputs, ids, window), atol=TOLERANCE)
+    found, expected = (gradients(f, *inputs, ids, window) for f in (kernels, plain))
+    for name, a, b in zip("qkv", found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=10 * TOLERANCE, err_msg=f"d{name}")
+
+
+def test_blocks_of_keys_that_no_query_of_a_block_sees_are_passed_over():
+    ids = jnp.repeat(
+        jnp.array([[0, 1, 1, 2], [0, 0, 0, 0]]), jnp.array([130, 100, 150, 132]), axis=1, total_repeat_length=512
+    )
+    # row 0: documents begin at 0, 130 and 380; blocks of 128 queries at 0, 128, 256, 384
+    assert flash.first_blocks(ids, 128, 0).tolist() == [[0, 0, 1, 2], [0, 0, 0, 0]]
+    assert flash.first_blocks(ids, 128, 129).tolist() == [
+        [0, 0, 1, 2],
+        [0, 0, 1, 2],
+    ]  # query 128 sees key 0, 256 key 128
+
+
+@pytest.mark.parametrize(("ids", "window"), [(None, 70), (segments(), 71)], ids=["documents leak", "window one longer"])
+def test_the_comparison_refuses_another_mask(ids, window):
+    found = kernels(*arrays(), ids, window)
+    assert float(jnp.abs(found - plain(*arrays(), segments(), 70)).max()) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1), (1, 2, 2), (2, 1, 2)])
+def test_every_device_attends_within_its_rows_and_heads(shape):
+    kernel = functools.partial(flash.flash_attention, sliding_window=0, interpret=True)
+    attend = rules.attend(mesh_of(*shape), kernel)
+    found = jax.jit(lambda *x: attend(*x, angles(), segments()))(*arrays())
+    np.testing.assert_allclose(found, plain(*arrays(), segments(), 0), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("length", "largest", "expected"), [(4096, 1024, 1024), (384, 1024, 384), (640, 512, 128)])
+def test_a_block_divides_the_row(length, largest, expected):
+    assert flash.block_size(length, largest) == expected
+
+
+@pytest.mark.parametrize(("names", "runs"), [((SAVED,), 1), ((), 2)], ids=["saved", "not saved"])
+def test_a_policy_that_saves_attention_runs_its_forward_kernel_once(names, runs):
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def loss(q, k, v):
+        return jnp.sum(jax.checkpoint(kernels, policy=policy, static_argnums=4)(q, k, v, segments(), 0))
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(*arrays()))
+    assert len(re.findall(r"\bname=flash_attention_fwd", text)) == runs
