@@ -1,31 +1,53 @@
-"""The training step compiled for a TPU slice that is not here, and its time by the compiler's own figures.
+"""The training step compiled for a TPU slice that is not here, next to MaxText's: memory, time, compilation.
 
-    python scripts/bench/aot.py --slice v5p-128 --layers 48 --batch 4 --length 4096 --remat matmuls
+    python scripts/bench/aot.py --slice v5p-128 --batch 4 --length 4096 --remat matmuls,attention
+    python scripts/bench/aot.py --slice v5p-128 --remat matmuls \
+        --peer MAXTEXT_ENV/bin/python --peer_remat minimal_with_context,full
 
-Needs the extra `tpu` (libtpu) and no TPU. Prints what the step takes of a
-chip's memory, how long it compiled, and the step time that `roofline.py` reads from the compiled program.
+Needs the extra `tpu` (libtpu) and no TPU; `--peer` the python of an environment with maxtext[tpu]==0.2.5. Both programs
+are compiled for the same devices, rows and options, one after the other, and their times read by the same reader,
+`solar_jax/training/roofline.py`, from what the compiler writes next to each operation.
 """
 
 import argparse
 import dataclasses
 import importlib.util
+import json
 import os
 import pathlib
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the peer has its own
 
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.plan import make_plan
 from solar_jax.parallel.chips import compiler_options
-from solar_jax.parallel.slices import described_devices, find_slice
+from solar_jax.parallel.slices import Slice, described_devices, find_slice
+from solar_jax.training import roofline
 from solar_jax.training.aot import compile_step
 from solar_jax.training.metrics import flops_per_token
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A compiled step; bytes and seconds."""
+
+    name: str  # program and remat policy
+    seconds: float  # of compilation
+    arguments: int
+    temporaries: int
+    program: roofline.Program
+    text: str
 
 
 def recipe(config_file: str, layers: int) -> tuple[ModelConfig, Config]:
@@ -41,6 +63,61 @@ def recipe(config_file: str, layers: int) -> tuple[ModelConfig, Config]:
     return dataclasses.replace(cfg, num_hidden_layers=layers or cfg.num_hidden_layers), config
 
 
+def ours(cfg: ModelConfig, config: Config, wanted: Slice, remat: str, options: dict[str, str]) -> Result:
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
+    step = compile_step(cfg, config, wanted, options)
+    return Result(
+        f"solar_jax {remat}", step.compiled_seconds, step.arguments, step.temporaries, step.program, step.text
+    )
+
+
+def peers(python: str, cfg: ModelConfig, args: argparse.Namespace, wanted: Slice, options: dict[str, str],
+          remat: str) -> Result:  # fmt: skip
+    """MaxText's step of the same model and rows; its stock Mistral-7B, as deep as ours."""
+    flags = " ".join(f"--{name}={value}" for name, value in options.items())
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "program.txt"
+        settings = {
+            "compile_topology": wanted.name, "base_num_decoder_layers": cfg.num_hidden_layers, "remat_policy": remat,
+            "per_device_batch_size": args.batch, "max_target_length": args.length,
+        }  # fmt: skip
+        command = [python, str(pathlib.Path(__file__).parent / "maxtext_step.py"), str(out)]
+        command += [f"{key}={value}" for key, value in settings.items()]
+        command += [f"compile_xla_flags={flags}"] if flags else []
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+        if done.returncode:
+            raise SystemExit(f"MaxText failed:\n{done.stderr[-3000:]}")
+        found, text = json.loads(done.stdout.splitlines()[-1]), out.read_text()
+    program = roofline.read(text, wanted.facts)
+    return Result(f"MaxText {remat}", found["seconds"], found["arguments"], found["temporaries"], program, text)
+
+
+def mfus(result: Result, flops: float) -> tuple[float, ...]:
+    """Per cent of the chip's peak, (overlapped, serial)."""
+    return tuple(100 * flops / seconds / result.program.chip.peak for seconds in result.program.seconds())
+
+
+def row(result: Result, flops: float) -> str:
+    overlapped, serial = mfus(result, flops)
+    memory = f"{result.arguments / GIB:6.2f} {result.temporaries / GIB:6.2f}"
+    return f"{result.name:50} {memory} {overlapped:8.1f} {serial:7.1f} {result.seconds:9.0f}"
+
+
+def ratios(results: list[Result], flops: float, budgets: list[float]) -> Iterator[str]:
+    """The best of ours against the best of the peer's within each budget of temporaries, GiB a chip."""
+    for budget in budgets:
+        best = {}
+        for name in ("solar_jax", "MaxText"):
+            fitting = [r for r in results if r.name.startswith(name) and r.temporaries <= budget * GIB]
+            if fitting:
+                best[name] = max(fitting, key=lambda r: mfus(r, flops)[0])
+        if len(best) == 2:
+            pairs = zip(*(mfus(best[n], flops) for n in ("solar_jax", "MaxText")), strict=True)
+            over, serial = (a / b for a, b in pairs)
+            names = " / ".join(r.name for r in best.values())
+            yield f"within {budget:g} GiB: {over:.3f} overlapped, {serial:.3f} serial ({names})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/dus_48l.py")
@@ -48,9 +125,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="0: as many as the config's grown model has")
     parser.add_argument("--batch", type=int, default=4, help="rows a device")
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--remat", default="", help="a name of model.llama.REMAT; empty: the config's")
+    parser.add_argument("--remat", default="matmuls", help="names of model.llama.REMAT, by commas")
     parser.add_argument("--options", default="default", help="default, none, or NAME=VALUE,... beside the defaults")
-    parser.add_argument("--hlo", type=pathlib.Path, help="file to keep the compiled program in")
+    parser.add_argument("--peer", help="python of an environment with MaxText")
+    parser.add_argument("--peer_remat", default="minimal_with_context", help="names of its remat_policy, by commas")
+    parser.add_argument("--peer_options", default="same", help="same, or none: as it comes")
+    parser.add_argument("--budgets", default="16,32,64,90", help="of temporaries, GiB a chip, for ratios")
+    parser.add_argument("--hlo", type=pathlib.Path, help="folder to keep the compiled programs in")
     args = parser.parse_args()
 
     # What is compiled: the recipe on the slice's devices.
@@ -58,30 +139,34 @@ def main() -> None:
     wanted = find_slice(args.slice)
     config = dataclasses.replace(
         config,
-        train=dataclasses.replace(
-            config.train, batch_size=args.batch * wanted.devices, remat=args.remat or config.train.remat
-        ),
+        train=dataclasses.replace(config.train, batch_size=args.batch * wanted.devices),
         data=dataclasses.replace(config.data, sequence_length=args.length),
     )
     options = {} if args.options == "none" else dict(compiler_options(described_devices(wanted)[0]))
     if args.options not in ("default", "none"):
         options |= dict(o.split("=", 1) for o in args.options.split(","))
-
-    # Compiled as a run compiles it.
-    step = compile_step(cfg, config, wanted, options)
-    if args.hlo:
-        args.hlo.write_text(step.text)
-
-    tokens = args.batch * args.length
-    flops = flops_per_token(cfg, args.length) * tokens
-    print(f"{args.slice}, {cfg.num_hidden_layers} layers, {args.batch} x {args.length} a device, {config.train.remat}")
+    flops = flops_per_token(cfg, args.length) * args.batch * args.length
+    print(f"{wanted.name}: {cfg.num_hidden_layers} layers, {args.batch} x {args.length} tokens a device")
     print(f"options {options}")
-    print(
-        f"traced {step.traced_seconds:.0f} s, compiled {step.compiled_seconds:.0f} s, arguments "
-        f"{step.arguments / GIB:.2f} GiB, temporaries {step.temporaries / GIB:.2f} GiB, "
-        f"model FLOPs a device {flops:.6g}"
-    )
-    print(step.program.report(tokens, flops), flush=True)
+    print(f"{'':50} {'GiB a device':>13} {'MFU %':>16} {'compiled':>9}")
+    print(f"{'':50} {'args':>6} {'temp':>6} {'overlap.':>8} {'serial':>7} {'s':>9}", flush=True)
+
+    # Compiled as a run compiles it, and read.
+    results = []
+    jobs = [(ours, (cfg, config, wanted, remat, options)) for remat in args.remat.split(",")]
+    if args.peer:
+        peer_options = options if args.peer_options == "same" else {}
+        jobs += [(peers, (args.peer, cfg, args, wanted, peer_options, remat)) for remat in args.peer_remat.split(",")]
+    for compile_one, arguments in jobs:
+        result = compile_one(*arguments)
+        results.append(result)
+        print(row(result, flops), flush=True)
+        if args.hlo:
+            args.hlo.mkdir(parents=True, exist_ok=True)
+            (args.hlo / f"{wanted.name}_{result.name.replace(' ', '_')}.txt").write_text(result.text)
+    for result in results:
+        print(f"\n{result.name}\n{result.program.report(args.batch * args.length, flops)}")
+    print("\n" + "\n".join(ratios(results, flops, [float(b) for b in args.budgets.split(",")])), flush=True)
 
 
 if __name__ == "__main__":

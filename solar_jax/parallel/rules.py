@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, MeshAxes] = {
     "V": "tensor", ".": None,
 }  # fmt: skip
 BATCH_AXES = ("data", "fsdp")
-ROW_MAJOR = Layout(major_to_minor=(0, 1, 2))
+ROW_MAJOR, SAVED = Layout(major_to_minor=(0, 1, 2)), ("BTD", "BTF")
 
 _KEY = {
     "V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "N": "num_attention_heads",
@@ -113,8 +113,9 @@ def constrain(mesh: Mesh) -> Callable[[jax.Array, str], jax.Array]:
         if "B" not in letters and "." not in letters:
             return gathered(x, letters)
         x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, ACTIVATIONS)))
-        # Left to itself XLA may write the residual stream transposed in the forward pass, and copy it in the backward.
-        return with_layout_constraint(x, ROW_MAJOR) if letters == "BTD" and platform(mesh) == "tpu" else x
+        # Left to itself XLA may write what is saved for the backward pass in another order than that reads it in, and
+        # then copies it layer by layer.
+        return with_layout_constraint(x, ROW_MAJOR) if letters in SAVED and platform(mesh) == "tpu" else x
 
     stages = fsdp_stages(mesh)
     names = tuple(f"fsdp{i}" for i in range(len(stages)))

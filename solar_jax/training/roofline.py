@@ -5,7 +5,8 @@ as the loops around it turn:
 
   compute  those cycles, at the chip's clock
   kernels  attention kernels, which have none: their FLOPs, half of them masked, at half of the chip's peak
-  comm     bytes of collectives over the links of all axes; an all-reduce moves its bytes twice
+  comm     bytes of collectives over the links of all axes; an all-reduce moves its bytes twice, unless it stands for a
+           reduce-scatter: the compiler names that fusion of an all-reduce and a slice "all-reduce-scatter"
   host     bytes copied to and from host memory, at 16 GB/s
 
 "overlapped" takes compute + kernels, comm and host to run at once, "serial" one after the other.
@@ -30,6 +31,7 @@ _COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BRANCH = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)")
 _CALL = re.compile(r" (?:call|async-start)\(.*(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
+_DONE = re.compile(r"%async-collective-done[\w.\-]* =")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
 _CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
 _HOST_COPY = re.compile(r" (copy-start|copy|dynamic-update-slice|dynamic-slice)\(")
@@ -52,7 +54,6 @@ class Program:
     cycles: float = 0.0
     kernel_flops: float = 0.0
     moved: Counter[str] = dataclasses.field(default_factory=Counter)  # bytes by kind of collective
-    scattered: float = 0.0  # of the all-reduces' bytes, those of reduce-scatters written as all-reduce and slice
     host: float = 0.0  # bytes
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)  # how often each runs
     unknown: set[str] = dataclasses.field(default_factory=set)  # kernels that have no cost here
@@ -76,8 +77,6 @@ class Program:
         lines = [f"kernels without a cost, so not comparable: {', '.join(self.unknown)}"] if self.unknown else []
         lines.append("parts " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.parts().items()))
         lines.append("moved " + ", ".join(f"{kind} {count / 1e9:.1f} GB" for kind, count in self.moved.items()))
-        if self.scattered:
-            lines.append(f"      {self.scattered / 1e9:.1f} GB of all-reduce are reduce-scatters, which move half")
         for name, seconds in zip(("overlapped", "serial"), self.seconds(), strict=True):
             mfu = 100 * flops / seconds / self.chip.peak
             lines.append(f"{name:10} step {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s a chip, MFU {mfu:.1f} %")
@@ -112,6 +111,8 @@ def _executed(computations: dict[str, list[str]], name: str, times: int) -> Iter
             yield from _executed(computations, branch, times)
         yield line, times, name
         inner = _FUSED.search(line) if " fusion(" in line and "kCustom" in line and not _CYCLES.search(line) else None
+        if _DONE.search(line):  # its start has been counted, and both are written with the collective in them
+            inner = None
         for called in (inner, _CALL.search(line)):
             if called and called[1] in computations:
                 yield from _executed(computations, called[1], times)
@@ -140,10 +141,9 @@ def _collective(program: Program, line: str, times: int, where: str) -> None:
     size = max(sizes) if kind == "all-gather" and found[3] else sum(sizes)
     if kind == "reduce-scatter":  # its operands, not its smaller result
         size = sum(_bytes(line.split("(", 1)[1].split(")")[0])) or size
-    size *= times * (2 if kind == "all-reduce" else 1)
-    program.moved[kind] += size
-    if where.startswith("all-reduce-scatter"):
-        program.scattered += size
+    if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    program.moved[kind] += size * times * (2 if kind == "all-reduce" else 1)
 
 
 def read(text: str, chip: Chip) -> Program:

@@ -1,0 +1,54 @@
+"""The reader of compiled TPU programs, on a program written by hand."""
+
+import pytest
+
+from solar_jax.parallel.chips import CHIPS
+from solar_jax.training import roofline
+
+# A loop of 3 turns. A chip gathers 4 x 8 bfloat16 in two halves of one asynchronous operation, scatters a sum that the
+# compiler writes as an all-reduce, and adds up 16 float32; its matmul takes 1000 cycles.
+PROGRAM = """HloModule step
+
+%started (p: bf16[1,8]) -> (bf16[1,8], bf16[4,8]) {
+  %all-gather.1 = bf16[4,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+}
+
+%finished (p: bf16[1,8]) -> bf16[4,8] {
+  %all-gather.2 = bf16[4,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+}
+
+%all-reduce-scatter.1 (p: bf16[4,8]) -> bf16[1,8] {
+  %all-reduce.1 = bf16[4,8]{1,0} all-reduce(%p), channel_id=2
+}
+
+%body (p: s32[]) -> s32[] {
+  %async-collective-start = (bf16[1,8], bf16[4,8]) fusion(%a), kind=kCustom, calls=%started
+  %dot = f32[4,4]{1,0} fusion(%b), kind=kOutput, calls=%x, backend_config={"estimated_cycles":"1000"}
+  %async-collective-done = bf16[4,8] fusion(%a), kind=kCustom, calls=%finished
+  %scattered = bf16[1,8] fusion(%c), kind=kCustom, calls=%all-reduce-scatter.1
+  %all-reduce.2 = f32[16]{0} all-reduce(%d), channel_id=3
+}
+
+%condition (p: s32[]) -> pred[] {
+  %constant.1 = s32[] constant(3)
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %while.1 = s32[] while(%p), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def program() -> roofline.Program:
+    return roofline.read(PROGRAM, CHIPS["v5p"])
+
+
+def test_a_loop_counts_as_often_as_it_turns(program):
+    assert program.cycles == 3 * 1000
+    assert program.parts()["compute"] == pytest.approx(3000 / 1.75e9)
+
+
+def test_each_collective_counts_once_and_an_all_reduce_twice(program):
+    gathered, scattered, added = 3 * 4 * 8 * 2, 3 * 4 * 8 * 2, 3 * 16 * 4
+    assert dict(program.moved) == {"all-gather": gathered, "reduce-scatter": scattered, "all-reduce": 2 * added}
