@@ -107,9 +107,11 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = 1  # replicas of the parameters; -1 in one of the three: what is left of the devices
+    data: int = 1  # replicas of the parameters; -1 in one of these four: what is left of the devices
     fsdp: int = -1  # shards of parameters and optimiser state, gathered a layer at a time
     tensor: int = 1  # shards of heads and mlp
+    context: int = 1  # shards of a row's tokens, for long rows; they shard the state too
+    slice: int = 0  # TPU slices joined by a slower network, a replica or more on each; 0: as many as the devices say
 
 
 @dataclasses.dataclass(frozen=True)

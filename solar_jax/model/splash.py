@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from solar_jax.model.attention import SAVED
+from solar_jax.model.attention import SAVED, WHOLE, Shard, chunk_order
 from solar_jax.model.flash import block_size
 from solar_jax.model.rope import apply_rope
 
@@ -18,18 +18,19 @@ BLOCK = {"forward": 1024, "backward": 2048, "compute": 512}
 
 def splash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, *,
-    sliding_window: int, interpret: bool,
+    sliding_window: int, interpret: bool, shard: Shard = WHOLE,
 ) -> jax.Array:  # fmt: skip
     """Attention without its [T, S] scores in memory: a causal kernel, its backward pass in one more.
 
     Args:
-      q: [B, T, N, H] before rotation, T a multiple of `flash.LANES`, the rows of one device.
+      q: [B, T, N, H] before rotation, rows and tokens of one device, T a multiple of `flash.LANES`; of a shard T / 2.
       k: [B, T, K, H] before rotation.
       v: [B, T, K, H].
       rope: cosines and sines, float32 [B, T, H/2], as `model.rope.rope_angles` gives them.
-      segment_ids: [B, T], the document that a token belongs to, or None where a row is one document.
+      segment_ids: [B, S], the document that a token of the whole row belongs to; None: a row is one document.
       sliding_window: keys that a query sees, itself included; 0 for all before it.
       interpret: run the kernels as array operations, where there is no TPU.
+      shard: which queries, and how the keys and values of all are had.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -39,26 +40,39 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     T, N, H = q.shape[1:]
-    mask = masks.LocalMask((T, T), (sliding_window - 1, 0), 0) if sliding_window else masks.CausalMask((T, T))
-    forward, backward, compute = (block_size(T, BLOCK[name]) for name in ("forward", "backward", "compute"))
+    S = T * shard.count
+    mask = masks.LocalMask((S, S), (sliding_window - 1, 0), 0) if sliding_window else masks.CausalMask((S, S))
+    if shard.count > 1:
+        mask.q_sequence = mask.q_sequence.reshape(2 * shard.count, -1)[chunk_order(shard.count)].reshape(S)
+    forward, backward, compute = (block_size(S, BLOCK[name]) for name in ("forward", "backward", "compute"))
+    queries = forward if shard.count == 1 else block_size(T // 2, forward)  # of one chunk
     kernel: Callable[..., Any] = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
         block_sizes=splash.BlockSizes(
-            block_q=forward, block_kv=forward, block_kv_compute=block_size(forward, compute),
-            block_q_dkv=forward, block_kv_dkv=backward, block_kv_dkv_compute=block_size(backward, compute),
+            block_q=queries, block_kv=forward, block_kv_compute=block_size(forward, compute),
+            block_q_dkv=queries, block_kv_dkv=backward, block_kv_dkv_compute=block_size(backward, compute),
             use_fused_bwd_kernel=True,
         ),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=shard.count,
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )  # fmt: skip
+    if shard.count > 1:  # of what the kernel knows of every shard's queries, the part of this one's
+
+        def part(x: jax.Array) -> jax.Array:
+            axis = 1 if x.ndim == 3 else 0  # [1, blocks of queries, blocks of keys], and the queries' places [S]
+            size = x.shape[axis] // shard.count
+            return jax.lax.dynamic_slice_in_dim(x, shard.index * size, size, axis)
+
+        kernel = jax.tree.map(part, kernel)
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)  # the kernel does not scale
     # The kernel takes heads before tokens; XLA lets the projections write that order.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    k, v = shard.whole(k, 2), shard.whole(v, 2)
     if segment_ids is None:
         out = jax.vmap(kernel)(q, k, v)
     else:
-        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(shard.own(segment_ids, 1), segment_ids))
     return jnp.swapaxes(typing.cast(jax.Array, out), 1, 2)

@@ -9,7 +9,8 @@ import jax
 from solar_jax.config import Config, ModelConfig
 from solar_jax.model.llama import REMAT, SAVEABLE
 from solar_jax.model.precision import compute_dtype
-from solar_jax.parallel.rules import padded_rows
+from solar_jax.parallel.mesh import axis_size
+from solar_jax.parallel.rules import BATCH_AXES, padded_rows
 from solar_jax.training.step import State, uses_splash
 
 GIB = 2**30
@@ -50,8 +51,8 @@ def estimate(cfg: ModelConfig, config: Config, state: State, mesh: jax.sharding.
     width = compute_dtype(config.train).itemsize
     parameters = shard_bytes(state["params"])
     padded = padded_rows(config.train.batch_size, mesh, config.train.accumulation)
-    rows = padded / config.train.accumulation / (mesh.shape["data"] * mesh.shape["fsdp"])
-    tokens, tensor = rows * config.data.sequence_length, mesh.shape["tensor"]
+    ways = axis_size(mesh, *BATCH_AXES, "context")
+    tokens, tensor = padded / config.train.accumulation * config.data.sequence_length / ways, mesh.shape["tensor"]
     D, F, N, K, H = (
         cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim,
     )  # fmt: skip

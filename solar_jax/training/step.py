@@ -13,13 +13,13 @@ from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
 from solar_jax.model import llama
-from solar_jax.model.attention import Attend
+from solar_jax.model.attention import Attend, sharded_attention
 from solar_jax.model.flash import LANES, flash_attention, needed_memory
 from solar_jax.model.llama import Params
 from solar_jax.model.precision import compute_dtype, precision
 from solar_jax.model.splash import splash_attention
 from solar_jax.parallel import chips, rules
-from solar_jax.parallel.mesh import platform
+from solar_jax.parallel.mesh import axis_size, platform
 from solar_jax.training.objectives import head_loss
 from solar_jax.training.optimizer import masked
 
@@ -50,28 +50,37 @@ def uses_splash(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> 
     """Whether attention runs in kernels: asked for, or on TPUs where they take the shapes.
 
     Raises:
-      UserError: no such choice, or kernels are asked for that do not take the shapes.
+      UserError: no such choice, kernels are asked for that do not take the shapes, or context does not divide a row.
     """
-    wanted, length = config.train.attention, config.data.sequence_length
+    wanted, length, context = config.train.attention, config.data.sequence_length, mesh.shape["context"]
     if wanted not in ATTENTION:
         raise UserError(f"config.train.attention must be one of {', '.join(ATTENTION)}, found {wanted!r}.")
-    fits = length % LANES == 0 and cfg.head_dim % LANES == 0
-    if wanted == "splash" and not length % LANES == 0:
+    chunks = 1 if context == 1 else 2 * context  # of consecutive tokens on one device
+    if length % chunks:
         raise UserError(
-            f"config.train.attention='splash' needs a config.data.sequence_length that is a multiple of {LANES}, "
+            f"config.mesh.context={context} needs a config.data.sequence_length that is a multiple of {chunks}, "
+            f"found {length}."
+        )
+    multiple = chunks * LANES
+    fits = length % multiple == 0 and cfg.head_dim % LANES == 0
+    if wanted == "splash" and length % multiple:
+        raise UserError(
+            f"config.train.attention='splash' needs a config.data.sequence_length that is a multiple of {multiple}, "
             f"found {length}."
         )
     return wanted == "splash" or (wanted == "auto" and fits and platform(mesh) == "tpu")
 
 
 def attention_kernel(cfg: ModelConfig, config: Config, mesh: Mesh) -> Attend | None:
-    """The kernels for `mesh`, or None for plain array operations; on other devices than TPUs they are interpreted."""
+    """The kernels for `mesh`, or None for array operations that XLA splits; without a TPU kernels are interpreted."""
+    split = mesh.shape["context"] > 1
     if not uses_splash(cfg, config, mesh):
-        return None
+        plain = functools.partial(sharded_attention, sliding_window=cfg.sliding_window)
+        return rules.attend(mesh, plain) if split else None
     needed = needed_memory(config.data.sequence_length, cfg.head_dim, compute_dtype(config.train).itemsize)
-    whole_rows = cfg.head_dim % LANES == 0 and needed <= chips.vector_memory(mesh.devices.flat[0])
+    fits = cfg.head_dim % LANES == 0 and needed <= chips.vector_memory(mesh.devices.flat[0])
     kernel = functools.partial(
-        flash_attention if whole_rows else splash_attention,
+        flash_attention if fits and not split else splash_attention,
         sliding_window=cfg.sliding_window,
         interpret=platform(mesh) != "tpu",
     )
@@ -86,22 +95,25 @@ def loss_chunks(logits: int, length: int) -> int:
 def _summed_loss(
     cfg: ModelConfig, config: Config, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """(params, batch) -> summed loss in nats and the number of targets."""
+    """(params, one slice's batch) -> summed loss in nats and the number of targets."""
     if config.train.remat not in llama.REMAT:
         raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {config.train.remat!r}.")
 
     constrain, attend = rules.constrain(mesh), attention_kernel(cfg, config, mesh)
-    shards = rules.padded_rows(1, mesh)
+    shards = axis_size(mesh, "data", "fsdp", "context")
 
     def summed_loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        split = rules.zigzag(mesh, batch)
         x, head = llama.hidden(
-            cfg, params, batch["tokens"], batch["positions"], batch["segment_ids"],
+            cfg, params, split["tokens"], split["positions"], batch["segment_ids"],
             compute_dtype=compute_dtype(config.train),
             remat=config.train.remat, constrain=constrain, attend=attend,
         )  # fmt: skip
-        rows, length = batch["tokens"].shape
+        x, targets, weights = (rules.tokens_of_devices(mesh, a) for a in (x, split["targets"], split["weights"]))
+        rows, length = targets.shape
         chunks = loss_chunks(rows // shards * length * cfg.vocab_size // mesh.shape["tensor"], length)
-        return head_loss(x, head, batch["targets"], batch["weights"], chunks=chunks, shards=shards, constrain=constrain)
+        by_token = rules.constrain(mesh, rules.TOKENS)
+        return head_loss(x, head, targets, weights, chunks=chunks, shards=shards, constrain=by_token)
 
     return summed_loss
 
@@ -121,26 +133,28 @@ def make_train_step(
     summed_loss = _summed_loss(cfg, config, mesh)
     shardings = state_shardings(cfg, optimizer, mesh)
     microbatches = config.train.accumulation
-    batch_sharding = rules.batch_sharding(mesh)
+    constrain = rules.constrain(mesh)
 
     def gradients(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Params]:
         (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(params, batch)
         return loss, targets, jax.lax.with_sharding_constraint(grads, shardings["params"])
 
+    def accumulated(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Params]:
+        if microbatches == 1:
+            return gradients(params, batch)
+        # [B, T] -> [microbatches, B / microbatches, T] with each device keeping its own rows.
+        split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+            microbatch = jax.tree.map(lambda x: constrain(x, "B."), microbatch)
+            return jax.tree.map(jnp.add, total, gradients(params, microbatch)), None
+
+        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zero, split)[0]
+
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         params = state["params"]
-        if microbatches == 1:
-            loss, targets, grads = gradients(params, batch)
-        else:
-            # [B, T] -> [microbatches, B / microbatches, T] with each device keeping its own rows.
-            split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-
-            def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-                microbatch = jax.lax.with_sharding_constraint(microbatch, batch_sharding)
-                return jax.tree.map(jnp.add, total, gradients(params, microbatch)), None
-
-            zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-            (loss, targets, grads), _ = jax.lax.scan(add, zero, split)
+        loss, targets, grads = rules.over_slices(mesh, accumulated)(params, batch)
         targets = jnp.maximum(targets, 1.0)
         grads = jax.tree.map(lambda g: g / targets, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
@@ -149,7 +163,7 @@ def make_train_step(
 
     return jax.jit(
         train_step,
-        in_shardings=(shardings, batch_sharding),
+        in_shardings=(shardings, rules.batch_sharding(mesh)),
         out_shardings=(shardings, rules.replicated(mesh)),
         donate_argnums=0,
     )
@@ -161,7 +175,7 @@ def make_eval_step(
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """A jitted (params, batch) -> summed loss in nats, number of targets."""
     return jax.jit(
-        _summed_loss(cfg, config, mesh),
+        rules.over_slices(mesh, _summed_loss(cfg, config, mesh)),
         in_shardings=(rules.parameter_shardings(cfg, mesh), rules.batch_sharding(mesh)),
         out_shardings=rules.replicated(mesh),
     )

@@ -95,7 +95,7 @@ def test_they_rest_where_what_they_are_added_to_does():
         "q_bias": PartitionSpec(None, "tensor", None),
         "k_bias": PartitionSpec(None, "tensor", None),
         "v_bias": PartitionSpec(None, "tensor", None),
-        "o_bias": PartitionSpec(None, "fsdp"),
+        "o_bias": PartitionSpec(None, rules.FSDP),
         "q_norm": PartitionSpec(None, None),
         "k_norm": PartitionSpec(None, None),
     }

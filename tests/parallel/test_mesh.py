@@ -9,53 +9,76 @@ import pytest
 
 from solar_jax.config import MeshConfig
 from solar_jax.errors import UserError
-from solar_jax.parallel.mesh import AXES, fsdp_stages, make_mesh, mesh_shape, platform
+from solar_jax.parallel.mesh import fsdp_stages, make_mesh, mesh_shape, platform
 
 
-def mesh_of(data: int, fsdp: int, tensor: int) -> jax.sharding.Mesh:
-    """A mesh of the first data x fsdp x tensor devices."""
-    devices = np.array(jax.devices()[: data * fsdp * tensor]).reshape(data, fsdp, tensor)
-    return jax.sharding.Mesh(devices, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+def mesh_of(data: int, fsdp: int, tensor: int, context: int = 1, slice: int = 1) -> jax.sharding.Mesh:
+    """A mesh of the first devices, as many as the sizes ask for."""
+    count = data * fsdp * tensor * context * slice
+    return make_mesh(MeshConfig(data, fsdp, tensor, context, slice), jax.devices()[:count])
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices", "expected"),
     [
-        ((1, -1, 1), 1, (1, 1, 1)),
-        ((1, -1, 1), 64, (1, 64, 1)),
-        ((2, -1, 2), 8, (2, 2, 2)),
-        ((-1, 4, 2), 16, (2, 4, 2)),
-        ((1, 2, -1), 8, (1, 2, 4)),
-        ((2, 2, 2), 8, (2, 2, 2)),
-        ((8, -1, 1), 8, (8, 1, 1)),  # nothing is left
+        ((1, -1, 1), 1, (1, 1, 1, 1, 1)),
+        ((1, -1, 1), 64, (1, 1, 64, 1, 1)),
+        ((2, -1, 2), 8, (1, 2, 2, 1, 2)),
+        ((-1, 4, 2), 16, (1, 2, 4, 1, 2)),
+        ((1, 2, -1), 8, (1, 1, 2, 1, 4)),
+        ((2, 2, 2), 8, (1, 2, 2, 1, 2)),
+        ((8, -1, 1), 8, (1, 8, 1, 1, 1)),  # nothing is left
+        ((1, -1, 1, 4), 8, (1, 1, 2, 4, 1)),
+        ((1, 2, 1, -1), 8, (1, 1, 2, 4, 1)),
+        ((1, -1, 2, 2, 2), 16, (2, 1, 2, 2, 2)),
     ],
 )
 def test_minus_one_takes_what_is_left_of_the_devices(sizes, devices, expected):
+    # sizes: data, fsdp, tensor, context, slice; expected: in the order of AXES
     assert mesh_shape(MeshConfig(*sizes), devices) == expected
+
+
+@pytest.mark.parametrize("asked", [0, 2])
+def test_slices_are_as_many_as_the_devices_say(asked):
+    assert mesh_shape(MeshConfig(slice=asked), 128, slices=2) == (2, 1, 64, 1, 1)
+
+
+@pytest.mark.parametrize("asked", [1, 4])
+def test_other_slices_than_the_devices_form_are_refused(asked):
+    # fsdp over the network between slices would gather every layer through it
+    with pytest.raises(UserError, match=f"config.mesh.slice={asked} does not fit the devices, which form 2 slices"):
+        mesh_shape(MeshConfig(slice=asked), 128, slices=2)
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices"),
-    [((1, 1, 1), 8), ((2, 2, 4), 8), ((3, -1, 1), 8), ((16, -1, 1), 8), ((1, 8, 1), 1)],
-)
+    [
+        ((1, 1, 1, 1), 8), ((2, 2, 4, 1), 8), ((3, -1, 1, 1), 8), ((16, -1, 1, 1), 8), ((1, 8, 1, 1), 1),
+        ((2, 2, 2, 2), 8), ((1, -1, 1, 3), 8),
+    ],
+)  # fmt: skip
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused_with_both(sizes, devices):
-    data, fsdp, tensor = sizes
-    message = f"config.mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {devices} device"
+    data, fsdp, tensor, context = sizes
+    written = f"slice=1 x data={data} x fsdp={fsdp} x context={context} x tensor={tensor}"
+    message = f"config.mesh {written} does not fit {devices} device"
     with pytest.raises(UserError, match=message):
         mesh_shape(MeshConfig(*sizes), devices)
 
 
-@pytest.mark.parametrize("sizes", [(0, -1, 1), (-2, 4, 1), (-1, -1, 1), (1, -1, 0)])
+@pytest.mark.parametrize("sizes", [(0, -1, 1), (-2, 4, 1), (-1, -1, 1), (1, -1, 0), (1, -1, 1, 0), (1, -1, 1, 1, -1)])
 def test_sizes_that_mean_nothing_are_refused(sizes):
-    data, fsdp, tensor = sizes
-    message = f"config.mesh needs positive .* at most one -1, found data={data} x fsdp={fsdp} x tensor={tensor}"
+    data, fsdp, tensor, context, slices = (*sizes, 1, 1)[:5]
+    message = (
+        f"config.mesh needs positive .* at most one -1, found slice={slices} x data={data} x fsdp={fsdp} "
+        f"x context={context} x tensor={tensor}"
+    )
     with pytest.raises(UserError, match=message):
         mesh_shape(MeshConfig(*sizes), 8)
 
 
 def test_the_mesh_holds_every_device_once_on_auto_axes():
     mesh = make_mesh(MeshConfig(2, -1, 2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"slice": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 2}
     assert sorted(d.id for d in mesh.devices.flat) == [d.id for d in jax.devices()]
     # Explicit axes, jax's default, would refuse the constraints of the training step.
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
@@ -68,11 +91,38 @@ class Chip:
         self.coords = coords
 
 
+def test_a_slice_is_a_block_of_consecutive_devices_where_they_know_of_none():
+    # Devices come process after process, so that a slice is whole processes.
+    mesh = make_mesh(MeshConfig(2, -1, 1, 2, 2))
+    assert [[d.id for d in part.flat] for part in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert mesh.devices.shape == (2, 2, 1, 2, 1)
+
+
+class Tpu:
+    """A device of one of several TPU slices, as far as laying out a mesh goes."""
+
+    platform, device_kind, process_index = "tpu", "TPU v4", 0
+
+    def __init__(self, slice_index: int, place: tuple[int, int, int]):
+        self.slice_index, self.coords, self.core_on_chip = slice_index, place, 0
+
+
+def test_devices_of_a_slice_stay_together_and_context_is_on_its_nearest_links():
+    devices = [Tpu(i, tuple(reversed(place))) for place in np.ndindex(2, 2, 4) for i in (0, 1)]
+    mesh = make_mesh(MeshConfig(1, -1, 1, 4), devices)
+    assert dict(mesh.shape) == {"slice": 2, "data": 1, "fsdp": 4, "context": 4, "tensor": 1}
+    for i, part in enumerate(mesh.devices):
+        assert {d.slice_index for d in part.flat} == {i}
+        for line in part[0, :, :, 0]:  # four chips that differ in one coordinate or fill a plane
+            assert len({d.coords for d in line}) == 4
+            assert sum(len(set(c)) > 1 for c in zip(*(d.coords for d in line), strict=True)) <= 2
+
+
 def torus(*shape: int) -> Any:
     """Stands in for a mesh whose fsdp axis runs over a torus, its last dimension fastest."""
     line = np.empty(int(np.prod(shape)), object)
     line[:] = [Chip(*place) for place in np.ndindex(*shape)]
-    return types.SimpleNamespace(devices=line.reshape(1, -1, 1))
+    return types.SimpleNamespace(devices=line.reshape(1, 1, -1, 1, 1))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from solar_jax.parallel import rules
 from solar_jax.training.optimizer import make_optimizer
 from tests.parallel.test_mesh import mesh_of
 
+FSDP = ("fsdp", "context")
 SMALL = ModelConfig(64, 32, 48, 3, 4, 2, 8, 1024, 10000.0, 1e-5)
 
 
@@ -41,25 +42,25 @@ def test_every_parameter_and_activation_letter_has_a_rule():
     assert set("BTDNKHFV.") <= set(rules.ACTIVATIONS)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2), (1, 1, 1)])
+@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2), (1, 1, 1), (1, 2, 1, 2, 2)])
 def test_parameters_rest_as_the_table_says(shape):
     mesh = mesh_of(*shape)
     found = jax.tree.map(lambda s: (s.mesh, s.spec), rules.parameter_shardings(SMALL, mesh))
     specs = {
-        "embed": ("tensor", "fsdp"),
+        "embed": ("tensor", FSDP),
         "layers": {
-            "attn_norm": (None, "fsdp"),
-            "q_proj": (None, "fsdp", "tensor", None),
-            "k_proj": (None, "fsdp", "tensor", None),
-            "v_proj": (None, "fsdp", "tensor", None),
-            "o_proj": (None, "tensor", None, "fsdp"),
-            "mlp_norm": (None, "fsdp"),
-            "gate_proj": (None, "fsdp", "tensor"),
-            "up_proj": (None, "fsdp", "tensor"),
-            "down_proj": (None, "tensor", "fsdp"),
+            "attn_norm": (None, FSDP),
+            "q_proj": (None, FSDP, "tensor", None),
+            "k_proj": (None, FSDP, "tensor", None),
+            "v_proj": (None, FSDP, "tensor", None),
+            "o_proj": (None, "tensor", None, FSDP),
+            "mlp_norm": (None, FSDP),
+            "gate_proj": (None, FSDP, "tensor"),
+            "up_proj": (None, FSDP, "tensor"),
+            "down_proj": (None, "tensor", FSDP),
         },
-        "final_norm": ("fsdp",),
-        "lm_head": ("fsdp", "tensor"),
+        "final_norm": (FSDP,),
+        "lm_head": (FSDP, "tensor"),
     }
     expected = jax.tree.map(lambda s: (mesh, PartitionSpec(*s)), specs, is_leaf=lambda x: isinstance(x, tuple))
     assert found == expected
@@ -85,6 +86,7 @@ def test_every_matrix_is_split_over_both_axes():
     ("shape", "change", "named"),
     [
         ((1, 8, 1), {"hidden_size": 36}, ("config.mesh.fsdp=8", "hidden_size=36")),
+        ((1, 4, 1, 2), {"hidden_size": 36}, ("config.mesh.fsdp=4 x context=2 does not", "hidden_size=36")),
         ((1, 1, 4), {}, ("config.mesh.tensor=4", "num_key_value_heads=2")),
         ((1, 1, 2), {"vocab_size": 65}, ("config.mesh.tensor=2", "vocab_size=65")),
         ((1, 1, 2), {"intermediate_size": 49}, ("config.mesh.tensor=2", "intermediate_size=49")),
@@ -98,7 +100,7 @@ def test_a_mesh_axis_that_does_not_divide_is_refused_with_both_numbers(shape, ch
         assert part in str(e.value)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 8, 1), (2, 2, 2), (1, 2, 1, 2, 2)])
 def test_every_adam_moment_lies_as_its_parameter(shape):
     mesh = mesh_of(*shape)
     opt_state = jax.eval_shape(make_optimizer(Config()).init, llama.shapes(SMALL))
@@ -129,7 +131,14 @@ def test_a_name_within_another_name_is_no_match():
 
 @pytest.mark.parametrize(
     ("rows", "shape", "microbatches", "expected"),
-    [(8, (2, 2, 2), 1, 8), (6, (2, 2, 2), 1, 8), (1, (1, 8, 1), 1, 8), (6, (1, 2, 1), 3, 6), (7, (1, 2, 1), 2, 8)],
+    [
+        (8, (2, 2, 2), 1, 8),
+        (6, (2, 2, 2), 1, 8),
+        (1, (1, 8, 1), 1, 8),
+        (6, (1, 2, 1), 3, 6),
+        (7, (1, 2, 1), 2, 8),
+        (3, (1, 2, 1, 2, 2), 1, 4),
+    ],
 )
 def test_rows_are_made_up_to_what_devices_and_microbatches_divide(rows, shape, microbatches, expected):
     assert rules.padded_rows(rows, mesh_of(*shape), microbatches) == expected

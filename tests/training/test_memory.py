@@ -33,7 +33,7 @@ def state(cfg: ModelConfig, mesh):
 
 def pod(data: int, fsdp: int, tensor: int) -> AbstractMesh:
     """A mesh of devices that are not here."""
-    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh((1, data, fsdp, 1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 64), (2, 64)])

@@ -34,8 +34,9 @@ MESHES = [
     (2, 1, 1), (1, 2, 1), (1, 1, 2),
     (2, 2, 1), (1, 2, 2),
     (8, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2),
+    (1, 1, 1, 4), (2, 1, 2, 2), (1, 4, 1, 2), (1, 4, 1, 1, 2), (1, 2, 1, 2, 2),
 ]  # fmt: skip
-SHARDED = [(1, 4, 2), (1, 8, 1)]  # those of the full-size recipe
+SHARDED = [(1, 4, 2), (1, 8, 1), (1, 4, 1, 2), (1, 2, 1, 2, 2), (2, 1, 2, 2)]  # data, fsdp, tensor, context, slice
 STEPS, ROWS, LENGTH = 3, 8, 16
 # (conftest's cache of compiled programs is new in each session, so XLA really compiles here and says what it says.)
 # LLVM may leave the CPU's code as it is, which halves the time; XLA partitions and schedules the same program.
@@ -111,7 +112,7 @@ class Compiled:
 
 
 @functools.cache
-def _compiled(shape: tuple[int, int, int], tied: bool, accumulation: int) -> Compiled:
+def _compiled(shape: tuple[int, ...], tied: bool, accumulation: int) -> Compiled:
     cfg, mesh, run = model(tied), mesh_of(*shape), config(accumulation)
     optimizer = make_optimizer(run)
     shardings = state_shardings(cfg, optimizer, mesh)
@@ -131,7 +132,7 @@ def _compiled(shape: tuple[int, int, int], tied: bool, accumulation: int) -> Com
     return Compiled(step, new_state, batch, stderr[0])
 
 
-def compiled(shape: tuple[int, int, int], *, tied: bool = False, accumulation: int = 1) -> Compiled:
+def compiled(shape: tuple[int, ...], *, tied: bool = False, accumulation: int = 1) -> Compiled:
     """Compiled once for all tests of this file."""
     return _compiled(shape, tied, accumulation)
 
@@ -145,7 +146,7 @@ class Trained:
 
 
 @functools.cache
-def _trained(shape: tuple[int, int, int], tied: bool, accumulation: int) -> Trained:
+def _trained(shape: tuple[int, ...], tied: bool, accumulation: int) -> Trained:
     c = compiled(shape, tied=tied, accumulation=accumulation)
     state = c.new_state()
     first = jax.tree.map(lambda x: x.sharding, state)
@@ -157,7 +158,7 @@ def _trained(shape: tuple[int, int, int], tied: bool, accumulation: int) -> Trai
     return Trained(losses, norms, first, state)
 
 
-def trained(shape: tuple[int, int, int], *, tied: bool = False, accumulation: int = 1) -> Trained:
+def trained(shape: tuple[int, ...], *, tied: bool = False, accumulation: int = 1) -> Trained:
     """Three steps from `initial`, done once for all tests of this file."""
     return _trained(shape, tied, accumulation)
 
