@@ -64,8 +64,11 @@ REMAT: dict[str, tuple[str, ...] | None] = {
     "mid": ("attention", "q", "k", "v", "mid"),
     "qkv": ("attention", "q", "k", "v"),
     "attention": ("attention",),
+    "offload": ("attention",),
     "full": (),
 }
+# What a policy of `REMAT` saves besides, in the host's memory: it takes time on the link to it instead of room.
+OFFLOADED: dict[str, tuple[str, ...]] = {"offload": ("q", "k", "v", "mid")}
 
 
 def layer_axes(cfg: ModelConfig) -> dict[str, str]:
@@ -252,7 +255,12 @@ class Llama(nnx.Module):
             return block(x, rope, seen, constrain, attend), None
 
         if (names := REMAT[remat]) is not None:
-            policy = jax.checkpoint_policies.save_only_these_names(*names)
+            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=names,
+                names_which_can_be_offloaded=OFFLOADED.get(remat, ()),
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x, _ = jax.lax.scan(body, x, self.layers)
         return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
