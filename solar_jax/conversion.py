@@ -61,10 +61,8 @@ def write(c: Checkpoint, plan: GrowthPlan, target: Target, made_by: str, *, veri
         if local:
             check_target(target.out, target.overwrite)
             check_space(target.out, total)
-        elif hf:
-            check_bucket(target.out, target.overwrite)
         else:
-            raise UserError(f"{target.out}: --to orbax writes a local folder; copy that to the bucket.")
+            check_bucket(target.out, target.overwrite)
         dtype = target.dtype or c.common_dtype or "its several dtypes"
         count_text = f"{parameter_count(grown_config(c.cfg, plan)):,}"
         print(f"writing {c.where}, {plan.operator}, {plan.layers} layers, {count_text} parameters, ", end="")
@@ -83,7 +81,8 @@ def write(c: Checkpoint, plan: GrowthPlan, target: Target, made_by: str, *, veri
                     process=(index, count), has=has, put=put,
                 )  # fmt: skip
             else:
-                importing.write_params(folder, c, plan, target.dtype, progress)
+                # A bucket's arrays go where they belong as they are made: no copy of them lies here.
+                importing.write_params(folder if local else target.out, c, plan, target.dtype, progress)
                 model.mkdir(exist_ok=True)
                 config = families.grown_hf_config(c.hf_config, plan.source, target.dtype or c.common_dtype)
                 write_companions(model, config, c.companions)
@@ -94,10 +93,11 @@ def write(c: Checkpoint, plan: GrowthPlan, target: Target, made_by: str, *, veri
             if index == 0:
                 certificate.write(c, plan, folder, model, target.out, target.dtype)
     if verify and not local and index == 0:
+        model = target.out if hf else target.out / MODEL_FOLDER
         try:
-            certificate.write(c, plan, target.out, target.out, target.out, target.dtype)
+            certificate.write(c, plan, target.out, model, target.out, target.dtype)
         except UserError:
-            (target.out / "config.json").unlink()  # it is no checkpoint without
+            (model / "config.json").unlink()  # it is no checkpoint without
             raise
 
 

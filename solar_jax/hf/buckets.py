@@ -1,6 +1,6 @@
 """A checkpoint's folder in a bucket: filled through a local one, object by object, config.json last.
 
-A bucket knows no rename, so the folder is a checkpoint only once it has config.json; until then a `job.json` says
+A bucket knows no rename, so the folder is a checkpoint only once it has config.json; until then a `.job.json` says
 what is being written there, and the same job goes on where it stopped.
 """
 
@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from solar_jax.errors import UserError
-from solar_jax.hf.folders import JOB
+from solar_jax.hf.folders import CONFIGS, JOB
 
-_CONFIG = "config.json"
 _TRIES, _FIRST_WAIT = 4, 1.0  # of one object; the wait in seconds doubles
 
 
@@ -43,12 +42,16 @@ def names(folder: pathlib.Path) -> set[str]:
 def check_bucket(folder: pathlib.Path, overwrite: bool) -> None:
     """Raises a UserError unless a folder of a bucket is free, unfinished, or may be replaced."""
     found = names(folder)
-    if not found or (JOB in found and _CONFIG not in found):
+    if not found or (JOB in found and not _is_checkpoint(folder)):
         return
     if not overwrite:
         raise UserError(f"{folder}: already exists; give a new folder, or --overwrite to replace it.")
-    if _CONFIG not in found:
+    if not _is_checkpoint(folder):
         raise UserError(f"{folder}: is not a checkpoint, so it is not replaced; give a new folder.")
+
+
+def _is_checkpoint(folder: pathlib.Path) -> bool:
+    return any(retry((folder / name).exists, str(folder / name)) for name in CONFIGS)
 
 
 @contextlib.contextmanager
@@ -79,9 +82,9 @@ def bucket_folder(
     with tempfile.TemporaryDirectory(prefix="solar_jax_upload_") as temporary:
         local = pathlib.Path(temporary)
         yield local, has, put
-        files = [p for p in local.rglob("*") if p.is_file() and p.name != _CONFIG]
-        for file in [*files, *(p for p in [local / _CONFIG] if p.exists())]:
-            put(file, file.relative_to(local).as_posix())
+        files = [p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()]
+        for name in sorted(files, key=lambda name: name in CONFIGS):
+            put(local / name, name)
     if first:
         retry((folder / JOB).unlink, f"{folder / JOB}")
 
@@ -89,12 +92,14 @@ def bucket_folder(
 def _prepare(folder: pathlib.Path, job: str) -> None:
     """Leaves what the same job wrote before, and nothing else; config.json goes first."""
     found = names(folder)
-    if JOB in found and _CONFIG not in found and retry((folder / JOB).read_text, f"{folder / JOB}") == job:
+    if JOB in found and not _is_checkpoint(folder) and retry((folder / JOB).read_text, f"{folder / JOB}") == job:
         return
-    for name in sorted(found, key=lambda name: name != _CONFIG):
+    for name in CONFIGS:
+        retry(lambda path=folder / name: path.unlink() if path.exists() else None, f"{folder / name}")
+    for name in sorted(found - set(CONFIGS)):
         path: Any = folder / name  # a bucket's path has rmtree, pathlib's has not
         retry(lambda path=path: path.rmtree() if path.is_dir() else path.unlink(), f"{path}")
-    retry(lambda: (folder.mkdir(parents=True, exist_ok=True), (folder / JOB).write_text(job)), f"{folder / JOB}")
+    retry(lambda: (folder / JOB).write_text(job), f"{folder / JOB}")  # and no mkdir, which might make a bucket
 
 
 def _upload(file: pathlib.Path, target: pathlib.Path) -> None:

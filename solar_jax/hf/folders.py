@@ -14,6 +14,7 @@ from solar_jax.errors import UserError
 # In a folder that is being filled: what it will be, so that the same job can go on. Hidden, as no file is that a
 # checkpoint carries along.
 JOB = ".job.json"
+CONFIGS = ("config.json", "model/config.json")  # one of which a checkpoint has: an HF folder's, one of ours
 
 
 def check_target(out: pathlib.Path, overwrite: bool = False) -> None:
@@ -25,7 +26,7 @@ def check_target(out: pathlib.Path, overwrite: bool = False) -> None:
             return
         if not overwrite:
             raise UserError(f"{out}: already exists; give a new folder, or --overwrite to replace it.")
-        if not out.is_dir() or not ((out / "config.json").exists() or (out / "model" / "config.json").exists()):
+        if not out.is_dir() or not any((out / name).exists() for name in CONFIGS):
             raise UserError(f"{out}: is not a checkpoint, so it is not replaced; give a new folder.")
     except OSError as e:  # a name that is too long, a folder that others may not look into
         raise UserError(f"{out}: cannot be written: {e.strerror}.") from e

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-_METADATA = "/zarr.json"
+from solar_jax.errors import UserError
+
+_METADATA, _CHUNK = "/zarr.json", "/c/"  # in the keys of a store
+_DRIVERS = {"gs": "gcs", "s3": "s3"}
 _CACHE_BYTES = 1 << 27
 _PENDING_BYTES = 1 << 28  # handed over for writing and not yet on disk
 _DATA_FILE_BYTES = 1 << 27  # of which OCDBT keeps the last in memory until it is full
@@ -23,16 +26,36 @@ Index = tuple[slice | int, ...]
 
 def _key_value_store(folder: pathlib.Path) -> dict[str, Any]:
     """The spec of the store that Orbax makes of a checkpointable's folder."""
-    where = str(folder)
-    # No URL of a local folder: in one, a per cent or a question mark of its name would mean something else.
-    local = {"driver": "file", "path": f"{pathlib.Path(where).resolve()}/"}
-    base = where.rstrip("/") + "/" if "://" in where else local
+    # No URLs: in one, a per cent or a question mark of a folder's name would mean something else.
+    scheme, _, place = os.fspath(folder).rpartition("://")
+    if scheme:
+        bucket, _, path = place.partition("/")
+        base = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{path.rstrip('/')}/"}
+        if scheme == "s3":
+            base |= _s3_from_environment()
+    else:
+        base = {"driver": "file", "path": f"{pathlib.Path(folder).resolve()}/"}
     return {"driver": "ocdbt", "base": base, "config": {"max_inline_value_bytes": 1024}}
+
+
+def _s3_from_environment() -> dict[str, Any]:
+    """What s3fs finds in the environment by itself and TensorStore must be told: another vendor's address, keys."""
+    e, found = os.environ, {}
+    if endpoint := e.get("AWS_ENDPOINT_URL_S3") or e.get("AWS_ENDPOINT_URL"):
+        found["endpoint"] = endpoint
+        found["aws_region"] = e.get("AWS_REGION") or e.get("AWS_DEFAULT_REGION") or "us-east-1"
+    if "AWS_ACCESS_KEY_ID" in e:
+        found["aws_credentials"] = {"type": "environment"}
+    return found
 
 
 def _array(folder: pathlib.Path, path: str) -> dict[str, Any]:
     """The spec of one array; Orbax joins the keys of its path with dots."""
     return {"driver": "zarr3", "kvstore": _key_value_store(folder) | {"path": path.replace("/", ".") + "/"}}
+
+
+def _keys(folder: pathlib.Path) -> list[str]:
+    return [k.decode() for k in ts.KvStore.open(_key_value_store(folder)).result().list().result()]
 
 
 def array_paths(folder: pathlib.Path) -> list[str]:
@@ -41,8 +64,17 @@ def array_paths(folder: pathlib.Path) -> list[str]:
     Raises:
       ValueError: it is damaged.
     """
-    keys = ts.KvStore.open(_key_value_store(folder)).result().list().result()
-    return [k.decode().removesuffix(_METADATA).replace(".", "/") for k in keys if k.endswith(_METADATA.encode())]
+    return [k.removesuffix(_METADATA).replace(".", "/") for k in _keys(folder) if k.endswith(_METADATA)]
+
+
+def chunks(folder: pathlib.Path) -> dict[str, set[tuple[int, ...]]]:
+    """By an array's path, the places in its grid of the chunks that are stored; each is there whole or not at all."""
+    found: dict[str, set[tuple[int, ...]]] = collections.defaultdict(set)
+    for key in _keys(folder):
+        path, _, position = key.partition(_CHUNK)
+        if position:
+            found[path.replace(".", "/")].add(tuple(map(int, position.split("/"))))
+    return found
 
 
 def open_array(folder: pathlib.Path, path: str) -> Any:
@@ -57,24 +89,19 @@ def open_array(folder: pathlib.Path, path: str) -> Any:
 
 
 @contextlib.contextmanager
-def os_errors() -> Iterator[None]:
-    """Raises what the file system refused to TensorStore as the OSError that it is, so that it can be told."""
+def told_errors(folder: pathlib.Path) -> Iterator[None]:
+    """What a store refused, as errors that can be told: OSError of a local folder, UserError of a bucket's."""
     try:
         yield
+    except (UserError, OSError):
+        raise
     except Exception as e:  # of several types, by the kind of failure
+        if "://" in os.fspath(folder) and re.search(r"(gs|s3)://|http_response_code", str(e)):
+            said = " ".join(str(e).split(" [")[0].split())  # without TensorStore's notes to itself
+            raise UserError(f"{folder}: the bucket failed ({said[:300]}).") from e
         if found := re.search(r"os_error_code='(\d+)'", str(e)):
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from e
         raise
-
-
-class _Done:
-    """An action in the queue of writes."""
-
-    def __init__(self, result: Callable[[], None]):
-        self.result = result
-
-    def done(self) -> bool:
-        return True
 
 
 class BlockWriter:
@@ -110,10 +137,6 @@ class BlockWriter:
         """Counts bytes that are on disk already."""
         self._progress(size)
 
-    def then(self, action: Callable[[], None]) -> None:
-        """Calls `action` when all that was handed over so far is on disk."""
-        self._pending.append((_Done(action), 0))
-
     def flush(self) -> None:
         """Returns when everything is on disk."""
         while self._pending:
@@ -123,9 +146,8 @@ class BlockWriter:
         """Returns when nothing is being written any more, well or not: the folder may be removed then."""
         while self._pending:
             written, _ = self._pending.popleft()
-            if not isinstance(written, _Done):
-                with contextlib.suppress(Exception):
-                    written.result()
+            with contextlib.suppress(Exception):
+                written.result()
 
     def _wait(self) -> None:
         future, size = self._pending.popleft()

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,10 +16,10 @@ from solar_jax.hf.reader import Checkpoint, grown_rows, numpy_dtype, places, row
 from solar_jax.hf.tensors import TENSORS, from_hf, hf_shape, paths
 from solar_jax.model.llama import Params, shapes, sizes
 from solar_jax.parallel import processes
-from solar_jax.training.arrays import BlockWriter, os_errors
-from solar_jax.training.checkpoint import write_streamed
+from solar_jax.training.arrays import BlockWriter, array_paths, chunks, open_array, told_errors
+from solar_jax.training.checkpoint import FOLDER, write_streamed
 
-DONE = "written"  # files in a folder that is being filled: a line for each array's layers that are on disk
+Chunks = set[tuple[int, ...]]  # positions in an array's grid
 _WORKERS = 2  # blocks read and transposed at a time
 _AHEAD = 3  # blocks that wait for the writer
 
@@ -46,7 +47,7 @@ def write_params(
     """Writes the checkpoint of step 0 under `workdir`, grown by `plan`; of several processes each its share of layers.
 
     Args:
-      workdir: the folder above `checkpoints/`; empty, or as an earlier run of the same job left it.
+      workdir: the folder above `checkpoints/`, local or a bucket's; empty or as an earlier run of this job left it.
       c: the base.
       plan: made for its layers.
       dtype: of all arrays; as stored if None.
@@ -59,44 +60,26 @@ def write_params(
         group, _, leaf = path.rpartition("/")
         (tree[group] if group else tree)[leaf] = d
 
+    folder = workdir / FOLDER / "0" / "params"
+
     def write_arrays(writer: BlockWriter) -> None:
-        done = _Log(workdir)
         try:
             if processes.is_first():
-                for path in dtypes:
-                    _array(writer, c, path, shape[path], dtypes[path], fresh=not done.has_any(path))
+                begun = {path: open_array(folder, path).shape for path in array_paths(folder)}
+                for path in dtypes:  # in whose places Orbax left empty ones of another shape
+                    _array(writer, c, path, shape[path], dtypes[path], fresh=begun.get(path) != shape[path])
             processes.wait("the arrays are there to be filled")
+            stored = chunks(folder)
             for path in dtypes:
-                _write_array(writer, done, c, plan, path, shape[path], dtypes[path])
+                array = _array(writer, c, path, shape[path], dtypes[path], fresh=False)
+                _write_array(writer, array, stored[path], c, plan, path)
             writer.flush()
         finally:
             writer.abandon()  # where one failed, those that are on their way
 
-    with os_errors():
+    with told_errors(workdir):
         write_streamed(workdir, tree, write_arrays, progress)
     processes.wait("the arrays are filled")
-    if processes.is_first():
-        for file in workdir.glob(f"{DONE}.*"):
-            file.unlink()
-
-
-class _Log:
-    """What is on disk already: a line for each, in a file of each process; on disk when `add` returns."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.lines: set[str] = set()
-        for file in folder.glob(f"{DONE}.*"):
-            text = file.read_text()
-            self.lines |= set(text[: text.rfind("\n") + 1].splitlines())  # not one that a kill cut short
-        self.file = folder / f"{DONE}.{processes.index_and_count()[0]}"
-
-    def has_any(self, path: str) -> bool:
-        """Whether a part of an array is there."""
-        return any(line.split(" ")[0] == path for line in self.lines)
-
-    def add(self, line: str) -> None:
-        with self.file.open("a") as f:
-            f.write(f"\n{line}\n")
 
 
 def _array(writer: BlockWriter, c: Checkpoint, path: str, shape: tuple[int, ...], dtype: np.dtype, fresh: bool) -> Any:
@@ -113,14 +96,13 @@ def _rows_axis(path: str) -> int:
     return TENSORS[path].axes.index(TENSORS[path].hf_axes[0][0])
 
 
-def _write_array(
-    writer: BlockWriter, done: _Log, c: Checkpoint, plan: GrowthPlan, path: str, shape: tuple[int, ...], dtype: np.dtype
-) -> None:
-    """One array of the state, its distinct layers each read once and written to every place that they have."""
-    unit, axis = row_unit(path, c.cfg), _rows_axis(path)
+def _write_array(writer: BlockWriter, array: Any, stored: Chunks, c: Checkpoint, plan: GrowthPlan, path: str) -> None:
+    """One array of the state, its distinct layers each read once and written to every place that they have.
+
+    Layers whose chunks are all stored already are left as they are.
+    """
+    unit, axis, dtype = row_unit(path, c.cfg), _rows_axis(path), array.dtype.numpy_dtype
     blocks = list(row_blocks(hf_shape(path, c.cfg), unit))
-    stacked = path.startswith("layers/")
-    array = _array(writer, c, path, shape, dtype, fresh=False)
     index, count = processes.index_and_count()
 
     def prepare(item: tuple[list[int | None], slice]) -> tuple[list[int | None], slice, np.ndarray]:
@@ -131,17 +113,20 @@ def _write_array(
         x = from_hf(x.view(f"u{dtype.itemsize}"), path, c.cfg)
         return layers, rows, np.ascontiguousarray(x).view(dtype)
 
+    def positions(layer: int | None) -> Chunks:
+        """Of the chunks of one layer in the array's grid."""
+        at = [0] * len(TENSORS[path].axes)
+        return {(*(() if layer is None else (layer,)), *at[:axis], i, *at[axis + 1 :]) for i in range(len(blocks))}
+
     for layers in places(plan, path)[index::count]:
-        name = f"{path} {layers}"
-        if name in done.lines:
-            writer.skip(len(layers) * int(np.prod(shape[1:] if stacked else shape)) * dtype.itemsize)
+        if all(stored >= positions(layer) for layer in layers):
+            writer.skip(len(layers) * math.prod(hf_shape(path, c.cfg)) * dtype.itemsize)
             continue
         for group, rows, block in _ahead(prepare, [(layers, rows) for rows in blocks]):
             at: list[Any] = [slice(None)] * len(TENSORS[path].axes)
             at[axis] = slice(rows.start // unit, rows.stop // unit)
             for layer in group:
                 writer.write(array, tuple(at) if layer is None else (layer, *at), block)
-        writer.then(lambda name=name: done.add(name))
 
 
 def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

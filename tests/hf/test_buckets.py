@@ -4,36 +4,79 @@ import collections
 import contextlib
 import json
 import logging
-import os
 import pathlib
+from http import HTTPStatus
 
+import gcp_storage_emulator.server as emulator
+import jax
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from etils import epath
-from gcp_storage_emulator.server import create_server
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import objects
 
 from solar_jax import convert, upscale
 from solar_jax.config import GrowthConfig
 from solar_jax.conversion import Target
 from solar_jax.errors import UserError
+from solar_jax.growth.plan import make_plan
 from solar_jax.hf import buckets
+from solar_jax.hf.reader import load_params
 from solar_jax.source import open_checkpoint
+from solar_jax.training import arrays, importing
+from solar_jax.training.checkpoint import CheckpointStore
 
 PORT = 9023
 LIMIT = "100KB"  # several shards
 
 
+REFUSED: list[str] = []  # clients that may not write arrays
+
+
+def with_generations(handler):
+    """The emulator's handler, taught what TensorStore asks of the real one: generations and conditions on them."""
+
+    def handle(request, response, storage, *args, **kwargs):
+        name = request.params.get("object_id") or request.query.get("name", [""])[0]
+        try:
+            generation = storage.get_file_obj(request.params["bucket_name"], name)["generation"]
+        except NotFound:
+            generation = "0"
+        response["x-goog-generation"] = generation
+        agent = request.get_header("user-agent")
+        if handler is objects.insert and "/params/" in name and any(client in agent for client in REFUSED):
+            response.status = HTTPStatus.FORBIDDEN
+            return None
+        for condition, status in (("ifGenerationMatch", 412), ("ifGenerationNotMatch", 304)):
+            if (wanted := request.query.get(condition)) and (wanted[0] == generation) == (status == 304):
+                response.status = HTTPStatus(status)
+                return None
+        return handler(request, response, storage, *args, **kwargs)
+
+    return handle
+
+
 @pytest.fixture(scope="module")
 def bucket():
     """A new bucket's URL."""
-    os.environ["STORAGE_EMULATOR_HOST"] = f"http://127.0.0.1:{PORT}"
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it looks for credentials, which the emulator does without
-    server = create_server("127.0.0.1", PORT, in_memory=True, default_bucket="models")
-    server.start()
-    yield "gs://models"
-    server.stop()
-    del os.environ["STORAGE_EMULATOR_HOST"]
+    variables = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), f"http://127.0.0.1:{PORT}")
+    variables["NO_GCE_CHECK"] = "true"  # there is no machine of Google's to ask for credentials
+    for logger in ("gcsfs", "google.auth"):  # they look for credentials, which the emulator does without
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    taught = {f: with_generations(f) for f in (objects.insert, objects.get, objects.download)}
+    handlers = tuple(
+        (route, {method: taught.get(f, f) for method, f in methods.items()}) for route, methods in emulator.HANDLERS
+    )
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(emulator, "HANDLERS", handlers)
+        for name, value in variables.items():
+            m.setenv(name, value)
+        server = emulator.create_server("127.0.0.1", PORT, in_memory=True, default_bucket="models")
+        server.start()
+        yield "gs://models"
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +103,11 @@ def names(folder) -> set[str]:
     return {p.name for p in folder.iterdir()}
 
 
+def files(folder) -> list:
+    """All objects under a folder of a bucket."""
+    return [f for p in folder.iterdir() for f in (files(p) if p.is_dir() else [p])]
+
+
 def grow(source, out, **kwargs) -> None:
     upscale.upscale(source, GrowthConfig("dus", m=1), Target(out, max_shard_size=LIMIT), **kwargs)
 
@@ -83,10 +131,92 @@ def test_a_checkpoint_is_written_to_a_bucket_as_to_a_folder(bucket, source, tmp_
         grow(source, out)
 
 
-def test_an_orbax_checkpoint_in_a_bucket_is_refused_before_anything_is_written(bucket, source):
-    with pytest.raises(UserError, match="local folder"):
-        convert.convert(source, Target(epath.Path(f"{bucket}/own"), "orbax"))
-    assert not epath.Path(f"{bucket}/own").exists()
+def orbax(source, out, **kwargs) -> None:
+    convert.convert(source, Target(out, "orbax", **kwargs.pop("target", {})), GrowthConfig("dus", m=1), **kwargs)
+
+
+def all_tensors(folder) -> dict[str, bytes]:
+    c = open_checkpoint(str(folder))
+    return {name: c.read(name).tobytes() for name in c.shape_of}
+
+
+def test_an_orbax_checkpoint_is_written_to_a_bucket_and_read_there_as_the_local_one(bucket, source, tmp_path):
+    out = epath.Path(f"{bucket}/100% own")
+    orbax(source, out, verify=True)
+    orbax(source, tmp_path / "own")
+    assert names(out) == names(tmp_path / "own") == {"checkpoints", "model"}
+    assert names(out / "model") == names(tmp_path / "own" / "model") | {"certificate.json"}
+    assert all_tensors(out) == all_tensors(tmp_path / "own")
+    convert.convert(str(out), Target(epath.Path(f"{bucket}/back"), max_shard_size=LIMIT))
+    grow(source, tmp_path / "grown")
+    assert all_tensors(f"{bucket}/back") == all_tensors(tmp_path / "grown")
+    with pytest.raises(UserError, match="already exists"):
+        orbax(source, out)
+    orbax(source, out, target={"overwrite": True, "dtype": "bfloat16"})
+    assert open_checkpoint(str(out)).common_dtype == "bfloat16"
+
+
+def test_orbax_reads_what_is_in_the_bucket(bucket, source, tmp_path):
+    """The files, fetched as they are: TensorStore alone would not miss one that Orbax asks for."""
+
+    def as_it_is(x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+    out = epath.Path(f"{bucket}/own2")
+    orbax(source, out)
+    for there in files(out / "checkpoints"):
+        here = tmp_path / "own2" / there.relative_to(out)
+        here.parent.mkdir(parents=True, exist_ok=True)
+        here.write_bytes(there.read_bytes())
+    expected = load_params(open_checkpoint(source), plan=make_plan(6, GrowthConfig("dus", m=1)))
+    with CheckpointStore(tmp_path / "own2") as store:
+        found = store.restore_params(0, jax.tree.map(as_it_is, expected))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_an_orbax_checkpoint_whose_writing_stopped_is_none_and_is_gone_on_with(bucket, source, monkeypatch):
+    out, read = epath.Path(f"{bucket}/stopped_own"), []
+    original = importing.grown_rows
+
+    def until(*args):
+        if len(read) == 30:
+            raise KeyboardInterrupt
+        read.append(args[2:4])
+        return original(*args)
+
+    with monkeypatch.context() as m:
+        m.setattr(importing, "grown_rows", until)
+        m.setattr(arrays, "_PENDING_BYTES", 1)  # each block is there before the next is handed over
+        with pytest.raises(KeyboardInterrupt):
+            orbax(source, out)
+    with pytest.raises(UserError):
+        open_checkpoint(str(out))
+    first, read[:] = list(read), [None] * 31
+    monkeypatch.setattr(importing, "grown_rows", until)
+    orbax(source, out)
+    assert len(set(first) - set(read)) > 20  # what was there was not read again
+    found, expected = open_checkpoint(str(out)), open_checkpoint(source)
+    for i, layer in enumerate([*range(5), *range(1, 6)]):
+        name = "model.layers.{}.mlp.up_proj.weight"
+        np.testing.assert_array_equal(found.read(name.format(i)), expected.read(name.format(layer)))
+
+
+@pytest.mark.parametrize("client", ["tensorstore", "gcsfs"])
+def test_an_orbax_checkpoint_that_a_bucket_refuses_is_one_sentence_and_none(bucket, source, monkeypatch, client):
+    out = epath.Path(f"{bucket}/refused {client}")
+    monkeypatch.setattr(f"{__name__}.REFUSED", [client])
+    with pytest.raises(UserError, match=f"gs://models/refused {client}.*: the bucket failed"):
+        orbax(source, out)
+    with pytest.raises(UserError):
+        open_checkpoint(str(out))
+
+
+def test_a_folder_of_a_bucket_that_is_no_checkpoint_is_not_replaced(bucket, source):
+    out = epath.Path(f"{bucket}/letters")
+    (out / "model.txt").write_text("dear")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        orbax(source, out, target={"overwrite": True})
+    assert names(out) == {"model.txt"}
 
 
 def test_an_upload_that_fails_now_and_then_loses_nothing(bucket, source, monkeypatch, tmp_path):
