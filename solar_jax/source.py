@@ -23,6 +23,7 @@ from solar_jax.training.arrays import array_paths, open_array
 from solar_jax.training.checkpoint import MODEL_FOLDER, newest
 
 _ADAPTER = "adapter_config.json"
+_FOLDERS = ("[!a]*/*", "a[!d]*/*")  # of a repository; all but additional_chat_templates
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -106,10 +107,11 @@ def _from_hub(repo: str) -> pathlib.Path:
     try:
         weights = "*.safetensors"
         with contextlib.suppress(Exception):  # without a network, what the cache holds is what there is
-            if not any(name.endswith(".safetensors") for name in huggingface_hub.list_repo_files(repo)):
+            names = [n for n in huggingface_hub.list_repo_files(repo) if not n.startswith("consolidated")]
+            if not any(name.endswith(".safetensors") for name in names):
                 weights = "*.bin"
         other = [p for p in LEFT_BEHIND if p not in ("config.json", "*.index.json", LINEAGE, weights)]
-        return pathlib.Path(huggingface_hub.snapshot_download(repo, ignore_patterns=[*other, "*/*"]))
+        return pathlib.Path(huggingface_hub.snapshot_download(repo, ignore_patterns=[*other, *_FOLDERS]))
     except Exception as e:  # the hub client raises a dozen unrelated types for "could not get it"
         raise UserError(
             f"{repo}: no such folder here, and the hub was not reached or does not give it ({type(e).__name__})."

@@ -131,11 +131,12 @@ REPO_FILES = [
     "README.md", ".gitattributes", "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
     "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "lineage.json", "model.gguf",
     "training_args.bin", "optimizer.pt", "flax_model.msgpack", "tf_model.h5", "onnx/model.onnx",
-    "original/consolidated.00.pth",
+    "original/consolidated.00.pth", "assets/picture.png", "additional_chat_templates/rag.jinja", "params.json",
+    "consolidated.safetensors", "all_results.json",
 ]  # fmt: skip
 KEPT = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "chat_template.jinja", "special_tokens_map.json", "lineage.json",
+    "chat_template.jinja", "special_tokens_map.json", "lineage.json", "additional_chat_templates/rag.jinja",
 }  # fmt: skip
 SAFE = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
 BIN = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]

@@ -24,6 +24,7 @@ FORMATS = (
 LEFT_BEHIND = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.index.json",
     "config.json", LINEAGE, CERTIFICATE, "README.md", ".*", "training_args*", "trainer_state.json", "optimizer*",
+    "*_results.json", "consolidated*", "params.json",  # the last two are Mistral's and Meta's own form of the model
 )  # fmt: skip
 _MOST_SMALL_BYTES = 1 << 28  # of a tokenizer, a template, or JSON
 _MOST_DEPTH = 200
@@ -163,7 +164,7 @@ def _entries(folder: pathlib.Path) -> dict[str, Entry]:
     for pattern, index, read_header in FORMATS:
         if (folder / index).exists():
             return _indexed(folder, index, read_header)
-        files = sorted(folder.glob(pattern))
+        files = sorted(f for f in folder.glob(pattern) if not f.name.startswith("consolidated"))
         if len(files) == 1:
             entries = read_header(inside(folder, files[0].name))
             if not entries:
