@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from solar_jax.hf.files import LINEAGE
 from solar_jax.hf.folders import check_space, check_target, new_folder, partial
 from solar_jax.hf.reader import Checkpoint
 from solar_jax.hf.safetensors import is_local
-from solar_jax.hf.writer import parse_size, pieces, write_companions, write_model
+from solar_jax.hf.writer import WRITERS, parse_size, pieces, write_companions, write_model
 from solar_jax.model.llama import parameter_count
 from solar_jax.parallel import processes
 from solar_jax.progress import byte_bar
@@ -63,6 +64,8 @@ def write(c: Checkpoint, plan: GrowthPlan, target: Target, made_by: str, *, veri
             check_space(target.out, total)
         else:
             check_bucket(target.out, target.overwrite)
+            if hf:  # whose shards are made here and then sent
+                check_space(pathlib.Path(tempfile.gettempdir()), min(total, WRITERS * limit))
         dtype = target.dtype or c.common_dtype or "its several dtypes"
         count_text = f"{parameter_count(grown_config(c.cfg, plan)):,}"
         print(f"writing {c.where}, {plan.operator}, {plan.layers} layers, {count_text} parameters, ", end="")

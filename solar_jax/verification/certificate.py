@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import hashlib
 import itertools
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,11 +18,13 @@ import jax
 import numpy as np
 
 from solar_jax import lineage
+from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.files import CERTIFICATE
 from solar_jax.hf.reader import Checkpoint
 from solar_jax.hf.tensors import TENSORS, hf_tensors
+from solar_jax.model.llama import shapes
 from solar_jax.progress import byte_bar
 from solar_jax.source import open_checkpoint
 from solar_jax.verification.recompute import Stored, check_tensors, grown_tensor, total_bytes
@@ -184,18 +187,20 @@ def _logits(stored: Stored, plan: GrowthPlan, result: Checkpoint, exact: bool) -
     given = [(t, grown.embed(t)) for t in tokens]
     reference, kept = Run(grown, given), kept_layers(plan)
     base = reference if kept is None or len(kept) == plan.layers else Run(grown, given)
-    stream([
+    steps = [
         Step(_loader(grown, i), (reference,) if base is reference or i not in (kept or ()) else (reference, base))
         for i in range(plan.layers)
-    ])  # fmt: skip
+    ]
 
     given = [(t, made.embed(t)) for t in tokens]
     first = [(t[:, :CONTROL], x[:, :CONTROL]) for t, x in given]
     own = Run(made, given)
     rotary = Run(made, first, dataclasses.replace(made.cfg, rope_theta=made.cfg.rope_theta * _ROTARY))
     damaged = Run(made, first)
-    what, steps = _damage(made, plan, (own, rotary), damaged)
-    stream(steps)
+    what, steps_of_result = _damage(made, plan, (own, rotary), damaged)
+    steps += steps_of_result
+    with byte_bar(len(steps) * _layer_bytes(result.cfg), "logits") as progress:
+        stream(steps, progress)
 
     places = np.split(np.arange(sum(t.size for t in tokens)), np.cumsum([t.size for t in tokens])[:-1])
     places = [place.reshape(t.shape) for place, t in zip(places, tokens, strict=True)]  # of each token in a Distance
@@ -222,6 +227,11 @@ def _logits(stored: Stored, plan: GrowthPlan, result: Checkpoint, exact: bool) -
             _control(what, by_damage, distance, seen, exact),
         ],
     }
+
+
+def _layer_bytes(cfg: ModelConfig) -> int:
+    """Of one layer as `Model.layer` holds it, float32."""
+    return 4 * sum(math.prod(s.shape[1:]) for s in jax.tree.leaves(shapes(cfg)["layers"]))
 
 
 def _loader(model: Model, layer: int) -> Callable[[], Layer]:

@@ -117,12 +117,13 @@ class Step:
     runs: tuple[Run, ...]
 
 
-def stream(steps: Sequence[Step]) -> None:
-    """Takes the runs through the layers, one of which is in memory at a time."""
+def stream(steps: Sequence[Step], progress: Callable[[int], None] = lambda n: None) -> None:
+    """Takes the runs through the layers, one of which is in memory at a time; tells the bytes of each that is done."""
     for step in steps:
         layer = step.load()
         for run in step.runs:
             run.step(layer)
+        progress(sum(x.nbytes for x in layer.values()))
         del layer
 
 

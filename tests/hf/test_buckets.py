@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import pathlib
+import shutil
 from http import HTTPStatus
 
 import gcp_storage_emulator.server as emulator
@@ -217,6 +218,16 @@ def test_a_folder_of_a_bucket_that_is_no_checkpoint_is_not_replaced(bucket, sour
     with pytest.raises(UserError, match="not a checkpoint"):
         orbax(source, out, target={"overwrite": True})
     assert names(out) == {"model.txt"}
+
+
+def test_a_disk_without_room_for_the_shards_is_told_before_any_is_sent(bucket, source, monkeypatch):
+    out, usage = epath.Path(f"{bucket}/roomless"), shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=199_999))  # two of LIMIT's
+    with pytest.raises(UserError, match="GB of disk, but"):
+        grow(source, out)
+    assert not out.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=200_000))
+    grow(source, out)
 
 
 def test_an_upload_that_fails_now_and_then_loses_nothing(bucket, source, monkeypatch, tmp_path):

@@ -39,7 +39,9 @@ BIN = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "
 # model -> (keys of its config.json apart from SIZES; files that belong to the grown model; files that do not)
 RELEASED = {
     "Llama-2-7b-hf": (
-        LLAMA | {"_name_or_path": "meta-llama/Llama-2-7b-hf", "max_position_embeddings": 4096, "torch_dtype": "float16"},
+        LLAMA | {
+            "_name_or_path": "meta-llama/Llama-2-7b-hf", "max_position_embeddings": 4096, "torch_dtype": "float16",
+        },
         ["generation_config.json", *SENTENCEPIECE, "LICENSE.txt", "USE_POLICY.md", "Responsible-Use-Guide.pdf"],
         ["README.md", ".gitattributes", *BIN],
     ),
@@ -62,7 +64,9 @@ RELEASED = {
         ["README.md", ".gitattributes", *BIN],
     ),
     "Mistral-7B-Instruct-v0.3": (
-        MISTRAL | {"attention_dropout": 0.0, "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None},
+        MISTRAL | {
+            "attention_dropout": 0.0, "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None,
+        },
         ["generation_config.json", *SENTENCEPIECE, "tokenizer.model.v3"],
         ["README.md", ".gitattributes", "consolidated.safetensors", "params.json"],
     ),
