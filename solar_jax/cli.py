@@ -64,7 +64,13 @@ def growth_from_flags() -> GrowthConfig | None:
 
 
 def place(text: str) -> pathlib.Path:
-    """A local path, or a bucket's behind the same interface."""
+    """A local path, or a bucket's behind the same interface.
+
+    Raises:
+      UserError: a URL of something else than a folder in a bucket.
+    """
+    if "://" in text and not re.fullmatch(r"(gs|s3)://[^/]+/+[^/].*", text, re.DOTALL):
+        raise UserError(f"{text}: expected a local folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.")
     return typing.cast(pathlib.Path, epath.Path(text)) if "://" in text else pathlib.Path(text).expanduser()
 
 

@@ -153,6 +153,17 @@ def test_the_flags_name_one_growth_and_only_one():
         cli.growth_config("dus", "0:2", numbers)
 
 
+@pytest.mark.parametrize("out", ["gs://", "gs://bucket", "s3://bucket/", "s3:///folder", "az://bucket/folder"])
+def test_a_url_of_no_folder_in_a_bucket_is_no_place_to_write_to(out):
+    with pytest.raises(UserError, match="expected a local folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"):
+        cli.place(out)
+
+
+def test_a_place_is_local_or_in_a_bucket():
+    assert str(cli.place("gs://bucket/a/b")) == "gs://bucket/a/b"
+    assert cli.place("~/x") == pathlib.Path.home() / "x"
+
+
 @pytest.fixture
 def mistakes(tiny, tmp_path) -> pathlib.Path:
     """A folder with what commands may be pointed at by mistake."""

@@ -1,6 +1,9 @@
 """Checkpoints in an S3 bucket, both forms, against an emulator on loopback; how buckets fail is in test_buckets.py."""
 
 import logging
+import subprocess
+import sys
+import time
 
 import pytest
 import s3fs
@@ -13,6 +16,8 @@ from solar_jax.conversion import Target
 from solar_jax.errors import UserError
 from solar_jax.hf import buckets
 from solar_jax.source import open_checkpoint
+from tests.conftest import hf_model, save_hf
+from tests.test_kill import ROOT, RUN
 from tests.test_processes import run_together
 
 PORT = 9025
@@ -80,6 +85,32 @@ def test_an_orbax_checkpoint_goes_to_a_bucket_and_comes_back(bucket, source, tin
 def test_two_processes_fill_an_orbax_checkpoint_together(bucket, source, tiny):
     run_together(2, "solar_jax.convert", f"--source={source}", f"--out={bucket}/two", "--to=orbax")
     assert content(f"{bucket}/two") == content(tiny)
+
+
+def test_kill_9_leaves_no_checkpoint_and_the_same_command_completes_it(bucket, tmp_path):
+    """Killed as the first arrays arrive and again when more have; files of 1 MB, so that there are many."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    source, out = save_hf(hf_model(**sizes), tmp_path / "hf"), f"{bucket}/killed"
+    run = RUN.replace("1 << 22, 1 << 23", "1 << 20, 1 << 20")
+    command = [sys.executable, "-c", run, "solar_jax.convert", f"--source={source}", f"--out={out}", "--to=orbax"]
+    kills = 0
+    for arrived in (2, 12, None):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while arrived and process.poll() is None and count(out) < arrived:
+            time.sleep(0.01)
+        if arrived:
+            process.kill()
+        if process.wait():
+            kills += 1
+            with pytest.raises(UserError):
+                open_checkpoint(out)
+    assert kills == 2, process.stderr.read()
+    assert content(out) == content(source)
+
+
+def count(out: str) -> int:
+    """Files of arrays in the bucket."""
+    return len(s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True).glob(f"{out}/**/params/d/*"))
 
 
 def test_a_bucket_that_is_not_there_is_named_and_not_made(bucket, tiny, monkeypatch):
