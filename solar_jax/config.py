@@ -86,13 +86,14 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    name: str = "adamw"  # a name of training.optimizer.DIRECTIONS
     learning_rate: float = 2e-5  # peak
     schedule: str = "cosine"  # a name of training.optimizer.SCHEDULES
     warmup_steps: int = 0
     final_fraction: float = 0.1  # of the peak, at the last step
     decay_fraction: float = 0.2  # wsd: share of the steps that the final decay takes
-    b1: float = 0.9
-    b2: float = 0.95
+    b1: float = 0.9  # of the first moment, or of the only one; adafactor has none
+    b2: float = 0.95  # adamw, muon's Adam: of the second moment; lion: of the moment that is kept
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices, not on norm scales
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping

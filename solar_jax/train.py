@@ -30,7 +30,7 @@ from solar_jax.hf import families
 from solar_jax.hf.reader import Checkpoint, eos_id, load_tokenizer
 from solar_jax.hf.writer import parse_size
 from solar_jax.model.llama import REMAT, parameter_count
-from solar_jax.model.precision import compute_dtype, precision
+from solar_jax.model.precision import compute_dtype
 from solar_jax.parallel import chips, processes, rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.source import open_checkpoint
@@ -38,7 +38,7 @@ from solar_jax.training import compilation, metrics, profiling, workdir
 from solar_jax.training.clock import Ledger, goodput_line
 from solar_jax.training.loop import Arm, Run, evaluate, initial_params, say, train
 from solar_jax.training.memory import GIB, Need, estimate
-from solar_jax.training.optimizer import learning_rate, make_optimizer, trainable_layers
+from solar_jax.training.optimizer import make_optimizer, trainable_layers
 from solar_jax.training.step import abstract_state, state_shardings
 from solar_jax.training.writers import Writers, check_packages
 
@@ -147,8 +147,7 @@ def train_arms(shared: Run, plan: GrowthPlan) -> None:
 
 def check_names(config: Config) -> None:
     """Raises a UserError for a name in the config that stands in none of the tables, or a package that is missing."""
-    learning_rate(config.optimizer, config.train.steps)
-    precision(config.train)
+    make_optimizer(config)
     parse_size(config.export.max_shard_size)
     check_packages(config.logging)
     if config.train.remat not in REMAT:

@@ -20,6 +20,8 @@ Params = dict[str, Any]  # {"embed", "layers": {...}, "final_norm", "lm_head"}, 
 # (array, its axis letters) -> the same array, laid out on a mesh; a dot is an axis that is kept whole. An array with a
 # B is an activation. One without is a parameter: it is gathered for use, and its gradient goes back to where it rests.
 Constrain = Callable[[jax.Array, str], jax.Array]
+# (subscripts, activations, weight) -> their product in the activations' dtype
+Einsum = Callable[[str, jax.Array, jax.Array], jax.Array]
 
 LAYER_AXES = {
     "attn_norm": "D",
@@ -142,17 +144,17 @@ def _einsum(subscripts: str, x: jax.Array, weight: jax.Array, out: Any = None) -
     return jnp.einsum(subscripts, x, weight.astype(x.dtype), precision=precision, preferred_element_type=out)
 
 
-def _down_projection(h: jax.Array, weight: jax.Array) -> jax.Array:
+def _down_projection(h: jax.Array, weight: jax.Array, einsum: Einsum) -> jax.Array:
     """[B, T, F] x [F, D] -> [B, T, D], in float32 summed in up to 16 parts of F.
 
     SwiGLU's few huge activations swallow the small terms of one long float32 sum: on a real model that alone moves
     logits by 1e-4. Narrower dtypes are accumulated in float32 anyway and take the plain product.
     """
     if h.dtype != jnp.float32:
-        return _einsum("btf,fd->btd", h, weight)
+        return einsum("btf,fd->btd", h, weight)
     B, T, F = h.shape
     parts = next(n for n in (16, 8, 4, 2, 1) if F % n == 0)
-    sums = _einsum("btpf,pfd->pbtd", h.reshape(B, T, parts, F // parts), weight.reshape(parts, F // parts, -1))
+    sums = einsum("btpf,pfd->pbtd", h.reshape(B, T, parts, F // parts), weight.reshape(parts, F // parts, -1))
     return jnp.sum(sums, axis=0)
 
 
@@ -193,6 +195,7 @@ class Block(nnx.Module):
         seen: jax.Array | None,
         constrain: Constrain,
         attend: Attend = rotated_attention,
+        einsum: Einsum = _einsum,
     ) -> jax.Array:
         """x: [B, T, D] -> [B, T, D]; `seen` says what a query may see, in the form that `attend` takes."""
 
@@ -200,7 +203,7 @@ class Block(nnx.Module):
             return constrain(getattr(self, name)[...], LAYER_AXES[name])
 
         def project(subscripts: str, name: str, letters: str) -> jax.Array:
-            y = _add_bias(_einsum(subscripts, h, weight(name + "_proj")), getattr(self, name + "_bias"))
+            y = _add_bias(einsum(subscripts, h, weight(name + "_proj")), getattr(self, name + "_bias"))
             return checkpoint_name(constrain(y, letters), name)
 
         with jax.named_scope("attention"):
@@ -211,13 +214,13 @@ class Block(nnx.Module):
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = rms_norm(q, self.q_norm[...], self.eps), rms_norm(k, self.k_norm[...], self.eps)
             h = attend(q, k, v, rope, seen)
-            o = constrain(_einsum("btnh,nhd->btd", h, weight("o_proj")), "BTD")
+            o = constrain(einsum("btnh,nhd->btd", h, weight("o_proj")), "BTD")
             x = checkpoint_name(constrain(x + _add_bias(o, self.o_bias), "BTD"), "mid")
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], self.eps)
-            gate = checkpoint_name(constrain(_einsum("btd,df->btf", h, weight("gate_proj")), "BTF"), "gate")
-            up = checkpoint_name(constrain(_einsum("btd,df->btf", h, weight("up_proj")), "BTF"), "up")
-            return constrain(x + _down_projection(jax.nn.silu(gate) * up, weight("down_proj")), "BTD")
+            gate = checkpoint_name(constrain(einsum("btd,df->btf", h, weight("gate_proj")), "BTF"), "gate")
+            up = checkpoint_name(constrain(einsum("btd,df->btf", h, weight("up_proj")), "BTF"), "up")
+            return constrain(x + _down_projection(jax.nn.silu(gate) * up, weight("down_proj"), einsum), "BTD")
 
 
 class Llama(nnx.Module):
@@ -241,6 +244,7 @@ class Llama(nnx.Module):
         remat: str,
         constrain: Constrain,
         attend: Attend | None,
+        einsum: Einsum,
     ) -> jax.Array:
         """Final-norm output [B, T, D] in compute_dtype, for tokens, positions and segment ids [B, T]."""
         rope = rope_angles(positions, self.cfg)
@@ -252,7 +256,7 @@ class Llama(nnx.Module):
         x = constrain(constrain(self.embed[...].astype(compute_dtype), ".D")[tokens], "BTD")
 
         def body(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return block(x, rope, seen, constrain, attend), None
+            return block(x, rope, seen, constrain, attend, einsum), None
 
         if (names := REMAT[remat]) is not None:
             policy = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -299,6 +303,7 @@ def hidden(
     remat: str = "none",
     constrain: Constrain = identity,
     attend: Attend | None = None,
+    einsum: Einsum = _einsum,
 ) -> tuple[jax.Array, jax.Array]:
     """What the logits are the product of.
 
@@ -312,6 +317,7 @@ def hidden(
       remat: a name of `REMAT`.
       constrain: lays activations and gathered parameters out on a mesh.
       attend: attention from segment ids; None for plain array operations.
+      einsum: the product of the layers' projections.
 
     Returns:
       The final norm's output [B, T, D] and the output projection [D, V], both in compute_dtype.
@@ -322,6 +328,7 @@ def hidden(
     x = model.hidden(
         tokens, positions, segment_ids,
         compute_dtype=compute_dtype, remat=remat, constrain=constrain, attend=attend,
+        einsum=einsum,
     )  # fmt: skip
     return x, model.head()
 

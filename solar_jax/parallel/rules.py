@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.model.attention import Attend, Shard, chunk_order
-from solar_jax.model.llama import Params, axes, sizes
+from solar_jax.model.llama import LAYER_AXES, Params, axes, is_vector, sizes
 from solar_jax.parallel.mesh import axis_size, fsdp_stages, platform
 
 Arrays = dict[str, jax.Array]
@@ -37,6 +37,7 @@ ACTIVATIONS: dict[str, MeshAxes] = {
 TOKENS = ACTIVATIONS | {"B": ("data", "fsdp", "context"), "T": None}
 BATCH_AXES = ("slice", "data", "fsdp")
 ROW_MAJOR, SAVED = Layout(major_to_minor=(0, 1, 2)), ("BTD", "BTF")
+_HANDFUL = 8  # numbers that need no splitting
 
 _KEY = {
     "V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "N": "num_attention_heads",
@@ -82,25 +83,72 @@ def parameter_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
 def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh) -> Any:
     """Shardings for a tree that holds copies of the parameters' tree, as an optimiser's state does.
 
-    A leaf follows the parameter whose path its own path ends with; scalars are replicated.
+    A leaf follows the parameter whose path its own path ends with, axis by axis where it lacks some of them; a
+    handful of numbers that follow none, such as counts, are replicated.
 
     Raises:
       ValueError: a leaf is neither.
     """
-    by_path = {
-        jax.tree_util.keystr(path): sharding
-        for path, sharding in jax.tree.leaves_with_path(parameter_shardings(cfg, mesh))
-    }
+    by_path = {jax.tree_util.keystr(path): letters for path, letters in jax.tree.leaves_with_path(axes(cfg))}
+    parameter_shardings(cfg, mesh)  # for its refusals
 
     def one(path: Any, leaf: Any) -> NamedSharding:
-        for i in range(len(path)):
-            if (key := jax.tree_util.keystr(path[i:])) in by_path:
-                return by_path[key]
-        if leaf.ndim == 0:
-            return replicated(mesh)
-        raise ValueError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} is in no sharding rule.")
+        ends = [jax.tree_util.keystr(path[i:]) for i in range(len(path))]
+        letters = next((by_path[end] for end in ends if end in by_path), None)
+        entries = None if letters is None else _follow(leaf.shape, letters, sizes(cfg))
+        if entries is None and leaf.size > _HANDFUL:
+            raise ValueError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} is in no sharding rule.")
+        return NamedSharding(mesh, PartitionSpec(*(entries or ())))
 
     return jax.tree.map_with_path(one, tree)
+
+
+def _follow(shape: tuple[int, ...], letters: str, size: dict[str, int]) -> list[MeshAxes] | None:
+    """The mesh axes of an array whose axes are some of a parameter's in their order, or of size 1; None: they are not.
+
+    Of two axes of one size the first is taken, which changes where an array lies and not what it holds.
+    """
+    entries: list[MeshAxes] = []
+    left = iter(letters)
+    for n in shape:
+        letter = None if n == 1 else next((a for a in left if size[a] == n), "")
+        if letter == "":
+            return None
+        entries.append(PARAMETERS[letter] if letter else None)
+    return entries
+
+
+def whole_layers(tree: Any, mesh: Mesh) -> Any:
+    """Lays out a tree that holds copies of the layers' tree so that a device has all of some layers' matrices.
+
+    For what needs a whole matrix, layer by layer. L need not divide over the devices. What is outside the layers, and
+    their vectors, stay as they are.
+    """
+    over = tuple(dict.fromkeys(a for e in PARAMETERS.values() for a in ((e,) if isinstance(e, str) else e or ())))
+    sharding = NamedSharding(mesh, PartitionSpec(over))
+
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        matrix = _in_layers(path) and not is_vector(path[-1].key)
+        return jax.lax.with_sharding_constraint(x, sharding) if matrix else x
+
+    return jax.tree.map_with_path(one, tree)
+
+
+def layers_at_rest(tree: Any, mesh: Mesh) -> Any:
+    """Undoes `whole_layers`: every array of the layers lies as its parameter."""
+
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        if not _in_layers(path):
+            return x
+        sharding = NamedSharding(mesh, spec("L" + LAYER_AXES[path[-1].key], PARAMETERS))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    return jax.tree.map_with_path(one, tree)
+
+
+def _in_layers(path: Any) -> bool:
+    """Whether a path ends as that of one of the layers' parameters."""
+    return [getattr(key, "key", None) for key in path[-2:-1]] == ["layers"] and path[-1].key in LAYER_AXES
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -39,7 +39,7 @@ def lower_step(cfg: ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> jax
       config: the run.
       mesh: of devices of one kind, there or described.
     """
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, mesh=mesh)
     state = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh))
     rows = rules.padded_rows(config.train.batch_size, mesh, config.train.accumulation)
     shape, sharding = (rows, config.data.sequence_length), rules.batch_sharding(mesh)

@@ -107,7 +107,7 @@ def train(run: Run, arm: Arm) -> Params:
       The trained parameters.
     """
     config, cfg = run.config, arm.cfg(run.checkpoint.cfg)
-    optimizer = make_optimizer(config, arm_mask(run, arm))
+    optimizer = make_optimizer(config, arm_mask(run, arm), run.mesh)
     shardings = state_shardings(cfg, optimizer, run.mesh)
     lines = metrics.JsonLines(arm.folder / "metrics.jsonl")
     with CheckpointStore(arm.folder, config.checkpoint.keep) as store:

@@ -17,6 +17,7 @@ from solar_jax.model.attention import Attend, sharded_attention
 from solar_jax.model.flash import LANES, flash_attention, needed_memory
 from solar_jax.model.llama import Params
 from solar_jax.model.precision import compute_dtype, precision
+from solar_jax.model.quantised import quantised_einsum
 from solar_jax.model.splash import splash_attention
 from solar_jax.parallel import chips, rules
 from solar_jax.parallel.mesh import axis_size, platform
@@ -93,13 +94,14 @@ def loss_chunks(logits: int, length: int) -> int:
 
 
 def _summed_loss(
-    cfg: ModelConfig, config: Config, mesh: Mesh
+    cfg: ModelConfig, config: Config, mesh: Mesh, projections: str
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """(params, one slice's batch) -> summed loss in nats and the number of targets."""
+    """(params, one slice's batch) -> summed loss in nats, number of targets; `projections`: as `Precision` has it."""
     if config.train.remat not in llama.REMAT:
         raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {config.train.remat!r}.")
 
     constrain, attend = rules.constrain(mesh), attention_kernel(cfg, config, mesh)
+    narrow = {"einsum": quantised_einsum(projections)} if projections else {}
     shards = axis_size(mesh, "data", "fsdp", "context")
 
     def summed_loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -107,7 +109,7 @@ def _summed_loss(
         x, head = llama.hidden(
             cfg, params, split["tokens"], split["positions"], batch["segment_ids"],
             compute_dtype=compute_dtype(config.train),
-            remat=config.train.remat, constrain=constrain, attend=attend,
+            remat=config.train.remat, constrain=constrain, attend=attend, **narrow,
         )  # fmt: skip
         x, targets, weights = (rules.tokens_of_devices(mesh, a) for a in (x, split["targets"], split["weights"]))
         rows, length = targets.shape
@@ -130,7 +132,7 @@ def make_train_step(
     The loss is the mean over the targets of the whole batch, and so is the gradient, however many microbatches it
     is summed from. The norm is that of what trains by the optimiser's `mask`, which is what clipping sees.
     """
-    summed_loss = _summed_loss(cfg, config, mesh)
+    summed_loss = _summed_loss(cfg, config, mesh, precision(config.train).projections)
     shardings = state_shardings(cfg, optimizer, mesh)
     microbatches = config.train.accumulation
     constrain = rules.constrain(mesh)
@@ -149,7 +151,8 @@ def make_train_step(
             microbatch = jax.tree.map(lambda x: constrain(x, "B."), microbatch)
             return jax.tree.map(jnp.add, total, gradients(params, microbatch)), None
 
-        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        zero = (jnp.float32(0), jnp.float32(0), zeros)
         return jax.lax.scan(add, zero, split)[0]
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -173,9 +176,9 @@ def make_train_step(
 def make_eval_step(
     cfg: ModelConfig, config: Config, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """A jitted (params, batch) -> summed loss in nats, number of targets."""
+    """A jitted (params, batch) -> summed loss in nats, number of targets; of the model that is kept, unquantised."""
     return jax.jit(
-        rules.over_slices(mesh, _summed_loss(cfg, config, mesh)),
+        rules.over_slices(mesh, _summed_loss(cfg, config, mesh, projections="")),
         in_shardings=(rules.parameter_shardings(cfg, mesh), rules.batch_sharding(mesh)),
         out_shardings=rules.replicated(mesh),
     )

@@ -1,20 +1,23 @@
 """Schedules by hand, AdamW against PyTorch's, and that what is frozen does not move by a bit."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 import torch
 
-from solar_jax.config import Config, GrowthConfig, OptimizerConfig, TrainConfig
+from solar_jax.config import Config, GrowthConfig, ModelConfig, OptimizerConfig, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.plan import identity, make_plan
 from solar_jax.model import llama
 from solar_jax.training.optimizer import (
+    DIRECTIONS,
     SCHEDULES,
     TRAINABLE,
     learning_rate,
@@ -22,7 +25,10 @@ from solar_jax.training.optimizer import (
     trainable_layers,
     trainable_mask,
 )
+from solar_jax.training.step import state_shardings
+from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
+from tests.training.test_step import FAST_COMPILE
 
 PEAK, LAST = 1e-3, 1e-4  # final_fraction 0.1
 
@@ -145,6 +151,151 @@ def test_weight_decay_leaves_norm_scales_alone(name):
     np.testing.assert_allclose(updates["layers"]["o_proj"], -0.05, rtol=1e-6)
 
 
+# Two axes of 128 and more in some matrices, which Adafactor then factors, and no two axes of one size.
+WIDE = ModelConfig(256, 128, 160, 3, 4, 2, 24, 1024, 10000.0, 1e-5)
+OPTIMIZER = OptimizerConfig(
+    learning_rate=1e-2, schedule="linear", warmup_steps=2, b1=0.8, b2=0.9, eps=1e-6, weight_decay=0.3, clip_norm=0.0
+)
+
+
+def random_like(shapes, seed: int):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: 0.1 * rng.standard_normal(s.shape).astype(np.float32), shapes)
+
+
+def taken(optimizer: optax.GradientTransformation, params, gradients):
+    """The parameters after a step with each of the gradients."""
+    state = jax.jit(optimizer.init)(params)
+    update = jax.jit(optimizer.update).lower(gradients[0], state, params).compile(FAST_COMPILE)
+    for g in gradients:
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def unstacked(tree) -> dict[str, np.ndarray]:
+    """Every layer's array by itself, "2.q_proj" as [in, out] where Muon takes it; those outside as they are."""
+    out = {name: np.asarray(x) for name, x in tree.items() if name != "layers"}
+    for name, x in tree["layers"].items():
+        out |= {f"{i}.{name}": np.asarray(layer) for i, layer in enumerate(x)}
+    return out
+
+
+def is_layers_matrix(name: str) -> bool:
+    return name[0].isdigit() and "norm" not in name
+
+
+def as_matrix(name: str, x: np.ndarray) -> np.ndarray:
+    """[D, N, H] -> [D, N H] and [N, H, D] -> [N H, D], what transformers' transposed weights are."""
+    if not is_layers_matrix(name):
+        return x
+    return x.reshape(-1, x.shape[-1]) if name.endswith(("o_proj", "down_proj")) else x.reshape(x.shape[0], -1)
+
+
+def optax_itself(name: str, cfg: OptimizerConfig, steps: int):
+    """optax's own optimiser, for arrays by themselves."""
+    rate = learning_rate(cfg, steps)
+
+    def matrices(params):
+        return {k: "norm" not in k for k in params}
+
+    if name == "adamw":
+        return optax.adamw(rate, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=matrices)
+    if name == "lion":
+        return optax.lion(rate, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay, mask=matrices)
+    if name == "adafactor":
+        return optax.adafactor(
+            rate, multiply_by_parameter_scale=False, weight_decay_mask=matrices,
+            weight_decay_rate=lambda count: rate(count) * cfg.weight_decay,
+        )  # fmt: skip
+    muon = optax.contrib.muon(rate, beta=cfg.b1, eps=cfg.eps, weight_decay=cfg.weight_decay, consistent_rms=0.2)
+    transforms = {"muon": muon, "adamw": optax_itself("adamw", cfg, steps)}
+    return optax.partition(transforms, lambda p: {k: "muon" if is_layers_matrix(k) else "adamw" for k in p})
+
+
+@pytest.mark.parametrize("name", sorted(DIRECTIONS))
+def test_stacked_layers_take_the_steps_that_optax_takes_with_each_by_itself(name):
+    shapes, cfg = llama.shapes(WIDE), dataclasses.replace(OPTIMIZER, name=name)
+    params, gradients = random_like(shapes, 0), [random_like(shapes, i) for i in range(1, 4)]
+    found = unstacked(taken(make_optimizer(run(cfg, 3)), params, gradients))
+
+    apart = [{k: as_matrix(k, x) for k, x in unstacked(t).items()} for t in (params, *gradients)]
+    if name == "adafactor":  # which takes heads as they are
+        apart = [unstacked(t) for t in (params, *gradients)]
+    expected = taken(optax_itself(name, cfg, 3), apart[0], apart[1:])
+    assert set(found) == set(expected)
+    for key, x in expected.items():
+        moved = np.abs(np.asarray(x) - apart[0][key]).max()
+        assert moved > 1e-3, key
+        # Newton-Schulz in another order of sums; the others are the same operations
+        atol = 2e-3 * moved if name == "muon" else 2e-6
+        np.testing.assert_allclose(found[key].reshape(x.shape), x, rtol=0, atol=atol, err_msg=key)
+
+
+def test_muon_takes_heads_together_and_layers_apart():
+    # The orthogonal factor of each layer's matrix, near enough: Muon's coefficients leave singular values in 0.7..1.2.
+    cfg = OptimizerConfig(name="muon", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip_norm=0.0)
+    params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), llama.shapes(WIDE))
+    gradient = random_like(llama.shapes(WIDE), 0)
+    found = unstacked(taken(make_optimizer(run(cfg, 1)), params, [gradient]))
+    for key, g in unstacked(gradient).items():
+        if is_layers_matrix(key):
+            u, _, vt = np.linalg.svd(as_matrix(key, g), full_matrices=False)
+            step = as_matrix(key, found[key]) / (0.2 * max(as_matrix(key, g).shape) ** 0.5)
+            singular = np.diag(u.T @ -step @ vt.T)
+            assert singular.min() > 0.6, key
+            assert singular.max() < 1.3, key
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [*((name, (1, 4, 2)) for name in sorted(DIRECTIONS)), ("adafactor", (2, 2, 2))]
+)
+def test_a_sharded_state_takes_the_same_steps_and_stays_sharded(name, shape):
+    shapes, config = llama.shapes(WIDE), run(dataclasses.replace(OPTIMIZER, name=name, clip_norm=0.5), 3)
+    params, gradients = random_like(shapes, 0), [random_like(shapes, i) for i in range(1, 4)]
+    expected = taken(make_optimizer(config), params, gradients)
+
+    mesh = mesh_of(*shape)
+    optimizer = make_optimizer(config, mesh=mesh)
+    shardings = state_shardings(WIDE, optimizer, mesh)
+
+    def step(params, state, gradient):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    rest = (shardings["params"], shardings["opt_state"])
+    step = jax.jit(step, in_shardings=(*rest, rest[0]), out_shardings=rest)
+    found = jax.device_put(params, rest[0])
+    state = jax.jit(optimizer.init, out_shardings=rest[1])(found)
+    step = step.lower(found, state, found).compile(FAST_COMPILE)
+    for gradient in gradients:
+        found, state = step(found, state, jax.device_put(gradient, rest[0]))
+    for path, x in jax.tree.leaves_with_path(found):
+        want = expected["layers"][path[-1].key] if len(path) == 2 else expected[path[-1].key]
+        np.testing.assert_allclose(x, want, rtol=0, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+    # What is as large as a matrix is split over fsdp x tensor; vectors and Adafactor's factors over fsdp, those of F,
+    # N and V over tensor.
+    for path, x in jax.tree.leaves_with_path(state):
+        parts = x.size / x.addressable_shards[0].data.size
+        where = f"{jax.tree_util.keystr(path)} {x.shape}"
+        if x.size > 3 * 256:
+            assert parts == shape[1] * shape[2], where
+        elif x.size > 3:
+            assert parts in (shape[1], shape[2]), where
+
+
+def test_factors_are_all_that_adafactor_keeps_of_a_matrix_it_factors():
+    cfg = OptimizerConfig(name="adafactor")
+    state = jax.eval_shape(make_optimizer(run(cfg, 3)).init, llama.shapes(WIDE))
+    sizes = {jax.tree_util.keystr(p): x.size for p, x in jax.tree.leaves_with_path(state) if "gate_proj" in str(p)}
+    assert sorted(sizes.values()) == [3, 3 * 128, 3 * 160]  # a place kept for an unfactored one; rows; columns
+
+
+def test_an_unknown_optimiser_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"config\.optimizer\.name must be one of adamw, .*muon, found 'sgd'"):
+        make_optimizer(run(OptimizerConfig(name="sgd"), 3))
+
+
 PLAN = make_plan(4, GrowthConfig("dus", m=1))  # 0 1 2 | 1 2 3: the seam is 2|3, the copies are 3 and 4
 OTHERS = ("embed", "final_norm", "lm_head")
 MOVES = {  # which layers, which other arrays
@@ -159,13 +310,16 @@ def test_every_choice_of_what_trains_is_tried_here():
     assert set(MOVES) == set(TRAINABLE)
 
 
-@pytest.mark.parametrize("name", sorted(TRAINABLE))
-def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(name):
+@pytest.mark.parametrize(
+    ("optimiser", "name"),
+    [*(("adamw", name) for name in sorted(TRAINABLE)), *((o, "new") for o in sorted(DIRECTIONS) if o != "adamw")],
+)
+def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(optimiser, name):
     shapes = llama.shapes(grown_config(SMALL, PLAN))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.array(rng.standard_normal(s.shape), jnp.float32), shapes)
     # With decay and momentum, either of which could move a weight whose gradient is masked.
-    cfg = OptimizerConfig(learning_rate=1e-2, schedule="constant", weight_decay=0.5)
+    cfg = OptimizerConfig(name=optimiser, learning_rate=1e-2, schedule="constant", weight_decay=0.5)
     optimizer = make_optimizer(run(cfg, 3), trainable_mask(shapes, *trainable_layers(name, PLAN)))
 
     @jax.jit

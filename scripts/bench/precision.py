@@ -1,0 +1,134 @@
+"""Every policy of precision and every optimiser on the SmolLM2 run, next to float32 with AdamW.
+
+    uv run --extra demo --extra quantised python scripts/bench/precision.py [--steps 12] [--slices 0:30] [--length 256]
+
+Each option trains the recipe `configs/dus_48l.py:smollm2` from the same weights on the same batches, without the
+control. Printed are the loss of the last batch, the held-out loss afterwards, computed in float32, how far it is from
+the first line's, bytes of state a parameter, and seconds a step here (which say nothing of a TPU).
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from solar_jax.config import Config, resolve
+from solar_jax.data.pipeline import (
+    Batch,
+    heldout_batches,
+    heldout_rows,
+    load_corpus,
+    training_batch,
+    training_rows,
+)
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.plan import GrowthPlan, make_plan
+from solar_jax.hf.reader import Checkpoint, eos_id, load_params, load_tokenizer
+from solar_jax.model.llama import parameter_count
+from solar_jax.model.precision import PRECISIONS
+from solar_jax.parallel import rules
+from solar_jax.parallel.mesh import make_mesh
+from solar_jax.source import open_checkpoint
+from solar_jax.training.optimizer import DIRECTIONS, make_optimizer
+from solar_jax.training.step import abstract_state, make_eval_step, make_train_step, mean_loss, state_shardings
+
+RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "dus_48l.py"
+RATES = {"lion": 0.3}  # of AdamW's rate: the step of a sign is a larger one
+
+# what is printed -> (config.train.precision, config.optimizer.name)
+OPTIONS = {
+    "float32, adamw": ("float32", "adamw"),
+    **{f"{name}, adamw": (name, "adamw") for name in PRECISIONS if name != "float32"},
+    **{f"float32, {name}": ("float32", name) for name in DIRECTIONS if name != "adamw"},
+}
+
+
+def recipe(steps: int, slices: str, length: int) -> Config:
+    spec = importlib.util.spec_from_file_location("recipe", RECIPE)
+    assert spec
+    assert spec.loader
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("smollm2")
+    config.train.steps = steps
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps)
+    config.data.sequence_length = length
+    if slices:
+        config.growth.operator, config.growth.slices = "slices", slices
+    return resolve(config)
+
+
+def trained(
+    base: Checkpoint, plan: GrowthPlan, config: Config, batches: list[Batch], heldout: list[Batch]
+) -> tuple[float, float, float, float]:
+    """The loss of the last batch, the held-out loss afterwards, bytes of state a parameter, median seconds a step."""
+    cfg, mesh = grown_config(base.cfg, plan), make_mesh(config.mesh)
+    optimizer = make_optimizer(config, mesh=mesh)
+    abstract = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh))
+    rest = jax.tree.map(lambda s: s.sharding, abstract)
+    params = load_params(base, rest["params"], jax.tree.map(lambda s: s.dtype, abstract["params"]), plan)
+    state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=rest["opt_state"])(params)}
+    del params
+    step = make_train_step(cfg, config, optimizer, mesh).lower(state, batches[0]).compile()
+    loss, seconds = float("nan"), []
+    for batch in batches:
+        begin = time.perf_counter()
+        state, measured = step(state, batch)
+        loss = float(measured["loss"])
+        seconds.append(time.perf_counter() - begin)
+    size = sum(x.nbytes for x in jax.tree.leaves(state)) / parameter_count(cfg)
+    exact = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="float32"))
+    return loss, mean_loss(make_eval_step(cfg, exact, mesh), state["params"], heldout), size, float(np.median(seconds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument(
+        "--slices", default="", help="layers, as config.growth.slices; the recipe's growth if not given"
+    )
+    parser.add_argument("--length", type=int, default=256, help="tokens a row")
+    parser.add_argument("--windows", type=int, default=40, help="held-out rows")
+    parser.add_argument("--only", action="append", choices=OPTIONS, help="these options, the first as the measure")
+    args = parser.parse_args()
+    config = recipe(args.steps, args.slices, args.length)
+    base = open_checkpoint(config.source)
+    plan = make_plan(base.cfg.num_hidden_layers, config.growth)
+    corpus = load_corpus(config.data, load_tokenizer(base), eos_id(base))
+    mesh = make_mesh(config.mesh)
+    sharding, size = rules.batch_sharding(mesh), config.train.batch_size
+    rows, padded = training_rows(corpus, config.seed), rules.padded_rows(size, mesh)
+    batches = [training_batch(rows, i, size, padded, sharding) for i in range(args.steps)]
+    heldout = heldout_batches(
+        heldout_rows(corpus, args.windows), rules.padded_rows(config.evaluation.batch_size, mesh), sharding
+    )
+    cfg = grown_config(base.cfg, plan)
+    untrained = mean_loss(
+        make_eval_step(cfg, config, mesh), load_params(base, rules.parameter_shardings(cfg, mesh), plan=plan), heldout
+    )
+    print(
+        f"SmolLM2, {plan.operator}, {plan.layers} layers, {args.steps} steps of {size} x {args.length} tokens; "
+        f"held-out loss before training {untrained:.4f}\n"
+        f"{'option':<22}{'last batch':>11}{'held out':>10}{'difference':>12}{'bytes':>7}{'s/step':>8}",
+        flush=True,
+    )
+    first = None
+    for option in args.only or OPTIONS:
+        precision, name = OPTIONS[option]
+        optimizer = dataclasses.replace(
+            config.optimizer, name=name, learning_rate=config.optimizer.learning_rate * RATES.get(name, 1.0)
+        )
+        train = dataclasses.replace(config.train, precision=precision)
+        run = dataclasses.replace(config, optimizer=optimizer, train=train)
+        loss, after, width, seconds = trained(base, plan, run, batches, heldout)
+        first = after if first is None else first
+        print(f"{option:<22}{loss:>11.4f}{after:>10.4f}{after - first:>+12.4f}{width:>7.1f}{seconds:>8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

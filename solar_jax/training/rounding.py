@@ -1,0 +1,76 @@
+"""bfloat16 weights and moments that small updates still move: they are rounded at random, right on average."""
+
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from solar_jax.model.llama import LAYER_AXES, is_vector
+from solar_jax.model.precision import Precision
+
+_MATRICES = {"embed", "lm_head"} | {name for name in LAYER_AXES if not is_vector(name)}
+
+
+def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to bfloat16, up or down with the odds of lying nearer: exact where it can be, and on average.
+
+    A uniform 16-bit number is added to the 16 bits that bfloat16 lacks; what is left of them after the carry is cut.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+class Narrow(typing.NamedTuple):
+    """State of `narrow`."""
+
+    count: jax.Array  # updates so far, int32
+    inner: Any
+
+
+def narrow(tx: optax.GradientTransformation, precision: Precision, seed: int) -> optax.GradientTransformation:
+    """`tx`, which computes in float32, with moments and weights kept as a policy says.
+
+    What is narrower than float32 is rounded stochastically, by keys of the seed, the update and the array alone. Of
+    the updates, that leaves those which end on the rounded weights.
+    """
+    if precision.weights == precision.moments == "float32":
+        return tx
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def kept(state: Any, key: jax.Array | None) -> Any:
+        """A float32 state as it is kept; without a key, one of zeros."""
+        if precision.moments == "float32":
+            return state
+        leaves, structure = jax.tree.flatten_with_path(state)
+        for i, (path, x) in enumerate(leaves):
+            if getattr(path[-1], "key", None) in _MATRICES and x.dtype == jnp.float32:
+                x = x.astype(jnp.bfloat16) if key is None else stochastic_round(x, jax.random.fold_in(key, i))
+            leaves[i] = x
+        return jax.tree.unflatten(structure, leaves)
+
+    def init(params: Any) -> Narrow:
+        return Narrow(jnp.zeros([], jnp.int32), kept(tx.init(wide(params)), None))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Narrow]:
+        of_state, of_weights = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.count))
+        wide_params = wide(params)
+        updates, inner = tx.update(wide(updates), wide(state.inner), wide_params)
+
+        def landed(i: int, update: jax.Array, before: jax.Array, weight: jax.Array) -> jax.Array:
+            if weight.dtype == jnp.float32:
+                return update
+            after = stochastic_round(before + update, jax.random.fold_in(of_weights, i))
+            return after.astype(jnp.float32) - before
+
+        leaves, structure = jax.tree.flatten(updates)
+        weights = zip(leaves, jax.tree.leaves(wide_params), jax.tree.leaves(params), strict=True)
+        updates = jax.tree.unflatten(structure, [landed(i, *arrays) for i, arrays in enumerate(weights)])
+        return updates, Narrow(state.count + 1, kept(inner, of_state))
+
+    return optax.GradientTransformation(init, update)
