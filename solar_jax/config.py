@@ -76,9 +76,9 @@ class DataConfig:
 class TrainConfig:
     steps: int = 0
     batch_size: int = 0  # B, rows a step over all devices
-    accumulation: int = 1  # microbatches that one step's batch is split into
+    accumulation: int = 1  # microbatches that one step's batch is split into; 0: chosen by the planner
     trainable: str = "all"  # a name of training.optimizer.TRAINABLE
-    remat: str = "full"  # a name of model.llama.REMAT
+    remat: str = "auto"  # a name of model.llama.REMAT; auto: chosen by the planner
     attention: str = "auto"  # a name of training.step.ATTENTION; auto: splash kernels on TPUs
     precision: str = "mixed"  # a name of model.precision.PRECISIONS; mixed: float32 state, bfloat16 matmuls
     control: bool = False  # also train the base without growth, on the same tokens
@@ -108,10 +108,12 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int = 1  # replicas of the parameters; -1 in one of these four: what is left of the devices
-    fsdp: int = -1  # shards of parameters and optimiser state, gathered a layer at a time
-    tensor: int = 1  # shards of heads and mlp
-    context: int = 1  # shards of a row's tokens, for long rows; they shard the state too
+    """Sizes of the mesh's axes. 0: chosen by the planner; -1, in one of the first four: what is left of the devices."""
+
+    data: int = 0  # replicas of the parameters
+    fsdp: int = 0  # shards of parameters and optimiser state, gathered a layer at a time
+    tensor: int = 0  # shards of heads and mlp
+    context: int = 0  # shards of a row's tokens, for long rows; they shard the state too
     slice: int = 0  # TPU slices joined by a slower network, a replica or more on each; 0: as many as the devices say
 
 
@@ -249,7 +251,6 @@ def _check(c: Config) -> None:
     from_one = {
         "train.steps": c.train.steps,
         "train.batch_size": c.train.batch_size,
-        "train.accumulation": c.train.accumulation,
         "data.sequence_length": c.data.sequence_length,
         "evaluation.windows": c.evaluation.windows,
         "evaluation.batch_size": c.evaluation.batch_size,
@@ -262,6 +263,7 @@ def _check(c: Config) -> None:
             raise UserError(f"config.{key} must be at least 1, found {value}.")
     from_zero = {
         "seed": c.seed,
+        "train.accumulation": c.train.accumulation,
         "evaluation.every": c.evaluation.every,
         "optimizer.warmup_steps": c.optimizer.warmup_steps,
         "optimizer.weight_decay": c.optimizer.weight_decay,
@@ -290,7 +292,7 @@ def _check(c: Config) -> None:
         raise UserError("config.data.sources must name at least one text, found ().")
     if c.data.holdout_every < 2:
         raise UserError(f"config.data.holdout_every must be at least 2, found {c.data.holdout_every}.")
-    if c.train.batch_size % c.train.accumulation:
+    if c.train.batch_size % max(1, c.train.accumulation):
         raise UserError(
             f"config.train.batch_size={c.train.batch_size} must be a multiple of "
             f"config.train.accumulation={c.train.accumulation}."

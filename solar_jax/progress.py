@@ -1,8 +1,9 @@
-"""A bar in bytes with speed and time left, for work that takes minutes."""
+"""A bar in bytes with speed and time left, and a clock for what has no measure, for work that takes minutes."""
 
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import tqdm
@@ -23,3 +24,24 @@ def byte_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
                 bar.update(n)
 
         yield update
+
+
+@contextlib.contextmanager
+def ticking(what: str) -> Iterator[None]:
+    """Says on standard error how long `what` has taken so far."""
+    live, over, begin = sys.stderr.isatty(), threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        while not over.wait(1 if live else 60):
+            line = f"{what}: {time.monotonic() - begin:.0f} s"
+            sys.stderr.write(f"\r{line}" if live else f"{line}\n")
+            sys.stderr.flush()
+        sys.stderr.write("\r\033[K" if live else "")
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -29,17 +29,16 @@ from solar_jax.growth.plan import GrowthPlan, identity, make_plan
 from solar_jax.hf import families
 from solar_jax.hf.reader import Checkpoint, eos_id, load_tokenizer
 from solar_jax.hf.writer import parse_size
-from solar_jax.model.llama import REMAT, parameter_count
+from solar_jax.model.llama import parameter_count
 from solar_jax.model.precision import compute_dtype
 from solar_jax.parallel import chips, processes, rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.source import open_checkpoint
-from solar_jax.training import compilation, metrics, profiling, workdir
+from solar_jax.training import compilation, metrics, planner, profiling, workdir
 from solar_jax.training.clock import Ledger, goodput_line
 from solar_jax.training.loop import Arm, Run, evaluate, initial_params, say, train
-from solar_jax.training.memory import GIB, Need, estimate
+from solar_jax.training.memory import GIB, Need
 from solar_jax.training.optimizer import make_optimizer, trainable_layers
-from solar_jax.training.step import abstract_state, state_shardings
 from solar_jax.training.writers import Writers, check_packages
 
 
@@ -70,15 +69,17 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     compilation.use_cache(config.logging.compilation_cache)
     # ---- What is asked for: every refusal comes here, before anything is allocated or written -------------------
     check_names(config)
-    mesh = make_mesh(config.mesh)
+    devices = planner.present()
     if config.model.num_hidden_layers:  # the shape is known, so what cannot fit is told without a checkpoint
-        check_fits(config, config.model, make_plan(config.model.num_hidden_layers, config.growth), mesh)
+        plan = make_plan(config.model.num_hidden_layers, config.growth)
+        planner.choose(grown_config(config.model, plan), config, devices)
     checkpoint = open_checkpoint(config.source)
     check_model(config, checkpoint)
     plan = make_plan(checkpoint.cfg.num_hidden_layers, config.growth)
     trained = trainable_layers(config.train.trainable, plan)[0]
     cfg = grown_config(checkpoint.cfg, plan)
-    need = check_fits(config, checkpoint.cfg, plan, mesh)
+    option, need = planner.choose(cfg, config, devices)
+    mesh = make_mesh(option.config.mesh)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     goes_on = workdir.check_owner(folder, config)
     if (folder / "summary.json").exists():
@@ -90,14 +91,14 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     # ---- What will be done ----------------------------------------------------------------------------------------
     hf_config = families.grown_hf_config(checkpoint.hf_config, plan.source, config.export.dtype)
     heldout = heldout_rows(corpus, config.evaluation.windows)
-    announce(config, folder, checkpoint, plan, trained, mesh, need, corpus, len(heldout), goes_on)
+    announce(config, folder, checkpoint, plan, trained, option, need, corpus, len(heldout), goes_on)
     processes.wait("everything is checked")
     if not goes_on and processes.is_first():
         workdir.create(folder, config, checkpoint, plan, hf_config)
     processes.wait("the run's folder is there")
     ledger = Ledger(folder, started)
     shared = Run(
-        config=config,
+        config=option.config,
         workdir=folder,
         checkpoint=checkpoint,
         mesh=mesh,
@@ -150,8 +151,6 @@ def check_names(config: Config) -> None:
     make_optimizer(config)
     parse_size(config.export.max_shard_size)
     check_packages(config.logging)
-    if config.train.remat not in REMAT:
-        raise UserError(f"config.train.remat must be one of {', '.join(REMAT)}, found {config.train.remat!r}.")
 
 
 def check_model(config: Config, checkpoint: Checkpoint) -> None:
@@ -166,30 +165,9 @@ def check_model(config: Config, checkpoint: Checkpoint) -> None:
         )
 
 
-def check_fits(config: Config, base: ModelConfig, plan: GrowthPlan, mesh: jax.sharding.Mesh) -> Need:
-    """What a step of the grown model needs a device.
-
-    Raises:
-      UserError: a device has less, or the mesh does not divide the model.
-    """
-    cfg = grown_config(base, plan)
-    optimizer = make_optimizer(config)
-    shardings = state_shardings(cfg, optimizer, mesh)
-    need = estimate(cfg, config, abstract_state(cfg, config, optimizer, shardings), mesh)
-    device = jax.local_devices()[0]
-    there = chips.memory_bytes(device)
-    if need.total > there:
-        fits = f"; {config.fallback} fits a laptop" if config.fallback else ""
-        raise UserError(
-            f"{config.name}, {parameter_count(cfg):,} parameters, needs {need}, but each of the {jax.device_count()} "
-            f"{device.device_kind} device(s) here has {there / GIB:.1f} GiB{fits}."
-        )
-    return need
-
-
 def announce(
     config: Config, folder: pathlib.Path, checkpoint: Checkpoint, plan: GrowthPlan, trained: tuple[bool, ...],
-    mesh: jax.sharding.Mesh, need: Need, corpus: Corpus, windows: int, goes_on: bool,
+    option: planner.Option, need: Need, corpus: Corpus, windows: int, goes_on: bool,
 ) -> None:  # fmt: skip
     """Says everything that is about to happen."""
     base, cfg = checkpoint.cfg, grown_config(checkpoint.cfg, plan)
@@ -210,12 +188,12 @@ def announce(
         f"training  {steps} steps of {batch} x {length} = {batch * length:,} tokens, {steps * batch * length:,} in all"
         f"{', and the control the same' if config.train.control else ''}; held-out loss on {windows} rows"
     )
-    padded = rules.padded_rows(batch, mesh, config.train.accumulation)
+    padded = rules.padded_rows(batch, option.mesh, option.config.train.accumulation)
     if padded > batch:
         say(f"padding   {batch} rows a step do not divide over the mesh: {padded - batch} empty rows are added")
     kind = jax.devices()[0].device_kind
-    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    say(f"devices   {jax.device_count()} x {kind}, mesh {shape}, {jax.process_count()} process(es)")
+    say(f"devices   {jax.device_count()} x {kind}, {jax.process_count()} process(es)")
+    say(f"chosen    {option}" if planner.is_open(config) else f"mesh      {option}")
     say(f"memory    about {need}; a device here has {chips.memory_bytes(jax.local_devices()[0]) / GIB:.1f} GiB")
     seconds = expected_seconds(config, base, cfg, windows)
     say(f"time      about {metrics.duration(seconds)}; each step will show what is left\n")

@@ -4,6 +4,7 @@ The state is a plain pytree whose layers lie on axis L. What an array is called 
 in `LAYER_AXES`, `OPTIONAL` and `axes`; shapes, sharding rules and the conversion table all read it there.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,11 @@ def sizes(cfg: ModelConfig) -> dict[str, int]:
         "K": cfg.num_key_value_heads,
         "H": cfg.head_dim,
     }
+
+
+def size(cfg: ModelConfig, letters: str) -> int:
+    """Elements of an array of these axes."""
+    return math.prod(sizes(cfg)[letter] for letter in letters)
 
 
 def shapes(cfg: ModelConfig, weights: str = "float32") -> Params:

@@ -17,6 +17,7 @@ class Chip:
     devices: int  # a chip
     cores: int  # a chip, as slices are named by: a v5p-128 has 64 chips
     peak: float  # dense bfloat16 FLOP/s of a device, as its maker states it
+    matmul_rate: float  # of the peak, that a training step's matmuls reach by the compiler's figures
     clock: float  # Hz
     memory: float  # GiB of a device's HBM that the compiler lets a program use
     bandwidth: float  # bytes/s between a device and its HBM
@@ -31,12 +32,27 @@ class Chip:
 # the clock is the one at which the matrix units reach the peak; memory as libtpu 0.0.44's compiler names it.
 # Prices: cloud.google.com/tpu/pricing, on demand in us regions, list prices of 2025.
 CHIPS = {
-    "v4": Chip(("TPU v4",), 1, 2, 275e12, 1.05e9, 30.75, 1.228e12, 3 * 9e10, 6.25e9, 3.22, 16, False),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 1, 1, 197e12, 1.5e9, 15.75, 8.19e11, 2 * 9e10, 3.125e9, 1.20, 128),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 1, 2, 459e12, 1.75e9, 95.73, 2.765e12, 3 * 1.8e11, 6.25e9, 4.20, 64),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 1, 1, 918e12, 1.75e9, 31.24, 1.64e12, 2 * 1.8e11, 12.5e9, 2.70, 128),
-    "tpu7x": Chip(("TPU7x",), 2, 2, 1153.5e12, 2.2e9, 94.74, 3.69e12, 3 * 9e10, 6.25e9, 12.00, 64, False),
-}
+    "v4": Chip(
+        kinds=("TPU v4",), devices=1, cores=2, peak=275e12, matmul_rate=0.93, clock=1.05e9, memory=30.75,
+        bandwidth=1.228e12, links=3 * 9e10, network=6.25e9, price=3.22, vector_memory=16, scoped_memory=False,
+    ),
+    "v5e": Chip(
+        kinds=("TPU v5 lite", "TPU v5e"), devices=1, cores=1, peak=197e12, matmul_rate=0.95, clock=1.5e9, memory=15.75,
+        bandwidth=8.19e11, links=2 * 9e10, network=3.125e9, price=1.20, vector_memory=128,
+    ),
+    "v5p": Chip(
+        kinds=("TPU v5", "TPU v5p"), devices=1, cores=2, peak=459e12, matmul_rate=0.98, clock=1.75e9, memory=95.73,
+        bandwidth=2.765e12, links=3 * 1.8e11, network=6.25e9, price=4.20, vector_memory=64,
+    ),
+    "v6e": Chip(
+        kinds=("TPU v6 lite", "TPU v6e"), devices=1, cores=1, peak=918e12, matmul_rate=0.79, clock=1.75e9, memory=31.24,
+        bandwidth=1.64e12, links=2 * 1.8e11, network=12.5e9, price=2.70, vector_memory=128,
+    ),
+    "tpu7x": Chip(
+        kinds=("TPU7x",), devices=2, cores=2, peak=1153.5e12, matmul_rate=0.80, clock=2.2e9, memory=94.74,
+        bandwidth=3.69e12, links=3 * 9e10, network=6.25e9, price=12.00, vector_memory=64, scoped_memory=False,
+    ),
+}  # fmt: skip
 
 # `device.device_kind` -> dense bfloat16 FLOP/s of one device that is no TPU
 GPU_PEAK_FLOPS = {

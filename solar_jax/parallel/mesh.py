@@ -18,6 +18,8 @@ AXES = ("slice", "data", "fsdp", "context", "tensor")
 def mesh_shape(cfg: MeshConfig, devices: int, slices: int = 1) -> tuple[int, ...]:
     """The sizes of `AXES`, a -1 filled with what is left of the devices.
 
+    Sizes of 0, which nothing has chosen, are 1, and of fsdp what is left if no other axis takes it.
+
     Args:
       cfg: what is asked for.
       devices: how many there are.
@@ -28,7 +30,9 @@ def mesh_shape(cfg: MeshConfig, devices: int, slices: int = 1) -> tuple[int, ...
     """
     if slices > 1 and cfg.slice not in (0, slices):
         raise UserError(f"config.mesh.slice={cfg.slice} does not fit the devices, which form {slices} slices.")
-    shape = [cfg.slice or slices, *(getattr(cfg, name) for name in AXES[1:])]
+    sizes = {name: getattr(cfg, name) for name in AXES}
+    rest = 1 if -1 in sizes.values() else -1
+    shape = [size or {"slice": slices, "fsdp": rest}.get(name, 1) for name, size in sizes.items()]
     written = " x ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True))
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1 or cfg.slice < 0:
         raise UserError(f"config.mesh needs positive sizes and at most one -1, found {written}.")
@@ -62,8 +66,10 @@ def axis_size(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, *axes: str) -
 
 
 def platform(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
-    """What its devices are, "tpu" or "cpu" for example; "" for a mesh of no particular devices."""
-    return mesh.devices.flat[0].platform if isinstance(mesh, jax.sharding.Mesh) else ""
+    """What its devices are, "tpu" or "cpu" for example; "" for an abstract mesh that does not say."""
+    if isinstance(mesh, jax.sharding.Mesh):
+        return mesh.devices.flat[0].platform
+    return mesh.abstract_device.platform if mesh.abstract_device else ""
 
 
 def fsdp_stages(mesh: jax.sharding.Mesh) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import jax
+import numpy as np
 
 # What tells that this process is one of several; `jax.distributed.initialize` finds the rest by itself.
 _SEVERAL = {
@@ -58,3 +59,12 @@ def wait(what: str) -> None:
         from jax.experimental import multihost_utils  # here, since only several processes need it
 
         multihost_utils.sync_global_devices(what)
+
+
+def least(value: float) -> float:
+    """The smallest of the processes' values; all have to call."""
+    if index_and_count()[1] == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return float(np.min(multihost_utils.process_allgather(np.float64(value))))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
@@ -65,7 +65,12 @@ def spec(letters: str, table: dict[str, MeshAxes]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def parameter_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
+def ways(letters: str, table: dict[str, MeshAxes], mesh: Mesh | AbstractMesh) -> int:
+    """Over how many devices of a mesh the table splits an array of these axes."""
+    return axis_size(mesh, *(axis for letter in letters for axis in _names(table[letter])))
+
+
+def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """The sharding of every array of the state.
 
     Raises:
@@ -80,7 +85,7 @@ def parameter_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
     return jax.tree.map(lambda letters: NamedSharding(mesh, spec(letters, PARAMETERS)), axes(cfg))
 
 
-def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh) -> Any:
+def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for a tree that holds copies of the parameters' tree, as an optimiser's state does.
 
     A leaf follows the parameter whose path its own path ends with, axis by axis where it lacks some of them; a
@@ -151,7 +156,7 @@ def _in_layers(path: Any) -> bool:
     return [getattr(key, "key", None) for key in path[-2:-1]] == ["layers"] and path[-1].key in LAYER_AXES
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -160,9 +165,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def padded_rows(rows: int, mesh: Mesh, microbatches: int = 1) -> int:
+def padded_rows(rows: int, mesh: Mesh | AbstractMesh, microbatches: int = 1) -> int:
     """`rows` made up to what divides over the devices and microbatches; the added rows get weight 0."""
-    ways = axis_size(mesh, *BATCH_AXES) * microbatches
+    ways = axis_size(mesh, *BATCH_AXES) * max(1, microbatches)
     return -(-rows // ways) * ways
 
 

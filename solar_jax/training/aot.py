@@ -24,7 +24,7 @@ class Compiled:
 
     arguments: int
     temporaries: int
-    total: int  # all that the program holds at its peak: arguments, results that take no argument's place, temporaries
+    total: int  # all that the compiler allots, which is what it holds against the chip's memory
     traced_seconds: float
     compiled_seconds: float
     text: str  # optimised HLO
@@ -71,11 +71,10 @@ def compile_step(cfg: ModelConfig, config: Config, wanted: Slice, options: Mappi
     m, text = compiled.memory_analysis(), compiled.as_text()
     assert m is not None
     assert text is not None
-    new_results = m.output_size_in_bytes - m.alias_size_in_bytes
     return Compiled(
         arguments=m.argument_size_in_bytes,
         temporaries=m.temp_size_in_bytes,
-        total=m.argument_size_in_bytes + m.temp_size_in_bytes + new_results,
+        total=m.total_allocation_bytes,
         traced_seconds=traced,
         compiled_seconds=seconds,
         text=text,

@@ -1,19 +1,34 @@
-"""What a training step needs a device, estimated from shapes alone, before anything is allocated."""
+"""What a training step needs of a device's memory, estimated from shapes alone, before anything is allocated.
+
+Parameters and optimiser state are exact. The rest follows what XLA allocates: arrays that wait for the backward pass
+layer by layer, and the larger of what the loss and what one layer's backward pass work with. Its few numbers were
+fitted to what the TPU compiler reports; `scripts/bench/plan_memory.py` shows how far off they are.
+"""
 
 import dataclasses
 import math
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import Config, ModelConfig
-from solar_jax.model.llama import REMAT, SAVEABLE
+from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE, layer_axes, size
 from solar_jax.model.precision import compute_dtype
 from solar_jax.parallel.mesh import axis_size
-from solar_jax.parallel.rules import BATCH_AXES, padded_rows
-from solar_jax.training.step import State, uses_splash
+from solar_jax.parallel.rules import ACTIVATIONS, padded_rows, ways
+from solar_jax.training.step import State, loss_chunks, uses_splash
 
 GIB = 2**30
+# Values a token that differentiation asks for in one layer when nothing is computed again, by their axes; some of
+# them are float32 and count twice.
+EVERYTHING = {"D": 9.0, "NH": 4.0, "KH": 6.0, "F": 5.0}
+# Values a token that are live at once in the backward pass of a layer, beside what it reads: what the mlp computes
+# again comes on top.
+LAYER = {"D": 6.5, "F": 3.0}
+SCORES = 8.5  # bytes that plain attention keeps of each score in the layer at work
+HOLES = 0.05  # between buffers, of all that is not parameters or optimiser state
+HEAD = 5.0  # bytes a weight of the output projection and its float32 gradient, in the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +37,13 @@ class Need:
 
     parameters: int
     optimizer: int
-    gradients: int
-    activations: int
+    gradients: int  # and the copy of the parameters that matmuls use
+    activations: int  # saved for the backward pass, over all layers
+    working: int  # of the loss or of one layer's backward pass, and holes between buffers
 
     @property
     def total(self) -> int:
-        return self.parameters + self.optimizer + self.gradients + self.activations
+        return self.parameters + self.optimizer + self.gradients + self.activations + self.working
 
     def __str__(self) -> str:
         parts = ", ".join(f"{f.name} {getattr(self, f.name) / GIB:.1f}" for f in dataclasses.fields(self))
@@ -39,33 +55,75 @@ def shard_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def estimate(cfg: ModelConfig, config: Config, state: State, mesh: jax.sharding.Mesh) -> Need:
-    """The need of one step; the activations are a rule of thumb that errs on the high side of what compilers report.
+def estimate(cfg: ModelConfig, config: Config, state: State, mesh: Mesh | AbstractMesh) -> Need:
+    """The need of one step.
+
+      gradients    of the parameters that a device holds, in the compute dtype, and a copy of the parameters in it
+                   where theirs is another; with microbatches their sum in the parameters' dtype
+      activations  of each layer its input and what the remat policy saves; with the policy `none` everything that
+                   differentiation asks for, gathered weights too
+      working      the larger of the loss (a chunk's logits in float32, the output projection and its gradient) and
+                   of one layer's backward pass (its gathered weights, and values of its tokens), and holes
 
     Args:
       cfg: the grown model.
-      config: the run.
+      config: the run, with a remat policy of `REMAT`.
       state: abstract, with shardings.
-      mesh: of the shardings.
+      mesh: of the shardings; its devices need not be there.
     """
     width = compute_dtype(config.train).itemsize
     parameters = shard_bytes(state["params"])
-    padded = padded_rows(config.train.batch_size, mesh, config.train.accumulation)
-    ways = axis_size(mesh, *BATCH_AXES, "context")
-    tokens, tensor = padded / config.train.accumulation * config.data.sequence_length / ways, mesh.shape["tensor"]
-    D, F, N, K, H = (
-        cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim,
-    )  # fmt: skip
-    # Values kept a token and layer for the backward pass; plain attention's scores and their softmax are float32.
-    scores = 0 if uses_splash(cfg, config, mesh) else 3 * N / tensor * config.data.sequence_length * 4
-    everything = (6 * D + (2 * (N + 2 * K) * H + 4 * F) / tensor) * width + scores
-    values = {"B": 1, "T": 1, "D": D, "F": F / tensor, "N": N / tensor, "K": K / tensor, "H": H}
+    count = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state["params"]))
+    gradients = count * width + (count * width if count * width != parameters else 0)
+    gradients += parameters if config.train.accumulation > 1 else 0
+    rows = padded_rows(config.train.batch_size, mesh, config.train.accumulation) / config.train.accumulation
+    tokens = rows * config.data.sequence_length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))
+    activations = cfg.num_hidden_layers * _saved(cfg, config, mesh, tokens, width)
+    working = max(_layer(cfg, config, mesh, tokens, width), _loss(cfg, config, mesh, tokens))
+    optimizer = shard_bytes(state["opt_state"])
+    working += HOLES * (gradients + activations + working)
+    return Need(parameters, optimizer, gradients, round(activations), round(working))
+
+
+def each(cfg: ModelConfig, mesh: Mesh | AbstractMesh, letters: str) -> float:
+    """Values a token and device of an activation of these axes; B and T do not count."""
+    letters = letters.replace("B", "").replace("T", "")
+    return size(cfg, letters) / ways(letters, ACTIVATIONS, mesh)
+
+
+def _gathered(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> float:
+    """Weights of one layer as a device multiplies by them."""
+    return sum(size(cfg, letters) for letters in layer_axes(cfg).values()) / axis_size(mesh, "tensor")
+
+
+def _saved(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float, width: int) -> float:
+    """Bytes of one layer that wait for its backward pass."""
     names = REMAT[config.train.remat]
-    kept, working = everything, 0.0
-    if names is not None:
-        kept = width * (D + sum(math.prod(values[a] for a in SAVEABLE[name]) for name in names))
-        working = everything
-    logits = 3 * 4 * cfg.vocab_size / tensor
-    activations = tokens * (kept * cfg.num_hidden_layers + working + logits)
-    accumulated = parameters if config.train.accumulation > 1 else 0
-    return Need(parameters, shard_bytes(state["opt_state"]), parameters + accumulated, round(activations))
+    if names is None:
+        values = sum(count * each(cfg, mesh, letters) for letters, count in EVERYTHING.items())
+        shared = axis_size(mesh, "fsdp", "context") > 1
+        weights = _gathered(cfg, mesh) * width if shared else 0.0
+        scores = 0 if uses_splash(cfg, config, mesh) else 4 * each(cfg, mesh, "N") * config.data.sequence_length
+        return tokens * (values * width + scores) + weights
+    kept = ["D", *(SAVEABLE[name] for name in names)]
+    sums = 4 * each(cfg, mesh, "N") if "attention" in names else 0.0  # the kernel's, float32
+    return tokens * (width * sum(each(cfg, mesh, letters) for letters in kept) + sums)
+
+
+def _layer(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float, width: int) -> float:
+    """Bytes that the backward pass of one layer works with, beside what was saved."""
+    names = REMAT[config.train.remat]
+    kept = None if names is None else (*names, *OFFLOADED.get(config.train.remat, ()))
+    again = [letters for name, letters in SAVEABLE.items() if kept is not None and name not in kept]
+    values = sum(count * each(cfg, mesh, letters) for letters, count in LAYER.items())
+    values += sum(each(cfg, mesh, letters) for letters in again if "F" in letters)
+    scores = 0 if uses_splash(cfg, config, mesh) else SCORES * each(cfg, mesh, "N") * config.data.sequence_length
+    return tokens * (values * width + scores) + _gathered(cfg, mesh) * width
+
+
+def _loss(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float) -> float:
+    """Bytes that the loss works with."""
+    logits = tokens * each(cfg, mesh, "V")
+    chunks = loss_chunks(round(logits), config.data.sequence_length)
+    head = size(cfg, "DV") / axis_size(mesh, "tensor")
+    return 4 * logits / chunks + HEAD * head

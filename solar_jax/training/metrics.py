@@ -12,18 +12,18 @@ from solar_jax.config import ModelConfig
 from solar_jax.parallel import processes
 
 
-def flops_per_token(cfg: ModelConfig, sequence_length: int) -> float:
-    """Model FLOPs of training on one token, forward and backward, attention counted as causal.
+def flops_per_token(cfg: ModelConfig, sequence_length: int, *, causal: bool = True) -> float:
+    """Model FLOPs of training on one token, forward and backward.
 
     A matmul costs 2 FLOPs a weight and token, and its backward pass twice its forward: 6 x the weights of all
     matmuls, the output projection included and the embedding look-up not. Scores and their product with the values
-    add 2 x 2 x N x H x S forward; a causal query sees T / 2 keys on average (at most the sliding window).
-    Rematerialisation is not counted.
+    add 2 x 2 x N x H x S forward. Causal, a query sees T / 2 keys on average (at most the sliding window); not
+    causal, all T, as many publications count. Rematerialisation is not counted.
     """
     D, F, L, V = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, cfg.vocab_size
     N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    keys = sequence_length / 2
-    if cfg.sliding_window:
+    keys = sequence_length / 2 if causal else sequence_length
+    if causal and cfg.sliding_window:
         keys = min(keys, cfg.sliding_window)
     weights = L * (D * H * (2 * N + 2 * K) + 3 * D * F) + D * V
     return 6 * weights + 3 * L * 4 * N * H * keys

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from solar_jax.parallel.chips import Chip
 
 HOST = 1.6e10  # bytes/s
+KERNEL_RATE = 0.5  # of the peak, that attention kernels are taken to run at
 # Forward FLOPs are 2 matmuls of [T, H] x [H, T], half of them masked; kernels of a backward pass in units of that.
 KERNELS = ((r"fwd", 1.0), (r"dkv.*fused|fused.*dkv", 2.5), (r"dq", 1.5), (r"", 2.0))
 
@@ -62,7 +63,7 @@ class Program:
         """Seconds of each part."""
         return {
             "compute": self.cycles / self.chip.clock,
-            "kernels": self.kernel_flops / (0.5 * self.chip.peak),
+            "kernels": self.kernel_flops / (KERNEL_RATE * self.chip.peak),
             "comm": sum(self.moved.values()) / self.chip.links,
             "host": self.host / HOST,
         }

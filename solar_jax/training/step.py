@@ -29,7 +29,7 @@ ATTENTION = ("auto", "splash", "xla")  # config.train.attention
 LOGITS = 2**28  # of one chunk of the loss, on one device: a GiB in float32
 
 
-def state_shardings(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def state_shardings(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> State:
     """Where parameters and optimiser state rest: every moment where its parameter does."""
     opt_state = jax.eval_shape(optimizer.init, llama.shapes(cfg))
     return {
@@ -134,7 +134,7 @@ def make_train_step(
     """
     summed_loss = _summed_loss(cfg, config, mesh, precision(config.train).projections)
     shardings = state_shardings(cfg, optimizer, mesh)
-    microbatches = config.train.accumulation
+    microbatches = max(1, config.train.accumulation)
     constrain = rules.constrain(mesh)
 
     def gradients(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Params]:

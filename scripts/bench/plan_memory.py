@@ -1,0 +1,125 @@
+"""How far the planner's HBM, taken from shapes, lies from what the TPU compiler allots.
+
+    python scripts/bench/plan_memory.py [--only v5p] [--full]
+
+Needs the extra `tpu` (libtpu) and no TPU. Of every combination of model, slice, rows and remat policy the step is
+compiled for all of the slice's devices, until the compiler has laid out memory: what it then holds against the
+chip's HBM is compared with the prediction. With `--full` it goes on to the end, for many minutes, and the table also
+has the sum of the arguments and temporaries that jax reports of the program, which is more than was allotted.
+"""
+
+import argparse
+import dataclasses
+import glob
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from solar_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from solar_jax.parallel.slices import Slice, find_slice
+from solar_jax.training import aot, planner
+
+GIB = 2**30
+MODELS = {
+    "solar": ModelConfig(32000, 4096, 14336, 48, 32, 8, 128),
+    "mistral": ModelConfig(32000, 4096, 14336, 32, 32, 8, 128),
+    "qwen2.5-7b": ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, attention_bias="qkv"),
+    "llama3.2-1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),
+    "small": ModelConfig(32000, 1024, 4096, 8, 8, 8, 128),
+}
+MODELS = {name: dataclasses.replace(m, rope_theta=1e4, rms_norm_eps=1e-5) for name, m in MODELS.items()}
+
+# model, slice, rows a device, tokens a row, remat policy, (data, fsdp, tensor, context), microbatches
+PLAIN = (1, -1, 1, 1)
+COMBINATIONS = (
+    ("solar", "v5p-128", 4, 4096, "full", PLAIN, 1),
+    ("solar", "v5p-128", 4, 4096, "attention", PLAIN, 1),
+    ("solar", "v5p-128", 4, 4096, "mid", PLAIN, 1),
+    ("solar", "v5p-128", 4, 4096, "half_mlp", PLAIN, 1),
+    ("solar", "v5p-128", 4, 4096, "matmuls", PLAIN, 1),
+    ("solar", "v5p-128", 2, 8192, "half_mlp", PLAIN, 1),
+    ("solar", "v5p-128", 8, 4096, "mid", (1, -1, 2, 1), 1),
+    ("solar", "v6e-256", 2, 4096, "mid", PLAIN, 1),
+    ("solar", "v5e-256", 1, 4096, "full", PLAIN, 1),
+    ("solar", "v4-256", 2, 4096, "qkv", PLAIN, 1),
+    ("mistral", "v5p-64", 4, 4096, "mid", PLAIN, 2),
+    ("qwen2.5-7b", "v5p-64", 2, 4096, "mid", PLAIN, 1),
+    ("llama3.2-1b", "v5e-16", 1, 4096, "mid", PLAIN, 1),
+    ("small", "v5p-8", 4, 4096, "mid", PLAIN, 1),
+)
+
+
+def run_of(combination: tuple) -> tuple[ModelConfig, Config, Slice]:
+    name, where, rows, length, remat, mesh, microbatches = combination
+    wanted = find_slice(where)
+    batch = rows * microbatches * wanted.devices // (mesh[2] * mesh[3])
+    config = Config(
+        name=name,
+        data=DataConfig(sequence_length=length),
+        train=TrainConfig(10, batch, microbatches, remat=remat),
+        mesh=MeshConfig(*mesh),
+    )
+    return MODELS[name], config, wanted
+
+
+def predicted(cfg: ModelConfig, config: Config, wanted: Slice) -> float:
+    """Bytes a device, by the planner."""
+    return planner.need(cfg, planner.options(cfg, config, planner.of_slice(wanted))[0]).total
+
+
+def allotted(index: int) -> float:
+    """Bytes a device that the compiler allots to a combination, read from its report; it is stopped there."""
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text"}
+        command = [sys.executable, __file__, f"--compile={index}"]
+        child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        done = f"{folder}/*jit_train_step*after_buffer_assignment.txt"  # what is written next
+        while child.poll() is None and not glob.glob(done):
+            time.sleep(0.5)
+        child.kill()
+        said = child.communicate()[1]
+        reports = glob.glob(f"{folder}/*jit_train_step*memory-usage-report.txt")
+        if not reports:
+            raise SystemExit(f"the compiler wrote no report:\n{said[-2000:]}")
+        found = re.search(r"\(color=0\)\nTotal bytes: (\d+)", pathlib.Path(reports[0]).read_text())
+        assert found
+        return float(found[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="part of a model's, a slice's or a policy's name")
+    parser.add_argument("--full", action="store_true", help="compile to the end")
+    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)  # what `allotted` starts
+    args = parser.parse_args()
+    if args.compile is not None:
+        aot.compile_step(*run_of(COMBINATIONS[args.compile]))
+        return
+    print(f"{'model, slice, rows x length, remat, mesh':72}{'predicted':>10}{'compiler':>10}{'error':>8}  GiB a device")
+    worst = 0.0
+    for index, combination in enumerate(COMBINATIONS):
+        name, where, rows, length, remat, mesh, microbatches = combination
+        if not any(args.only in part for part in (name, where, remat)):
+            continue
+        cfg, config, wanted = run_of(combination)
+        need = predicted(cfg, config, wanted)
+        if args.full:
+            step = aot.compile_step(cfg, config, wanted)
+            total, more = step.total, f"  {(step.arguments + step.temporaries) / GIB:.2f}"
+        else:
+            total, more = allotted(index), ""
+        split = f"tensor {mesh[2]}" if mesh[2] > 1 else f"{microbatches} microbatches" if microbatches > 1 else ""
+        what = f"{name}, {where}, {rows} x {length}, {remat} {split}"
+        print(f"{what:72}{need / GIB:10.2f}{total / GIB:10.2f}{need / total - 1:+8.1%}{more}", flush=True)
+        worst = max(worst, abs(need / total - 1))
+    print(f"largest error {worst:.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""What a run takes on TPU slices that nobody has rented yet: memory, mesh, remat policy, time and price.
+
+    python -m solar_jax.plan --config configs/dus_48l.py --slice v5p-128,v6e-256 [--tokens 3e11] [--compile]
+
+What the config leaves open (axes of `config.mesh` that are 0, `train.remat="auto"`, `train.accumulation=0`) is sought.
+Memory and time are estimated from shapes; with `--compile` the TPU compiler's own figures stand in their place, which
+takes minutes a slice and the package libtpu, but no TPU.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from solar_jax import cli
+from solar_jax.config import Config, ModelConfig, resolve
+from solar_jax.errors import UserError
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.plan import make_plan
+from solar_jax.hf.files import read_json
+from solar_jax.model.llama import parameter_count
+from solar_jax.parallel.chips import CHIPS
+from solar_jax.parallel.slices import Slice, described_devices, find_slice
+from solar_jax.progress import ticking
+from solar_jax.source import open_checkpoint
+from solar_jax.training import planner
+from solar_jax.training.aot import compile_step
+from solar_jax.training.memory import GIB, Need
+from solar_jax.training.metrics import duration, flops_per_token, write_json
+from solar_jax.training.planner import Devices, Option
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what the compiler's refusal begins with
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run's step is taken on a slice."""
+
+    option: Option
+    hbm: float  # bytes a device
+    seconds: float
+    compiled: bool
+    fits: bool = True
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
+    flags.DEFINE_list("slice", None, "TPU slices as Google names them, e.g. v5p-128,2xv6e-256.")
+    flags.DEFINE_bool("compile", False, "Check each choice with the TPU compiler and take its figures.")
+    flags.DEFINE_float("tokens", None, "Tokens to train on, e.g. 3e11; the config's own if not given.")
+    flags.DEFINE_string("prices", None, "JSON file of dollars a chip and hour in place of list prices, {'v5p': 4.2}.")
+    flags.DEFINE_float("time_limit", 1800.0, "Seconds after which no further compilation is started.")
+    flags.DEFINE_string("json", None, "File to write the plan to as JSON.")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    f = flags.FLAGS
+    if f.config is None or not f.slice:
+        raise UserError("plan needs --config FILE and --slice NAME, for example --slice=v5p-128,v6e-256.")
+    plan(
+        resolve(f.config), [find_slice(name) for name in f.slice],
+        compiles=f.compile, tokens=f.tokens, prices=read_prices(f.prices), time_limit=f.time_limit, file=f.json,
+    )  # fmt: skip
+
+
+def plan(
+    config: Config, slices: Sequence[Slice], *, compiles: bool = False, tokens: float | None = None,
+    prices: dict[str, float] | None = None, time_limit: float = 1800.0, file: str | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Plans a run on each slice, says everything, and returns what `--json` writes of each.
+
+    Raises:
+      UserError: the config, or what it asks of the mesh, is impossible.
+    """
+    # ---- What is asked for ------------------------------------------------------------------------------------------
+    begin = time.monotonic()
+    base = config.model if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
+    cfg = grown_config(base, make_plan(base.num_hidden_layers, config.growth))
+    step_tokens = config.train.batch_size * config.data.sequence_length
+    tokens = config.train.steps * step_tokens if tokens is None else tokens
+    if not tokens > 0:
+        raise UserError(f"--tokens must be above 0, found {tokens}.")
+    say(
+        f"{config.name}: {cfg.num_hidden_layers} layers, {parameter_count(cfg):,} parameters; "
+        f"{config.train.batch_size} x {config.data.sequence_length:,} = {step_tokens:,} tokens a step, {tokens:.4g} "
+        f"in all, precision {config.train.precision}"
+    )
+    say(
+        f"model FLOPs a token, 6 x the weights of matmuls + 12 x heads x head_dim x keys a layer: "
+        f"{flops(cfg, config) / 1e9:.2f} G causal (T/2 keys), {flops(cfg, config, causal=False) / 1e9:.2f} G not"
+    )
+    if compiles and (missing := no_compiler(slices[0])):
+        compiles = False
+        say(f"estimated, not compiled: {missing}")
+
+    # ---- Each slice -------------------------------------------------------------------------------------------------
+    rows = []
+    for wanted in slices:
+        devices = planner.of_slice(wanted)
+        result = estimated(cfg, config, wanted, devices)
+        if compiles and result.fits:
+            result = checked(cfg, config, wanted, devices, begin + time_limit) or result
+        rows.append(row(cfg, wanted, result, tokens, (prices or {}).get(wanted.chip, wanted.facts.price)))
+
+    # ---- What came of it --------------------------------------------------------------------------------------------
+    say(f"\n{table(rows, tokens)}")
+    if file:
+        write_json(pathlib.Path(file), {"slices": rows})
+    return rows
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def flops(cfg: ModelConfig, config: Config, *, causal: bool = True) -> float:
+    return flops_per_token(cfg, config.data.sequence_length, causal=causal)
+
+
+def read_prices(file: str | None) -> dict[str, float]:
+    """The user's prices by chip.
+
+    Raises:
+      UserError: the file holds something else.
+    """
+    if file is None:
+        return {}
+    prices = read_json(pathlib.Path(file))
+    for chip, price in prices.items():
+        if chip not in CHIPS:
+            raise UserError(f"{file}: {chip!r} is no chip; chips are {', '.join(CHIPS)}.")
+        if type(price) not in (int, float) or not price >= 0:
+            raise UserError(f"{file}: the price of {chip} must be dollars a chip and hour, found {price!r}.")
+    return prices
+
+
+def no_compiler(wanted: Slice) -> str:
+    """Why nothing can be compiled here, or ""."""
+    try:
+        described_devices(wanted)
+    except UserError as e:
+        return str(e)
+    return ""
+
+
+def estimated(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices) -> Result:
+    """The best way by shapes alone, and what every policy needs on its mesh, printed."""
+    chip = wanted.facts
+    found = planner.options(cfg, config, devices)
+    say(
+        f"\n{wanted.name}: {wanted.chips:,} chips, a device {chip.memory:.1f} GiB and {chip.peak / 1e12:,.0f} TFLOP/s; "
+        f"{len(found):,} meshes and policies"
+    )
+    option, need = planner.best(cfg, found, devices)
+    say(policies(cfg, option, devices))
+    fits = planner.fits(need, devices)
+    say(f"{'best' if fits else 'does not fit; least'}: {option}, {need}")
+    assert option.time is not None
+    return Result(option, need.total, option.time.total, compiled=False, fits=fits)
+
+
+def policies(cfg: ModelConfig, option: Option, devices: Devices) -> str:
+    """A line for every remat policy on an option's mesh, GiB a device."""
+    parts = [field.name for field in dataclasses.fields(Need)]
+    lines = [f"{'remat':<12}{'HBM GiB':>9}" + "".join(f"{name:>13}" for name in parts) + f"{'step s':>9}"]
+    for other in planner.other_policies(cfg, option, devices):
+        need = planner.need(cfg, other)
+        sizes = "".join(f"{getattr(need, name) / GIB:>13.2f}" for name in parts)
+        mark = " <" if other.config == option.config else "" if planner.fits(need, devices) else " does not fit"
+        seconds = other.time.total if other.time else 0.0
+        lines.append(f"{other.config.train.remat:<12}{need.total / GIB:>9.2f}{sizes}{seconds:>9.3f}{mark}")
+    return "\n".join(lines)
+
+
+def checked(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices, deadline: float) -> Result | None:
+    """The best way that the TPU compiler takes, with its figures; None where time ran out first."""
+    smallest = devices.memory
+    for option in planner.options(cfg, config, devices):
+        need = planner.need(cfg, option)
+        if not planner.fits(need, devices) or need.total >= smallest:
+            continue
+        if time.monotonic() > deadline:
+            say("the time limit is over: estimated, not compiled")
+            return None
+        begin = time.monotonic()
+        say(f"compiling {option} for {wanted.name}")
+        try:
+            with ticking(f"compiling for {wanted.name}"):
+                compiled = compile_step(cfg, option.config, wanted)
+        except jax.errors.JaxRuntimeError as e:
+            if OUT_OF_MEMORY not in str(e):
+                raise
+            say(f"does not fit, says the compiler: {str(e).splitlines()[0]}")
+            smallest = need.total
+            continue
+        overlapped, serial = compiled.program.seconds()
+        say(
+            f"compiled in {duration(time.monotonic() - begin)}: {compiled.total / GIB:.2f} GiB where "
+            f"{need.total / GIB:.2f} were estimated, step {overlapped:.3f} s ({serial:.3f} s with nothing overlapped)"
+        )
+        return Result(option, compiled.total, overlapped, compiled=True)
+    say("the compiler takes none of them")
+    return None
+
+
+def row(cfg: ModelConfig, wanted: Slice, result: Result, tokens: float, price: float) -> dict[str, Any]:
+    """What the plan says of a slice."""
+    config, chip = result.option.config, wanted.facts
+    rate = config.train.batch_size * config.data.sequence_length / result.seconds / wanted.chips
+    hours = tokens / (rate * wanted.chips) / 3600
+    peak = chip.peak * chip.devices
+    return {
+        "slice": wanted.name,
+        "chips": wanted.chips,
+        "mesh": dict(result.option.mesh.shape),
+        "remat": config.train.remat,
+        "accumulation": config.train.accumulation,
+        "hbm_gib": round(result.hbm / GIB, 3),
+        "step_seconds": result.seconds,
+        "tokens_per_second_per_chip": rate,
+        "mfu": rate * flops(cfg, config) / peak,
+        "mfu_non_causal": rate * flops(cfg, config, causal=False) / peak,
+        "hours": hours,
+        "dollars": hours * wanted.chips * price,
+        "fits": result.fits,
+        "compiled": result.compiled,
+    }
+
+
+def table(rows: list[dict[str, Any]], tokens: float) -> str:
+    """One line a slice."""
+    lines = [
+        f"{'slice':<14}{'chips':>6}  {'mesh':<26}{'remat':<11}{'HBM GiB':>8}{'step s':>9}{'tokens/s/chip':>14}"
+        f"{'MFU causal, not':>17}{f'hours, {tokens:.3g} t':>18}{'dollars':>14}"
+    ]
+    for r in rows:
+        mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1) or "one device"
+        mesh += f" / {r['accumulation']}" if r["accumulation"] > 1 else ""
+        how = "compiled" if r["compiled"] else "estimated" if r["fits"] else "does not fit"
+        lines.append(
+            f"{r['slice']:<14}{r['chips']:>6}  {mesh:<26}{r['remat']:<11}{r['hbm_gib']:>8.1f}{r['step_seconds']:>9.3f}"
+            f"{r['tokens_per_second_per_chip']:>14,.0f}{f'{r["mfu"]:.1%}, {r["mfu_non_causal"]:.1%}':>17}"
+            f"{r['hours']:>18,.1f}{r['dollars']:>14,.0f}  {how}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.start(main, define_flags)
