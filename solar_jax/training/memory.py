@@ -59,7 +59,7 @@ def estimate(cfg: ModelConfig, config: Config, state: State, mesh: Mesh | Abstra
     """The need of one step.
 
       gradients    of the parameters that a device holds, in the compute dtype, and a copy of the parameters in it
-                   where theirs is another; with microbatches their sum in the parameters' dtype
+                   where theirs is another; with microbatches their sum in float32
       activations  of each layer its input and what the remat policy saves; with the policy `none` everything that
                    differentiation asks for, gathered weights too
       working      the larger of the loss (a chunk's logits in float32, the output projection and its gradient) and
@@ -75,7 +75,7 @@ def estimate(cfg: ModelConfig, config: Config, state: State, mesh: Mesh | Abstra
     parameters = shard_bytes(state["params"])
     count = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state["params"]))
     gradients = count * width + (count * width if count * width != parameters else 0)
-    gradients += parameters if config.train.accumulation > 1 else 0
+    gradients += 4 * count if config.train.accumulation > 1 else 0
     rows = padded_rows(config.train.batch_size, mesh, config.train.accumulation) / config.train.accumulation
     tokens = rows * config.data.sequence_length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))
     activations = cfg.num_hidden_layers * _saved(cfg, config, mesh, tokens, width)
