@@ -216,6 +216,32 @@ def test_frozen_layers_leave_the_run_as_they_came(tiny, text, tmp_path, trainabl
     assert np.array_equal(out["lm_head.weight"], base["lm_head.weight"])
 
 
+@pytest.mark.slow
+def test_a_run_all_in_bfloat16_is_interrupted_goes_on_bit_by_bit_and_is_exported(tiny, text, tmp_path, monkeypatch):
+    config = make_config(
+        tiny, text, train_precision="bf16", train_steps=3, evaluation_every=0, checkpoint_every=1,
+        export_dtype="bfloat16",
+    )  # fmt: skip
+    train.run(config, tmp_path / "whole")
+
+    def interrupt(line=""):
+        if "step 3/" in line:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "say", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path / "parts")
+    train.run(config, tmp_path / "parts")
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    whole, parts = ((tmp_path / f / "hf" / "model.safetensors").read_bytes() for f in ("whole", "parts"))
+    assert parts == whole
+    # Nothing is rounded once more on the way out, but for the norms' scales, which are trained in float32.
+    trained = load_params(open_checkpoint(str(tmp_path / "whole")))["layers"]
+    assert (trained["up_proj"] == trained["up_proj"].astype(jnp.bfloat16)).all()
+    assert (trained["mlp_norm"] != trained["mlp_norm"].astype(jnp.bfloat16)).any()
+
+
 def test_training_goes_on_from_our_own_checkpoint(finished, text, tmp_path):
     _, folder, summary = finished
     again = train.run(make_config(folder, text, growth_operator="identity", train_steps=2), tmp_path / "run")
