@@ -233,20 +233,26 @@ def row(cfg: ModelConfig, wanted: Slice, result: Result, tokens: float, price: f
     }
 
 
+def mesh_text(r: dict[str, Any]) -> str:
+    """A row's mesh and, where there are several, microbatches."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1) or "one device"
+    return f"{mesh}, {r['accumulation']} microbatches" if r["accumulation"] > 1 else mesh
+
+
 def table(rows: list[dict[str, Any]], tokens: float) -> str:
     """One line a slice."""
+    meshes = [mesh_text(r) for r in rows]
+    wide = max(map(len, meshes)) + 2
     lines = [
-        f"{'slice':<14}{'chips':>6}  {'mesh':<26}{'remat':<11}{'HBM GiB':>8}{'step s':>9}{'tokens/s/chip':>14}"
+        f"{'slice':<14}{'chips':>6}  {'mesh':<{wide}}{'remat':<11}{'HBM GiB':>8}{'step s':>9}{'tokens/s/chip':>14}"
         f"{'MFU causal, not':>17}{f'hours, {tokens:.3g} t':>18}{'dollars':>14}"
     ]
-    for r in rows:
-        mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1) or "one device"
-        mesh += f" / {r['accumulation']}" if r["accumulation"] > 1 else ""
+    for r, mesh in zip(rows, meshes, strict=True):
         how = "compiled" if r["compiled"] else "estimated" if r["fits"] else "does not fit"
         lines.append(
-            f"{r['slice']:<14}{r['chips']:>6}  {mesh:<26}{r['remat']:<11}{r['hbm_gib']:>8.1f}{r['step_seconds']:>9.3f}"
-            f"{r['tokens_per_second_per_chip']:>14,.0f}{f'{r["mfu"]:.1%}, {r["mfu_non_causal"]:.1%}':>17}"
-            f"{r['hours']:>18,.1f}{r['dollars']:>14,.0f}  {how}"
+            f"{r['slice']:<14}{r['chips']:>6}  {mesh:<{wide}}{r['remat']:<11}{r['hbm_gib']:>8.1f}"
+            f"{r['step_seconds']:>9.3f}{r['tokens_per_second_per_chip']:>14,.0f}"
+            f"{f'{r["mfu"]:.1%}, {r["mfu_non_causal"]:.1%}':>17}{r['hours']:>18,.1f}{r['dollars']:>14,.0f}  {how}"
         )
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ The state is a plain pytree whose layers lie on axis L. What an array is called 
 in `LAYER_AXES`, `OPTIONAL` and `axes`; shapes, sharding rules and the conversion table all read it there.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -119,6 +120,7 @@ def shapes(cfg: ModelConfig, weights: str = "float32") -> Params:
     return jax.tree.map_with_path(one, axes(cfg))
 
 
+@functools.cache  # planners ask again and again
 def parameter_count(cfg: ModelConfig) -> int:
     return sum(s.size for s in jax.tree.leaves(shapes(cfg)))
 

@@ -50,8 +50,8 @@ def step_time(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip:
                the loss computes nothing again
       kernels  4 N H keys t / tensor a layer, times 1 + 2.5, and 1 more where attention is not saved, at half the
                peak; keys are T / 2, at most the sliding window. Without kernels the same, as matmuls.
-      vectors  `_VECTORS` a token and layer, and of the optimiser parameters, moments and gradients read and
-               written, at the HBM's bandwidth
+      vectors  `_VECTORS` a token and layer; of the optimiser parameters, moments and gradients read and written;
+               of microbatches their sum read and written; at the HBM's bandwidth
       links    a layer's weights gathered twice and their gradients scattered once, in the compute dtype, a
                microbatch; the embedding and the output projection the same once; over tensor four all-reduces of
                [t, D] a layer, a fifth where `mid` is not saved; over context keys and values gathered and their
@@ -82,7 +82,8 @@ def step_time(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip:
 
     values = sum(count * each(cfg, mesh, letters) for letters, count in _VECTORS.items())
     state = parameter_count(cfg) / ways("DF", PARAMETERS, mesh)
-    vector_bytes = t * L * values * width + 4 * 8 * state
+    count = config.train.accumulation
+    vector_bytes = t * L * values * width + 4 * (8 + (3 * count if count > 1 else 0)) * state
 
     return StepTime(
         matmuls=matmul_flops / (chip.matmul_rate * chip.peak),
