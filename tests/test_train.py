@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from solar_jax import train
-from solar_jax.config import Config, defaults, resolve
+from solar_jax.config import Config, MeshConfig, defaults, resolve
 from solar_jax.errors import UserError
 from solar_jax.hf.reader import load_params
 from solar_jax.model import llama
@@ -156,8 +156,7 @@ def test_an_interrupted_run_goes_on_bit_by_bit(finished, tmp_path, monkeypatch, 
 def test_the_mesh_changes_no_loss(finished, tiny, text, tmp_path):
     config, whole, _ = finished
     expected = [r[1] for r in metrics(whole)]
-    for i, (data, fsdp, tensor) in enumerate([(8, 1, 1), (2, 2, 2)]):
-        mesh = dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
+    for i, mesh in enumerate([MeshConfig(8, 1), MeshConfig(2, 2, tensor=2), MeshConfig(1, 2, context=2, slice=2)]):
         other = dataclasses.replace(config, mesh=mesh, train=dataclasses.replace(config.train, control=False))
         train.run(other, tmp_path / str(i))
         np.testing.assert_allclose([r[1] for r in metrics(tmp_path / str(i))], expected, rtol=1e-5)
@@ -277,6 +276,8 @@ def broken(tiny: pathlib.Path, tmp_path: pathlib.Path, what: str) -> pathlib.Pat
         ({"data_sequence_length": 2000}, ["sequence_length=2000", "max_position_embeddings=1024"]),
         ({"mesh_tensor": 8, "mesh_fsdp": 1}, ["mesh.tensor=8", "num_attention_heads=4"]),
         ({"mesh_data": 3}, ["data=3", "8 device(s)"]),
+        ({"mesh_context": 4, "data_sequence_length": 100}, ["config.mesh.context=4", "multiple of 8", "found 100"]),
+        ({"mesh_slice": 3}, ["slice=3", "8 device(s)"]),
         ({"model_num_hidden_layers": 7}, ["config.model.num_hidden_layers", "7", "6"]),
         ({"export_max_shard_size": "big"}, ["max_shard_size", "'big'"]),
     ],

@@ -8,8 +8,10 @@ as the loops around it turn:
   comm     bytes of collectives over the links of all axes; an all-reduce moves its bytes twice, unless it stands for a
            reduce-scatter: the compiler names that fusion of an all-reduce and a slice "all-reduce-scatter"
   host     bytes copied to and from host memory, at 16 GB/s
+  network  bytes to other slices, over a chip's share of its host's network; the compiler writes them as sends
 
-"overlapped" takes compute + kernels, comm and host to run at once, "serial" one after the other.
+"overlapped" takes compute + kernels, comm and host to run at once, "serial" one after the other. The network is added
+to both: what slices exchange is the sum of their gradients, which is there after the last layer and needed next.
 """
 
 import dataclasses
@@ -35,6 +37,8 @@ _CALL = re.compile(r" (?:call|async-start)\(.*(?:to_apply|calls|called_computati
 _DONE = re.compile(r"%async-collective-done[\w.\-]* =")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
 _CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
+_SEND = re.compile(r"= \((.*?)\) send\(.*xla_megascale_runtime")
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}')
 _HOST_COPY = re.compile(r" (copy-start|copy|dynamic-update-slice|dynamic-slice)\(")
 
 
@@ -56,6 +60,7 @@ class Program:
     kernel_flops: float = 0.0
     moved: Counter[str] = dataclasses.field(default_factory=Counter)  # bytes by kind of collective
     host: float = 0.0  # bytes
+    network: float = 0.0  # bytes
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)  # how often each runs
     unknown: set[str] = dataclasses.field(default_factory=set)  # kernels that have no cost here
 
@@ -66,18 +71,20 @@ class Program:
             "kernels": self.kernel_flops / (KERNEL_RATE * self.chip.peak),
             "comm": sum(self.moved.values()) / self.chip.links,
             "host": self.host / HOST,
+            "network": self.network / self.chip.network,
         }
 
     def seconds(self) -> tuple[float, float]:
         """(overlapped, serial) step time."""
         p = self.parts()
-        return max(p["compute"] + p["kernels"], p["comm"], p["host"]), sum(p.values())
+        return max(p["compute"] + p["kernels"], p["comm"], p["host"]) + p["network"], sum(p.values())
 
     def report(self, tokens: float, flops: float) -> str:
         """For a person; `tokens` and model `flops` are those of one chip and step."""
         lines = [f"kernels without a cost, so not comparable: {', '.join(self.unknown)}"] if self.unknown else []
         lines.append("parts " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.parts().items()))
-        lines.append("moved " + ", ".join(f"{kind} {count / 1e9:.1f} GB" for kind, count in self.moved.items()))
+        moved = self.moved | ({"to other slices": self.network} if self.network else {})
+        lines.append("moved " + ", ".join(f"{kind} {count / 1e9:.1f} GB" for kind, count in moved.items()))
         for name, seconds in zip(("overlapped", "serial"), self.seconds(), strict=True):
             mfu = 100 * flops / seconds / self.chip.peak
             lines.append(f"{name:10} step {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s a chip, MFU {mfu:.1f} %")
@@ -129,8 +136,9 @@ def _kernel(program: Program, line: str, times: int) -> None:
     operands = line.split("operand_layout_constraints")[-1]
     shapes = [shape for t, shape in _arrays(operands) if t == "bf16" and len(shape) >= 3]  # one row has no axis
     *rows, length, width = max(shapes, key=lambda s: math.prod(s[:-2]))
+    keys = max(s[-2] for s in shapes)  # more than queries where a row is split over chips
     factor = next(f for pattern, f in KERNELS if re.search(pattern, name))
-    program.kernel_flops += times * factor * 2 * math.prod(rows) * length * length * width
+    program.kernel_flops += times * factor * 2 * math.prod(rows) * length * keys * width
     program.kernels[name] += times
 
 
@@ -147,6 +155,18 @@ def _collective(program: Program, line: str, times: int, where: str) -> None:
     program.moved[kind] += size * times * (2 if kind == "all-reduce" else 1)
 
 
+def _network(program: Program, line: str, times: int) -> None:
+    """Adds what a chip sends to other slices: of a sum over n of them (n - 1) / n twice, as in any all-reduce."""
+    found = _SEND.search(line)
+    if not found:
+        return
+    target = _SLICES.search(line)
+    parts = [list(map(int, part.split(":"))) for part in target[1].split(",")] if target else [[0, 1]]
+    slices = sum(part[-1] - part[0] + 1 for part in parts)
+    ways = 2 * (slices - 1) / slices if 'transfer_type="ALL_REDUCE"' in line else slices - 1
+    program.network += times * ways * _bytes(found[1])[0]
+
+
 def read(text: str, chip: Chip) -> Program:
     """The program of an optimised HLO text, as one device of `chip` runs it."""
     computations, entry = _computations(text)
@@ -157,6 +177,7 @@ def read(text: str, chip: Chip) -> Program:
         if 'custom_call_target="tpu_custom_call"' in line:
             _kernel(program, line, times)
         _collective(program, line, times, where)
+        _network(program, line, times)
         if "S(5)" in line and _HOST_COPY.search(line):  # memory space 5 is the host's
             program.host += times * max(_bytes(line.split("=", 1)[1].split("(", 1)[0]), default=0)
     return program

@@ -20,11 +20,11 @@ OPTIMIZER = make_optimizer(Config())
 
 
 @functools.cache
-def abstract(shape: tuple[int, int, int]) -> State:
+def abstract(shape: tuple[int, ...]) -> State:
     return abstract_state(SMALL, Config(), OPTIMIZER, state_shardings(SMALL, OPTIMIZER, mesh_of(*shape)))
 
 
-def make_state(shape: tuple[int, int, int], seed: int = 0) -> State:
+def make_state(shape: tuple[int, ...], seed: int = 0) -> State:
     """Random bits in every float, so that rounding or a zero filled in would show, and counts of 7."""
     rng = np.random.default_rng(seed)
 
@@ -54,7 +54,7 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (1, 4, 2), (1, 1, 1)])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (1, 4, 2), (1, 1, 1), (1, 2, 1, 2, 2)])
 def test_a_state_comes_back_bit_by_bit_on_any_mesh(saved, shape):
     with CheckpointStore(saved) as store:
         assert store.latest_step == 4

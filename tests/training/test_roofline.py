@@ -35,8 +35,14 @@ PROGRAM = """HloModule step
 
 ENTRY %main (p: s32[]) -> s32[] {
   %while.1 = s32[] while(%p), condition=%condition, body=%body
+  %send.1 = (f32[16]{0}, u32[], token[]) send(%g, %t), TO_OTHER_SLICES
+  %recv.1 = (f32[16]{0}, u32[], token[]) recv(%t), TO_OTHER_SLICES
 }
-"""
+""".replace(
+    "TO_OTHER_SLICES",
+    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}',
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +58,27 @@ def test_a_loop_counts_as_often_as_it_turns(program):
 def test_each_collective_counts_once_and_an_all_reduce_twice(program):
     gathered, scattered, added = 3 * 4 * 8 * 2, 3 * 4 * 8 * 2, 3 * 16 * 4
     assert dict(program.moved) == {"all-gather": gathered, "reduce-scatter": scattered, "all-reduce": 2 * added}
+
+
+def test_what_crosses_slices_is_neither_hidden_nor_taken_for_traffic_within_one(program):
+    assert program.network == 16 * 4  # of a sum over two each sends its own once
+    four = PROGRAM.replace('target="{1,2}x', 'target="{1:4}x')
+    assert roofline.read(four, CHIPS["v5p"]).network == 16 * 4 * 2 * 3 / 4
+    alone = roofline.read(PROGRAM.replace("send(", "bitcast("), CHIPS["v5p"])
+    added = 64 / CHIPS["v5p"].network
+    assert program.seconds() == pytest.approx([s + added for s in alone.seconds()], rel=1e-9)
+    assert "to other slices" in program.report(1, 1)
+    assert "to other slices" not in alone.report(1, 1)
+
+
+KERNEL = """HloModule step
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %splash_mha_fwd.1 = bf16[4,512,128] custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", SHAPES
+}
+""".replace("SHAPES", "operand_layout_constraints={bf16[4,512,128], bf16[2,1024,128], bf16[2,1024,128]}")
+
+
+def test_queries_of_a_split_row_are_counted_against_all_its_keys():
+    # 4 heads x 512 queries x 1024 keys x 128, two products of 2 FLOPs, half of them masked
+    assert roofline.read(KERNEL, CHIPS["v5p"]).kernel_flops == 4 * 512 * 1024 * 128 * 2

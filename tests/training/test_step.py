@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,7 @@ from solar_jax.hf.reader import load_params
 from solar_jax.model import llama
 from solar_jax.parallel import rules
 from solar_jax.source import open_checkpoint
+from solar_jax.training import roofline
 from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.step import State, abstract_state, make_eval_step, make_train_step, mean_loss, state_shardings
 from tests.conftest import hf_model, save_hf
@@ -181,6 +184,59 @@ def test_every_mesh_gives_the_loss_of_one_device(shape):
     assert_close(found.state, expected.state)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 1, 2, 2)])
+def test_a_window_over_a_split_row_gives_the_loss_of_one_device(shape):
+    # 5 keys, fewer than a device's 8 tokens: windows reach over the borders of its chunks of 4, and so do documents.
+    cfg, run, found = dataclasses.replace(SMALL, sliding_window=5), config(), []
+    for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
+        params = jax.device_put(initial(False), rules.parameter_shardings(cfg, mesh))
+        batch = jax.device_put(make_batch(0), rules.batch_sharding(mesh))
+        found.append(mean_loss(make_eval_step(cfg, run, mesh), params, [batch]))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[0] != pytest.approx(trained((1, 1, 1)).losses[0], rel=1e-4)  # the window matters
+
+
+def crossing_bytes(hlo: str, slice_of: Callable[[int], int]) -> int:
+    """Of results of collectives between devices of several slices, each as often as the loops around it turn."""
+    computations, entry = roofline._computations(hlo)
+    total = 0
+    for line, times, _ in roofline._executed(computations, entry, 1):
+        if not (found := roofline._COLLECTIVE.search(line)):
+            continue
+        if any(len({slice_of(d) for d in group}) > 1 for group in device_groups(line)):
+            total += times * sum(roofline._bytes(found[1]))
+    return total
+
+
+def device_groups(line: str) -> list[list[int]]:
+    """Of a collective, in each of the four ways in which HLO writes them."""
+    if found := re.search(r"mesh\[(.*?)\] \{(.*?)\}", line):  # mesh['slice'=2,'fsdp'=4] {'fsdp'}: devices in order
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        over = re.findall(r"'(\w+)'", found[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        ids = np.moveaxis(ids, [list(sizes).index(name) for name in over], range(-len(over), 0))
+        return ids.reshape(-1, math.prod(sizes[name] for name in over)).tolist()
+    if found := re.search(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):  # [4,2]<=[2,4]T(1,0)
+        ids = np.arange(np.prod(ints(found[2]))).reshape(ints(found[2]))
+        return (ids.transpose(ints(found[3])) if found[3] else ids).reshape(ints(found[1])).tolist()
+    found = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line)  # {{0,1},{2,3}}
+    assert found, line
+    return [ints(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
+
+
+def ints(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_cross_slices_once_a_step_each_device_its_share(accumulation):
+    shape = (1, 2, 1, 2, 2)  # two slices of four devices, each holding a quarter
+    hlo = compiled(shape, accumulation=accumulation).step.as_text()
+    mine = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(trained(shape).state["params"]))
+    assert mine <= crossing_bytes(hlo, lambda d: d // 4) <= mine + 64  # and a few scalars
+    assert crossing_bytes(hlo, lambda d: d % 2) > 3 * mine  # the reader sees collectives: these are within a slice
+
+
 def test_training_moves_the_loss():
     # Otherwise the tests around here would compare steps that do nothing.
     losses = trained((1, 1, 1)).losses
@@ -192,7 +248,7 @@ def test_tied_embeddings_give_the_loss_of_one_device_too(shape):
     assert trained(shape, tied=True).losses == pytest.approx(trained((1, 1, 1), tied=True).losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 2), (1, 8, 1), (1, 4, 2), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(1, 2, 2), (1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 2, 1, 2, 2)])
 @pytest.mark.parametrize("when", ["created", "after three steps"])
 def test_no_moment_is_kept_whole_where_its_parameter_is_split(shape, when):
     result = trained(shape)
@@ -334,6 +390,25 @@ def test_the_evaluation_is_the_mean_over_all_targets():
         total += float((losses * torch.tensor(batch["weights"]).flatten()).sum())
         weight += float(batch["weights"].sum())
     assert found == pytest.approx(total / weight, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "length", "attention", "words"),
+    [
+        ((1, 1, 1, 4), 20, "auto", "config.mesh.context=4 needs a config.data.sequence_length that is a multiple of 8"),
+        ((1, 1, 1, 2), 256, "splash", "'splash' needs a config.data.sequence_length that is a multiple of 512"),
+        ((1, 1, 1, 1), 192, "splash", "'splash' needs a config.data.sequence_length that is a multiple of 128"),
+    ],
+)
+def test_a_row_that_cannot_be_cut_is_refused_with_what_could(shape, length, attention, words):
+    run = config()
+    run = dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, sequence_length=length),
+        train=dataclasses.replace(run.train, attention=attention),
+    )
+    with pytest.raises(UserError, match=f"{words}, found {length}"):
+        make_train_step(SMALL, run, make_optimizer(run), mesh_of(*shape))
 
 
 def test_an_unknown_remat_is_refused_with_the_known_ones():
