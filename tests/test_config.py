@@ -111,7 +111,7 @@ def test_a_list_is_accepted_for_a_tuple_and_becomes_one():
     [
         ("train.steps", 0),
         ("train.batch_size", -4),
-        ("train.accumulation", 0),
+        ("train.accumulation", -1),
         ("data.sequence_length", 0),
         ("data.holdout_every", 1),
         ("data.sources", ()),

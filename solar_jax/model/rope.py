@@ -58,18 +58,7 @@ def rope_angles(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.
 
 
 def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each pair (x[i], x[i + H/2]) of `x` [B, T, N, H], in float32; same shape and dtype out.
-
-    The pairs change places by a product with a signed permutation, which is exact: halves of a vector cannot be
-    exchanged in a TPU's lanes without passing the whole array through memory several times.
-    """
-    cos, sin = (jnp.concatenate((a, a), axis=-1)[:, :, None, :] for a in rope)
-    H = x.shape[-1]
-    swap = np.zeros((H, H), np.float32)
-    swap[np.arange(H // 2) + H // 2, np.arange(H // 2)] = -1
-    swap[np.arange(H // 2), np.arange(H // 2) + H // 2] = 1
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    swapped = jnp.einsum(
-        "btnh,hg->btng", x, swap.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32
-    )
-    return (x.astype(jnp.float32) * cos + swapped * sin).astype(x.dtype)
+    """Rotates each pair (x[i], x[i + H/2]) of `x` [B, T, N, H], in float32; same shape and dtype out."""
+    cos, sin = (a[:, :, None, :] for a in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
