@@ -65,7 +65,7 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused_with_both(sizes, 
         mesh_shape(MeshConfig(*sizes), devices)
 
 
-@pytest.mark.parametrize("sizes", [(0, -1, 1), (-2, 4, 1), (-1, -1, 1), (1, -1, 0), (1, -1, 1, 0), (1, -1, 1, 1, -1)])
+@pytest.mark.parametrize("sizes", [(-2, 4, 1), (-1, -1, 1), (1, -1, -2), (1, -1, 1, -3), (1, -1, 1, 1, -1)])
 def test_sizes_that_mean_nothing_are_refused(sizes):
     data, fsdp, tensor, context, slices = (*sizes, 1, 1)[:5]
     message = (
@@ -139,4 +139,5 @@ def test_devices_without_a_place_are_one_stage():
 
 def test_a_mesh_knows_what_its_devices_are():
     assert platform(mesh_of(1, 2, 1)) == "cpu"
-    assert platform(mesh_of(1, 2, 1).abstract_mesh) == ""
+    assert platform(mesh_of(1, 2, 1).abstract_mesh) == "cpu"
+    assert platform(jax.sharding.AbstractMesh((2,), ("fsdp",))) == ""
