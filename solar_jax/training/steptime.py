@@ -57,7 +57,7 @@ def step_time(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip:
                [t, D] a layer, a fifth where `mid` is not saved; over context keys and values gathered and their
                gradients scattered; over data an all-reduce of the gradients. An all-reduce moves its bytes twice.
       host     what the policy keeps in the host's memory, there and back
-      network  an all-reduce of the gradients between slices, in float32
+      network  an all-reduce of the float32 gradients between n slices: of its bytes a device sends (n - 1) / n twice
 
     Args:
       cfg: the grown model.
@@ -66,7 +66,7 @@ def step_time(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip:
       chip: of its devices.
     """
     t, width, L = tokens_a_device(config, mesh), compute_dtype(config.train).itemsize, cfg.num_hidden_layers
-    tensor = axis_size(mesh, "tensor")
+    tensor, slices = axis_size(mesh, "tensor"), axis_size(mesh, "slice")
     names = REMAT[config.train.remat]
     offloaded = OFFLOADED.get(config.train.remat, ())
     again = [] if names is None else [name for name in SAVEABLE if name not in (*names, *offloaded)]
@@ -91,7 +91,7 @@ def step_time(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip:
         vectors=vector_bytes / chip.bandwidth,
         links=_link_bytes(cfg, config, mesh, t, weights, width, "mid" in again) / chip.links,
         host=2 * t * L * width * sum(each(cfg, mesh, SAVEABLE[name]) for name in offloaded) / HOST,
-        network=2 * 4 * state / chip.network if axis_size(mesh, "slice") > 1 else 0.0,
+        network=2 * (slices - 1) / slices * 4 * state / chip.network,
     )
 
 
