@@ -13,6 +13,7 @@ from solar_jax.parallel.rules import ACTIVATIONS, PARAMETERS, padded_rows, ways
 from solar_jax.training.memory import each
 from solar_jax.training.roofline import HOST, KERNEL_RATE
 
+FLOAT32_PASSES = 6  # bfloat16 products that a TPU makes of one in float32 (`Precision.HIGHEST`)
 BACKWARD_KERNEL = 2.5  # FLOPs of the attention kernel's backward pass, in units of its forward pass
 # Axes of the weight whose product gives a value of `SAVEABLE`: computed again where a policy does not save the value.
 _WEIGHT = {"q": "DNH", "k": "DKH", "v": "DKH", "mid": "NHD", "gate": "DF", "up": "DF"}
@@ -47,7 +48,7 @@ def step_time(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip:
     """The estimate; t are the tokens of a device, `/ tensor` the share of them that heads, mlp and vocabulary have.
 
       matmuls  [3 x 2 x weights + 2 x weights of what remat computes again] x t / tensor, at the chip's matmul rate;
-               the loss computes nothing again
+               the loss computes nothing again; in float32 six times as long
       kernels  4 N H keys t / tensor a layer, times 1 + 2.5, and 1 more where attention is not saved, at half the
                peak; keys are T / 2, at most the sliding window. Without kernels the same, as matmuls.
       vectors  `_VECTORS` a token and layer; of the optimiser parameters, moments and gradients read and written;
@@ -86,7 +87,7 @@ def step_time(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip:
     vector_bytes = t * L * values * width + 4 * (8 + (3 * count if count > 1 else 0)) * state
 
     return StepTime(
-        matmuls=matmul_flops / (chip.matmul_rate * chip.peak),
+        matmuls=(FLOAT32_PASSES if width == 4 else 1) * matmul_flops / (chip.matmul_rate * chip.peak),
         kernels=kernel_flops / (KERNEL_RATE * chip.peak),
         vectors=vector_bytes / chip.bandwidth,
         links=_link_bytes(cfg, config, mesh, t, weights, width, "mid" in again) / chip.links,

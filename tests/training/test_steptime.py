@@ -18,8 +18,10 @@ V5P = CHIPS["v5p"]
 TOKENS = 256 * 4096 // 64  # a device
 
 
-def time_of(remat: str, slice_name: str = "v5p-128", mesh=(1, -1, 1, 1), accumulation: int = 1, cfg=SOLAR) -> StepTime:
-    train = TrainConfig(10, 256, accumulation, remat=remat)
+def time_of(
+    remat: str, slice_name: str = "v5p-128", mesh=(1, -1, 1, 1), accumulation: int = 1, cfg=SOLAR, precision="mixed"
+) -> StepTime:
+    train = TrainConfig(10, 256, accumulation, remat=remat, precision=precision)
     config = Config(data=DataConfig(sequence_length=4096), train=train, mesh=MeshConfig(*mesh))
     devices = of_slice(find_slice(slice_name))
     return step_time(cfg, config, devices.mesh(config.mesh), devices.chip)
@@ -31,6 +33,10 @@ def test_matmuls_with_everything_computed_again_by_hand():
     again = weights - 58_720_256
     flops = TOKENS * (48 * (6 * weights + 2 * again) + 6 * 131_072_000)
     assert time_of("full").matmuls == pytest.approx(flops / (V5P.matmul_rate * 459e12))
+
+
+def test_float32_takes_six_passes():
+    assert time_of("full", precision="float32").matmuls == pytest.approx(6 * time_of("full").matmuls)
 
 
 def test_without_recomputation_the_flops_are_the_models():
