@@ -69,6 +69,7 @@ class DataConfig:
     text_key: str = "text"  # JSONL: the field that holds the text
     sequence_length: int = 4096  # T, tokens a row
     holdout_every: int = 8  # of each source, documents 0, k, 2k, ... are held out for evaluation
+    packing: str = "best_fit"  # whole documents and pieces, as they fill rows best; "concat": one stream, cut every T
     mask_documents: bool = True  # tokens see only their own document within a packed row
 
 
@@ -292,6 +293,13 @@ def _check(c: Config) -> None:
         raise UserError("config.data.sources must name at least one text, found ().")
     if c.data.holdout_every < 2:
         raise UserError(f"config.data.holdout_every must be at least 2, found {c.data.holdout_every}.")
+    if c.data.packing not in ("best_fit", "concat"):
+        raise UserError(f"config.data.packing must be one of best_fit, concat, found {c.data.packing!r}.")
+    if c.data.packing == "best_fit" and not c.data.mask_documents:
+        raise UserError(
+            "config.data.packing='best_fit' needs config.data.mask_documents=True, as documents that stand together "
+            "by their length must not see each other; for False take config.data.packing=concat."
+        )
     if c.train.batch_size % max(1, c.train.accumulation):
         raise UserError(
             f"config.train.batch_size={c.train.batch_size} must be a multiple of "

@@ -177,12 +177,9 @@ def announce(
     say(f"growth    {picture(plan, parameter_count(base), parameter_count(cfg))}")
     say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(trained) if t])}")
     for source, rows in corpus.train:
-        say(
-            f"data      {source.path}: {len(rows.tokens):,} training tokens, {len(rows):,} rows, "
-            f"weight {source.weight:g}"
-        )
+        say(f"data      {source.path}: {rows.tokens:,} training tokens, {len(rows):,} rows, weight {source.weight:g}")
     for source, rows in corpus.heldout:
-        say(f"held out  {source.path}: {len(rows.tokens):,} tokens")
+        say(f"held out  {source.path}: {rows.tokens:,} tokens")
     batch, length, steps = config.train.batch_size, config.data.sequence_length, config.train.steps
     say(
         f"training  {steps} steps of {batch} x {length} = {batch * length:,} tokens, {steps * batch * length:,} in all"

@@ -115,6 +115,8 @@ def test_a_list_is_accepted_for_a_tuple_and_becomes_one():
         ("data.sequence_length", 0),
         ("data.holdout_every", 1),
         ("data.sources", ()),
+        ("data.packing", "first_fit"),
+        ("data.mask_documents", False),  # with best_fit
         ("evaluation.windows", 0),
         ("evaluation.batch_size", 0),
         ("evaluation.every", -1),
@@ -187,6 +189,12 @@ def test_an_override_below_a_value_is_refused():
 def test_every_key_may_be_overridden():
     for key in flat(dataclasses.asdict(Config())):
         check_override(key)
+
+
+def test_documents_may_see_each_other_where_they_stand_in_their_order():
+    config = with_value("data.mask_documents", False)
+    config.data.packing = "concat"
+    assert not resolve(config).data.mask_documents
 
 
 def test_the_full_config_is_the_papers_growth():

@@ -41,9 +41,8 @@ def base(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def rows(smollm2) -> list[dict[str, np.ndarray]]:
     """The demo's first held-out rows of 256 tokens."""
-    corpus = load_corpus(
-        DataConfig(sequence_length=256, mask_documents=False), load_tokenizer(smollm2), eos_id(smollm2)
-    )
+    cfg = DataConfig(sequence_length=256, packing="concat", mask_documents=False)
+    corpus = load_corpus(cfg, load_tokenizer(smollm2), eos_id(smollm2))
     return heldout_rows(corpus, WINDOWS)
 
 

@@ -1,55 +1,250 @@
-"""Documents to fixed rows of tokens: concatenated, each ended by the end-of-sequence token, cut every T."""
+"""Documents to fixed rows of tokens, T inputs and their T targets: best fit, or concatenated and cut every T.
 
+Best fit: a document is cut into pieces of T inputs, the last one shorter, and pieces are put together, the longest
+first, each into the row with the least room that it fits in. A piece is attended alone and its positions start at 0,
+also where it continues a document: what came before it is in another row. Its targets are the document's own next
+tokens, so that the last input of a piece has its true target too. The end-of-sequence token is a target at the end of
+the document and never an input; what stays empty in a row is a segment of its own, of weight 0.
+
+Concat: documents, each ended by the end-of-sequence token, as one stream that is cut every T; the rest is dropped.
+"""
+
+import bisect
+import collections
 import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import SupportsIndex
 
 import numpy as np
 import tokenizers
 
+from solar_jax.data.sources import Document
+
 Row = dict[str, np.ndarray]  # "tokens", "targets", "positions", "segment_ids" [T] int32 and "weights" [T] float32
+
 _DOCUMENTS_AT_A_TIME = 256
+_LONGEST_TEXT = 1 << 22  # characters tokenised at a time: the tokenizer takes some hundred bytes for each
+# Pieces find company within a block of documents, so that blocks can be packed by any number of workers with the same
+# result: some 64 rows of text at the least, since each block ends with a few rows that are not full.
+_BLOCK_CHARACTERS, _CHARACTERS_A_TOKEN, _ROWS_A_BLOCK = 1 << 22, 4, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """Random access to packed rows; row i is a pure function of i."""
 
-    tokens: np.ndarray  # [all tokens] int32
-    starts: np.ndarray  # [documents] where each begins
+    packing: str  # a name of `PACKINGS`
     length: int  # T
     mask_documents: bool  # each document of a row on its own: no attention, position or target across its border
+    ids: Sequence[str]  # [documents]
+    stream: np.ndarray  # [all tokens] int32, the documents one after another, each ended by the end-of-sequence token
+    # A piece is a run of the stream that is of one document and one row; its last token is a target only.
+    begins: np.ndarray  # [pieces] int64, its first token in the stream
+    sizes: np.ndarray  # [pieces] int64, tokens
+    owners: np.ndarray  # [pieces] int64, its document
+    firsts: np.ndarray  # [rows + 1] int64, the first piece of each row; all pieces of a row stand together
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.length)
+        return len(self.firsts) - 1
 
     def __getitem__(self, index: SupportsIndex) -> Row:
-        begin = int(index) * self.length
-        place = np.arange(begin, begin + self.length + 1)  # of the inputs, and one further for the last target
-        window = self.tokens[begin : begin + self.length + 1]
-        document = np.searchsorted(self.starts, place, side="right") - 1
-        positions, weights = place - begin, np.ones(self.length, np.float32)
-        if self.mask_documents:
-            positions = place - np.maximum(self.starts[document], begin)
-            weights[document[1:] != document[:-1]] = 0  # the target belongs to another document
+        tokens, sizes, _ = self.pieces(int(index))
+        return unpack(self.packing, tokens, sizes, self.length, self.mask_documents)
+
+    @property
+    def tokens(self) -> int:
+        """Targets of weight above 0 in all rows."""
+        if not self.mask_documents:
+            return len(self) * self.length
+        return int((self.sizes - 1).sum())
+
+    def documents(self, index: int) -> list[str]:
+        """The ids of the documents in a row, in the row's order."""
+        return list(dict.fromkeys(self.ids[owner] for owner in self.pieces(index)[2]))
+
+    def pieces(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of row `index`: its pieces' tokens one after another [N] int32, their sizes [P] and documents [P]."""
+        of = slice(*self.firsts[range(len(self))[index] :][:2])
+        runs = [self.stream[begin : begin + size] for begin, size in zip(self.begins[of], self.sizes[of], strict=True)]
+        return np.concatenate(runs), self.sizes[of], self.owners[of]
+
+
+def pack(
+    documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, eos: int, length: int, *,
+    packing: str = "best_fit", mask_documents: bool = True,
+) -> Rows:  # fmt: skip
+    """Documents as rows of T = `length` tokens.
+
+    Args:
+      documents: in the order that fixes the rows.
+      tokenizer: of which no special tokens are asked.
+      eos: the end-of-sequence token.
+      length: T.
+      packing: a name of `PACKINGS`; best_fit asks for mask_documents.
+      mask_documents: False lets a token of a row see all before it.
+    """
+    ids, groups, streams = [], [0], []
+    for block in blocks(documents, length):
+        streams += tokenise([d.text for d in block], tokenizer, eos)
+        ids += [d.id for d in block]
+        groups.append(len(ids))
+    starts = np.cumsum([0, *map(len, streams)], dtype=np.int64)
+    if packing == "concat":  # a row may begin in one block and end in the next
+        groups = [0, len(ids)]
+    found = [
+        cut_rows(packing, starts[first : last + 1], first, length) for first, last in itertools.pairwise(groups)
+    ] or [cut_rows(packing, starts, 0, length)]
+    begins, sizes, owners, counts = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    stream = np.concatenate(streams) if streams else np.empty(0, np.int32)
+    firsts = np.cumsum([0, *counts], dtype=np.int64)
+    return Rows(packing, length, mask_documents, ids, stream, begins, sizes, owners, firsts)
+
+
+def blocks(documents: Iterable[Document], length: int) -> Iterator[list[Document]]:
+    """Consecutive documents that are packed together, apart from all others."""
+    enough = max(_BLOCK_CHARACTERS, _CHARACTERS_A_TOKEN * _ROWS_A_BLOCK * length)
+    block, characters = [], 0
+    for document in documents:
+        block.append(document)
+        characters += len(document.text)
+        if characters >= enough:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def tokenise(texts: Sequence[str], tokenizer: tokenizers.Tokenizer, eos: int) -> list[np.ndarray]:
+    """The tokens of each text, int32, ended by `eos`."""
+    parts = [(i, part) for i, text in enumerate(texts) for part in _parts(text)]
+    found: list[list[np.ndarray]] = [[] for _ in texts]
+    for k in range(0, len(parts), _DOCUMENTS_AT_A_TIME):
+        some = parts[k : k + _DOCUMENTS_AT_A_TIME]
+        encodings = tokenizer.encode_batch_fast([part for _, part in some], add_special_tokens=False)
+        for (i, _), encoding in zip(some, encodings, strict=True):
+            found[i].append(np.array(encoding.ids, np.int32))
+    end = np.array([eos], np.int32)
+    return [np.concatenate([*runs, end]) for runs in found]
+
+
+def _parts(text: str) -> Iterator[str]:
+    """`text` in parts that a tokenizer has the memory for, cut before a space where words are tokenised singly."""
+    begin = 0
+    while len(text) - begin > _LONGEST_TEXT:
+        end = begin + _LONGEST_TEXT
+        border = text.rfind(" ", begin + _LONGEST_TEXT // 2, end)
+        # Not within a run of spaces, which can be one token.
+        while border > begin and (text[border - 1].isspace() or text[border + 1].isspace()):
+            border = text.rfind(" ", begin + _LONGEST_TEXT // 2, border)
+        end = border if border > begin else end
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+Cuts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # begins, sizes, owners [pieces] and pieces a row [rows]
+
+
+def cut_rows(packing: str, starts: np.ndarray, first: int, length: int) -> Cuts:
+    """Where documents are cut into pieces, and the rows of pieces.
+
+    Args:
+      packing: a name of `PACKINGS`.
+      starts: [documents + 1] where each document starts in a stream, and where the last ends.
+      first: the number of the first document.
+      length: T.
+
+    Returns:
+      Of every piece, row by row, its first token in the stream, its size and its document; of every row, its pieces.
+    """
+    begins, sizes, owners, counts = PACKINGS[packing].cut(starts, length)
+    return begins, sizes, owners + first, counts
+
+
+def _cut_best_fit(starts: np.ndarray, length: int) -> Cuts:
+    inputs = np.diff(starts) - 1  # of each document
+    counts = -(-inputs // length)
+    owners = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)  # of the piece in its document
+    begins = starts[:-1][owners] + number * length
+    sizes = np.minimum(begins + length, starts[1:][owners] - 1) - begins  # inputs
+    rows = best_fit(sizes, length)
+    order = np.argsort(rows, kind="stable")
+    return begins[order], sizes[order] + 1, owners[order], np.bincount(rows) if len(rows) else rows
+
+
+def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
+    """[pieces] the row of each piece: the longest first, each where it leaves the least room. Rows count from 0 in the
+    order of their first pieces. O(n log n)."""
+    rows = np.empty(len(sizes), np.int64)
+    free: dict[int, list[int]] = collections.defaultdict(list)  # room -> the rows that have it
+    rooms: list[int] = []  # those of `free` that are not empty, ascending
+    made = 0
+    for piece in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[piece])
+        at = bisect.bisect_left(rooms, size)
+        if at == len(rooms):
+            row, left, made = made, room - size, made + 1
         else:
-            document = np.zeros_like(document)
-        return {
-            "tokens": window[:-1],
-            "targets": window[1:],
-            "positions": positions[:-1].astype(np.int32),
-            "segment_ids": (document - document[0])[:-1].astype(np.int32),
-            "weights": weights,
-        }
+            left = rooms[at] - size
+            row = free[rooms[at]].pop()
+            if not free[rooms[at]]:
+                del rooms[at]
+        rows[piece] = row
+        if left and not free[left]:
+            bisect.insort(rooms, left)
+        if left:
+            free[left].append(row)
+    _, first, rows = np.unique(rows, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[rows]
 
 
-def pack(texts: list[str], tokenizer: tokenizers.Tokenizer, eos: int, length: int, mask_documents: bool) -> Rows:
-    """Rows of T = `length` tokens with their T targets; what is left over at the end is dropped."""
-    pieces, starts, count = [], [], 0
-    for i in range(0, len(texts), _DOCUMENTS_AT_A_TIME):
-        for encoding in tokenizer.encode_batch_fast(texts[i : i + _DOCUMENTS_AT_A_TIME], add_special_tokens=False):
-            ids = np.array([*encoding.ids, eos], np.int32)
-            pieces.append(ids)
-            starts.append(count)
-            count += len(ids)
-    tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
-    return Rows(tokens, np.array(starts, np.int64), length, mask_documents)
+def _cut_concat(starts: np.ndarray, length: int) -> Cuts:
+    begin = np.arange(max(0, (starts[-1] - starts[0] - 1) // length)) * length + starts[0]  # of each row
+    end = begin + length + 1  # one further than the inputs, for the last target
+    first, last = (np.searchsorted(starts, place, side="right") - 1 for place in (begin, end - 1))
+    counts = last - first + 1
+    row = np.repeat(np.arange(len(begin)), counts)
+    owners = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts - first, counts)
+    begins = np.maximum(starts[owners], begin[row])
+    return begins, np.minimum(starts[owners + 1], end[row]) - begins, owners, counts
+
+
+def unpack(packing: str, tokens: np.ndarray, sizes: np.ndarray, length: int, mask_documents: bool) -> Row:
+    """A row from its pieces, each with its last target: tokens [N] one piece after another, sizes [P], T."""
+    return PACKINGS[packing].unpack(tokens.astype(np.int32), sizes.astype(np.int64), length, mask_documents)
+
+
+def _unpack_best_fit(tokens: np.ndarray, sizes: np.ndarray, length: int, mask_documents: bool) -> Row:
+    del mask_documents  # always
+    ends = np.cumsum(sizes)
+    runs = [*(sizes - 1), length - len(tokens) + len(sizes)]  # inputs of each segment, padding the last
+    filled = length - runs[-1]
+    row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets")}
+    row["tokens"][:filled] = np.delete(tokens, ends - 1)
+    row["targets"][:filled] = np.delete(tokens, ends - sizes)
+    row["positions"] = np.concatenate([np.arange(n, dtype=np.int32) for n in runs])
+    row["segment_ids"] = np.repeat(np.arange(len(runs), dtype=np.int32), runs)
+    return row | {"weights": (np.arange(length) < filled).astype(np.float32)}
+
+
+def _unpack_concat(tokens: np.ndarray, sizes: np.ndarray, length: int, mask_documents: bool) -> Row:
+    place = np.arange(length, dtype=np.int32)
+    row = {"tokens": tokens[:-1], "targets": tokens[1:], "positions": place}
+    row |= {"segment_ids": np.zeros(length, np.int32), "weights": np.ones(length, np.float32)}
+    if mask_documents:
+        document = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        row["segment_ids"] = document[:-1]
+        row["positions"] = place - (np.cumsum(sizes) - sizes).astype(np.int32)[document[:-1]]
+        row["weights"][document[1:] != document[:-1]] = 0  # the target belongs to another document
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    cut: Callable[[np.ndarray, int], Cuts]
+    unpack: Callable[[np.ndarray, np.ndarray, int, bool], Row]
+
+
+PACKINGS = {"best_fit": Packing(_cut_best_fit, _unpack_best_fit), "concat": Packing(_cut_concat, _unpack_concat)}

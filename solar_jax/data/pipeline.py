@@ -12,7 +12,7 @@ import tokenizers
 
 from solar_jax.config import DataConfig
 from solar_jax.data.packing import Row, Rows, pack
-from solar_jax.data.sources import TextSource, documents, parse_sources, split
+from solar_jax.data.sources import Document, TextSource, documents, parse_sources, split
 from solar_jax.errors import UserError
 
 Batch = dict[str, jax.Array]  # a Row's arrays with a leading B
@@ -38,10 +38,13 @@ def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int) -> C
         for part, into, name in zip(
             split(texts, cfg.holdout_every), (train, heldout), ("training", "held-out"), strict=True
         ):
-            rows = pack(part, tokenizer, eos, cfg.sequence_length, cfg.mask_documents)
+            named = [Document(f"{source.path}:{i}", text) for i, text in enumerate(part, 1)]
+            rows = pack(
+                named, tokenizer, eos, cfg.sequence_length, packing=cfg.packing, mask_documents=cfg.mask_documents
+            )
             if not len(rows):
                 raise UserError(
-                    f"config.data.sources: {source.path} has {len(rows.tokens)} {name} tokens, but a row of "
+                    f"config.data.sources: {source.path} has {len(rows.stream)} {name} tokens, but a row of "
                     f"config.data.sequence_length={cfg.sequence_length} needs {cfg.sequence_length + 1}."
                 )
             into.append((source, rows))

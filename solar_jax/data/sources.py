@@ -20,6 +20,12 @@ class TextSource:
     weight: float  # share of the rows, relative to the other sources'
 
 
+@dataclasses.dataclass(frozen=True)
+class Document:
+    id: str  # "FILE:RECORD", or "FILE" where the file is one document
+    text: str
+
+
 def parse_sources(entries: tuple[str, ...]) -> list[TextSource]:
     """`PATH[:weight]` entries.
 

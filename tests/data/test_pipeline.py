@@ -21,7 +21,7 @@ LENGTH = 16
 
 
 def load(*sources: str, length: int = LENGTH) -> Corpus:
-    cfg = DataConfig(sources=sources, sequence_length=length, holdout_every=8, mask_documents=True)
+    cfg = DataConfig(sources=sources, sequence_length=length, holdout_every=8, packing="concat")
     return load_corpus(cfg, byte_tokenizer(), EOS)
 
 
@@ -120,8 +120,8 @@ def test_training_and_heldout_text_do_not_overlap(texts):
     whole = (texts / "a.txt").read_text()
     tokenizer = byte_tokenizer()
     (_, train), (_, heldout) = corpus.train[0], corpus.heldout[0]
-    assert tokenizer.decode(train.tokens.tolist()) == whole[:3500]
-    assert tokenizer.decode(heldout.tokens.tolist()) == whole[3500:]
+    assert tokenizer.decode(train.stream.tolist()) == whole[:3500]
+    assert tokenizer.decode(heldout.stream.tolist()) == whole[3500:]
 
 
 @pytest.mark.parametrize(("rows", "size"), [(13, 8), (8, 8), (3, 8), (13, 1)])
