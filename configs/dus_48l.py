@@ -74,6 +74,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     config.data.packing = "concat"
     config.data.mask_documents = False
     config.data.holdout_every = 8
+    config.data.holdout = "position"
     config.train.steps = 12
     config.train.batch_size = 4
     config.train.remat = "none"

@@ -63,12 +63,15 @@ class GrowthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    # Each entry is "PATH[:weight]": a text or JSONL file (.gz too), a folder or glob of them, or "pydoc-topics",
-    # the documentation topics that every CPython carries. Weights are shares of the rows.
+    # Each entry is "PATH[?text=COLUMN&epochs=N&limit=TOKENS][:weight]": a file of text, JSONL (.gz and .zst too),
+    # Parquet, Arrow or ArrayRecord, a folder or glob of them, here, in a bucket or on the hub (hf://datasets/...), or
+    # "pydoc-topics", the documentation topics that every CPython carries. Weights are shares of the tokens.
     sources: tuple[str, ...] = ("pydoc-topics",)
-    text_key: str = "text"  # JSONL: the field that holds the text
+    text_key: str = "text"  # the JSON key or column of the text, where a source does not say ?text=
     sequence_length: int = 4096  # T, tokens a row
-    holdout_every: int = 8  # of each source, documents 0, k, 2k, ... are held out for evaluation
+    holdout_every: int = 8  # of each source, one document in so many is held out for evaluation
+    holdout: str = "hash"  # which: by the hash of its text, or "position": documents 0, k, 2k, ...
+    workers: int = 0  # processes that make batches; 0: a thread
     packing: str = "best_fit"  # whole documents and pieces, as they fill rows best; "concat": one stream, cut every T
     mask_documents: bool = True  # tokens see only their own document within a packed row
 
@@ -265,6 +268,7 @@ def _check(c: Config) -> None:
     from_zero = {
         "seed": c.seed,
         "train.accumulation": c.train.accumulation,
+        "data.workers": c.data.workers,
         "evaluation.every": c.evaluation.every,
         "optimizer.warmup_steps": c.optimizer.warmup_steps,
         "optimizer.weight_decay": c.optimizer.weight_decay,
@@ -300,6 +304,8 @@ def _check(c: Config) -> None:
             "config.data.packing='best_fit' needs config.data.mask_documents=True, as documents that stand together "
             "by their length must not see each other; for False take config.data.packing=concat."
         )
+    if c.data.holdout not in ("hash", "position"):
+        raise UserError(f"config.data.holdout must be one of hash, position, found {c.data.holdout!r}.")
     if c.train.batch_size % max(1, c.train.accumulation):
         raise UserError(
             f"config.train.batch_size={c.train.batch_size} must be a multiple of "

@@ -21,7 +21,14 @@ from ml_collections import config_flags
 from solar_jax import cli, conversion
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.conversion import Target
-from solar_jax.data.pipeline import Corpus, heldout_batches, heldout_rows, load_corpus, training_rows
+from solar_jax.data.pipeline import (
+    Corpus,
+    heldout_batches,
+    heldout_rows,
+    load_corpus,
+    passes,
+    training_rows,
+)
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.picture import layer_list, picture
@@ -87,6 +94,7 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
         say(f"{folder}: this run is complete.\n{table(summary)}")
         return summary
     corpus = load_corpus(config.data, tokenizer, eos)
+    passes(corpus, config.train.steps * config.train.batch_size)  # refused where a source may not be read so often
 
     # ---- What will be done ----------------------------------------------------------------------------------------
     hf_config = families.grown_hf_config(checkpoint.hf_config, plan.source, config.export.dtype)
@@ -176,8 +184,12 @@ def announce(
     say(f"base      {checkpoint.where}: {base.num_hidden_layers} layers, stored as {checkpoint.dtype}")
     say(f"growth    {picture(plan, parameter_count(base), parameter_count(cfg))}")
     say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(trained) if t])}")
-    for source, rows in corpus.train:
-        say(f"data      {source.path}: {rows.tokens:,} training tokens, {len(rows):,} rows, weight {source.weight:g}")
+    readings = passes(corpus, config.train.steps * config.train.batch_size)
+    for (source, rows), times in zip(corpus.train, readings, strict=True):
+        say(
+            f"data      {source.path}: {rows.tokens:,} training tokens, {len(rows):,} rows, "
+            f"weight {source.weight:g}, read {times:.2f} times"
+        )
     for source, rows in corpus.heldout:
         say(f"held out  {source.path}: {rows.tokens:,} tokens")
     batch, length, steps = config.train.batch_size, config.data.sequence_length, config.train.steps

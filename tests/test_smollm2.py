@@ -41,7 +41,7 @@ def base(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def rows(smollm2) -> list[dict[str, np.ndarray]]:
     """The demo's first held-out rows of 256 tokens."""
-    cfg = DataConfig(sequence_length=256, packing="concat", mask_documents=False)
+    cfg = DataConfig(sequence_length=256, holdout="position", packing="concat", mask_documents=False)
     corpus = load_corpus(cfg, load_tokenizer(smollm2), eos_id(smollm2))
     return heldout_rows(corpus, WINDOWS)
 

@@ -103,7 +103,7 @@ def main() -> None:
     mesh = make_mesh(config.mesh)
     sharding, size = rules.batch_sharding(mesh), config.train.batch_size
     rows, padded = training_rows(corpus, config.seed), rules.padded_rows(size, mesh)
-    batches = [training_batch(rows, i, size, padded, sharding) for i in range(args.steps)]
+    batches = [training_batch(rows, i * size, size, padded, sharding) for i in range(args.steps)]
     heldout = heldout_batches(
         heldout_rows(corpus, args.windows), rules.padded_rows(config.evaluation.batch_size, mesh), sharding
     )

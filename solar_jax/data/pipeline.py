@@ -1,9 +1,8 @@
-"""Rows to batches: the global batch of a step is a pure function of the step, whatever the hosts and devices."""
+"""Rows to batches: the global batch after so many rows is a function of that number, whatever hosts and devices."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, SupportsIndex
 
 import grain
 import jax
@@ -11,19 +10,22 @@ import numpy as np
 import tokenizers
 
 from solar_jax.config import DataConfig
+from solar_jax.data.mixture import Mixture, row_shares, rows_of
 from solar_jax.data.packing import Row, Rows, pack
-from solar_jax.data.sources import Document, TextSource, documents, parse_sources, split
+from solar_jax.data.sources import Document, Source, parse_sources, part, split
 from solar_jax.errors import UserError
 
 Batch = dict[str, jax.Array]  # a Row's arrays with a leading B
+_CHARACTERS_A_TOKEN = 32  # more than a token of running text has
+_FOREVER = 1 << 40  # batches
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """What a run trains and is evaluated on."""
 
-    train: list[tuple[TextSource, Rows]]
-    heldout: list[tuple[TextSource, Rows]]
+    train: list[tuple[Source, Rows]]
+    heldout: list[tuple[Source, Rows]]
 
 
 def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int) -> Corpus:
@@ -32,33 +34,94 @@ def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int) -> C
     Raises:
       UserError: a source cannot be read, or is too small for one row of either part.
     """
-    train, heldout = [], []
-    for source in parse_sources(cfg.sources):
-        texts = [text for text in documents(source, cfg.text_key) if text]
-        for part, into, name in zip(
-            split(texts, cfg.holdout_every), (train, heldout), ("training", "held-out"), strict=True
-        ):
-            named = [Document(f"{source.path}:{i}", text) for i, text in enumerate(part, 1)]
+    corpus = Corpus([], [])
+    for source in parse_sources(cfg.sources, cfg.text_key):
+        how = split(source, cfg.holdout_every, cfg.holdout)
+        limits = {False: source.limit, True: source.limit // (cfg.holdout_every - 1)}
+        for held_out, into in ((False, corpus.train), (True, corpus.heldout)):
+            chosen: Iterable[Document] = part(source, how, held_out)
+            if source.limit:
+                chosen = _within(chosen, tokenizer, limits[held_out])
             rows = pack(
-                named, tokenizer, eos, cfg.sequence_length, packing=cfg.packing, mask_documents=cfg.mask_documents
+                chosen, tokenizer, eos, cfg.sequence_length, packing=cfg.packing, mask_documents=cfg.mask_documents
             )
             if not len(rows):
                 raise UserError(
-                    f"config.data.sources: {source.path} has {len(rows.stream)} {name} tokens, but a row of "
+                    f"config.data.sources: {source.path} has {len(rows.stream)} "
+                    f"{'held-out' if held_out else 'training'} tokens, but a row of "
                     f"config.data.sequence_length={cfg.sequence_length} needs {cfg.sequence_length + 1}."
                 )
             into.append((source, rows))
-    return Corpus(train, heldout)
+    return corpus
+
+
+def _within(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, limit: int) -> Iterator[Document]:
+    """The first documents, of `limit` tokens with the ends of documents counted; the last one is cut for that."""
+    left = limit
+    for document in documents:
+        encoding = tokenizer.encode(document.text[: left * _CHARACTERS_A_TOKEN], add_special_tokens=False)
+        if len(encoding.ids) < left:
+            left -= len(encoding.ids) + 1
+            yield document
+            continue
+        if left > 1:
+            yield dataclasses.replace(document, text=document.text[: encoding.offsets[left - 2][1]])
+        return
+
+
+def addresses(corpus: Corpus, seed: int) -> grain.MapDataset:
+    """An endless dataset of (source, row of it): each source shuffled anew every pass, mixed by tokens."""
+    parts = [
+        grain.MapDataset.range(len(rows)).seed(seed + i).shuffle().repeat(None)
+        for i, (_, rows) in enumerate(corpus.train)
+    ]
+    return grain.MapDataset.source(Mixture(parts, _shares(corpus)))
+
+
+def _shares(corpus: Corpus) -> list[int]:
+    return row_shares([source.weight for source, _ in corpus.train], [r.tokens / len(r) for _, r in corpus.train])
 
 
 def training_rows(corpus: Corpus, seed: int) -> grain.MapDataset:
-    """An endless dataset of rows: each source shuffled anew every pass, mixed by weight."""
-    parts = [
-        grain.MapDataset.source(rows).seed(seed + i).shuffle().repeat(None) for i, (_, rows) in enumerate(corpus.train)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return grain.MapDataset.mix(parts, weights=[source.weight for source, _ in corpus.train])
+    """The rows at `addresses`."""
+    return addresses(corpus, seed).map(_Load([rows for _, rows in corpus.train]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    sources: Sequence[Rows]
+
+    def __call__(self, address: tuple[int, int]) -> Row:
+        source, row = address
+        return self.sources[source][row]
+
+
+def batch_documents(corpus: Corpus, seed: int, first_row: int, size: int) -> list[str]:
+    """The ids of the documents in the global batch of `size` rows from `first_row` on, each once."""
+    places: Any = addresses(corpus, seed)
+    found: dict[str, None] = {}
+    for i in range(first_row, first_row + size):
+        source, row = places[i]
+        found |= dict.fromkeys(corpus.train[source][1].documents(row))
+    return list(found)
+
+
+def passes(corpus: Corpus, rows: int) -> list[float]:
+    """How often a run of so many rows reads each source.
+
+    Raises:
+      UserError: more often than the source's `epochs` allow.
+    """
+    found = []
+    for (source, has), needed in zip(corpus.train, rows_of(_shares(corpus), rows), strict=True):
+        found.append(needed / len(has))
+        if needed > source.epochs * len(has):
+            raise UserError(
+                f"config.data.sources: {source.path} has {len(has):,} rows and may be read {source.epochs:g} times, "
+                f"but a run of {rows:,} rows reads {needed:,} of it, {found[-1]:.2f} times; give it a smaller weight "
+                "or more epochs, or train fewer steps."
+            )
+    return found
 
 
 def heldout_rows(corpus: Corpus, windows: int) -> list[Row]:
@@ -72,47 +135,107 @@ def heldout_rows(corpus: Corpus, windows: int) -> list[Row]:
     return out
 
 
-def training_batch(rows: grain.MapDataset, step: int, size: int, padded: int, sharding: jax.sharding.Sharding) -> Batch:
-    """The global batch of a step: rows step * B up to (step + 1) * B, each device reading its own.
+class Feed:
+    """Global batches of `size` rows, one after another from a row on, made here or by worker processes.
+
+    The batches are the same for any number of workers; of each, a process makes the rows of its own devices.
 
     Args:
       rows: of `training_rows`.
-      step: counted from 0.
+      first_row: rows that came before.
       size: B.
-      padded: rows of the result, at least B; those after B are copies of weight 0, which change no sum.
+      padded: rows of a batch, at least B; those after B are copies of weight 0, which change no sum.
       sharding: of the rows.
-
-    Returns:
-      Arrays [padded, T].
+      workers: processes; 0: none, batches are made in the thread that asks.
     """
 
-    def row(i: int) -> Row:
-        found: Any = rows[step * size + min(i, size - 1)]
-        return found if i < size else _filler(found)
+    def __init__(
+        self, rows: grain.MapDataset, first_row: int, size: int, padded: int, sharding: jax.sharding.Sharding,
+        workers: int = 0,
+    ):  # fmt: skip
+        self._local, self._padded, self._sharding = _local_rows(padded, sharding), padded, sharding
+        self._batches = _Batches(rows, first_row, size, self._local)
+        self._next, self._made = 0, None
+        if workers:
+            dataset = grain.MapDataset.source(self._batches).to_iter_dataset(
+                grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+            )
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            self._made = iter(dataset.mp_prefetch(options))
 
-    return _place(row, padded, sharding)
+    def __call__(self, k: int) -> Batch:
+        """Batch k, counted from 0, as arrays [padded, T]; worker processes give them in order alone."""
+        if self._made is None:
+            return _placed(self._batches[k], self._local, self._padded, self._sharding)
+        assert k == self._next, f"batch {k} was asked after {self._next - 1}"
+        self._next += 1
+        return _placed(next(self._made), self._local, self._padded, self._sharding)
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        if self._made is not None:
+            self._made.close()
+
+
+def training_batch(
+    rows: grain.MapDataset, first_row: int, size: int, padded: int, sharding: jax.sharding.Sharding
+) -> Batch:
+    """The global batch of rows `first_row` up to `first_row` + B, each device reading its own; see `Feed`."""
+    return Feed(rows, first_row, size, padded, sharding)(0)
 
 
 def heldout_batches(rows: list[Row], size: int, sharding: jax.sharding.Sharding) -> list[Batch]:
     """All held-out rows in batches [size, T]; the last is filled up with rows of weight 0."""
-    padded = rows + [_filler(rows[0])] * (-len(rows) % size)
-    return [_place(lambda i, k=k: padded[k + i], size, sharding) for k in range(0, len(padded), size)]
+    padded, local = rows + [_filler(rows[0])] * (-len(rows) % size), _local_rows(size, sharding)
+    return [
+        _placed(_stacked([padded[k + i] for i in local]), local, size, sharding) for k in range(0, len(padded), size)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """Some rows of each batch, by the batch's number: what worker processes are handed, and what they give."""
+
+    rows: grain.MapDataset
+    first_row: int
+    size: int
+    local: Sequence[int]  # of a batch's rows, those that are wanted
+
+    def __len__(self) -> int:
+        return _FOREVER
+
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        """Arrays [local, T]."""
+        begin = self.first_row + int(index) * self.size
+        real: list[Any] = [self.rows[begin + i] for i in self.local if i < self.size]
+        if len(real) < len(self.local):
+            last: Any = real[-1] if real else self.rows[begin + self.size - 1]
+            real += [_filler(last)] * (len(self.local) - len(real))
+        return _stacked(real)
 
 
 def _filler(row: Row) -> Row:
     return row | {"weights": np.zeros_like(row["weights"])}
 
 
-def _place(row: Callable[[int], Row], size: int, sharding: jax.sharding.Sharding) -> Batch:
-    """Rows 0..B as arrays laid out by `sharding`; only the rows of this process's devices are made."""
-    cached = functools.cache(row)
+def _stacked(rows: list[Row]) -> Row:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def part(name: str, index: Any) -> np.ndarray:
-        return np.stack([cached(i)[name] for i in range(size)[index[0]]])[:, *index[1:]]
 
-    local: Any = sharding.addressable_devices_indices_map((size,)).values()
-    example = cached(min(range(size)[index[0]][0] for index in local))
-    return {
-        name: jax.make_array_from_callback((size, *value.shape), sharding, functools.partial(part, name))
-        for name, value in example.items()
-    }
+def _local_rows(size: int, sharding: jax.sharding.Sharding) -> list[int]:
+    """Those of a batch's rows that devices of this process hold, ascending."""
+    found: Any = sharding.addressable_devices_indices_map((size,)).values()
+    return sorted({i for index in found for i in range(size)[index[0]]})
+
+
+def _placed(rows: Row, local: list[int], size: int, sharding: jax.sharding.Sharding) -> Batch:
+    """A batch's `local` rows [local, T] as its arrays [size, T], laid out by `sharding`."""
+    at = {row: k for k, row in enumerate(local)}
+
+    def array(value: np.ndarray) -> jax.Array:
+        def piece(index: Any) -> np.ndarray:
+            return value[[at[i] for i in range(size)[index[0]]]][:, *index[1:]]  # a copy, for memory may be a worker's
+
+        return jax.make_array_from_callback((size, *value.shape[1:]), sharding, piece)
+
+    return {name: array(value) for name, value in rows.items()}

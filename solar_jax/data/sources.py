@@ -1,23 +1,30 @@
-"""Text in: documents of files and of the embedded corpus, each split into training and held-out ones."""
+"""Text in: what config.data.sources names, its documents one at a time, and which of them are held out."""
 
 import dataclasses
-import glob
-import gzip
-import json
-import pathlib
+import hashlib
+import heapq
+import itertools
+import math
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+from solar_jax.data.files import find
+from solar_jax.data.readers import read
 from solar_jax.errors import UserError
 
 EMBEDDED = "pydoc-topics"
+HOLDOUTS = ("hash", "position")
+_SMALL = 8  # a source of fewer documents than this times `every` is split by rank, so that neither part is empty
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSource:
-    path: str  # a file, folder, glob or EMBEDDED
-    weight: float  # share of the rows, relative to the other sources'
+class Source:
+    path: str  # a file, folder, glob, URL of one, or EMBEDDED
+    weight: float = 1.0  # share of the tokens, relative to the other sources'
+    text_key: str = "text"  # the column or JSON key of the text
+    epochs: float = math.inf  # passes that a run may make
+    limit: int = 0  # training tokens that are used of it; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,105 +33,131 @@ class Document:
     text: str
 
 
-def parse_sources(entries: tuple[str, ...]) -> list[TextSource]:
-    """`PATH[:weight]` entries.
+_OPTION = r"\w+=[^&=?]*?"
+
+
+def parse_sources(entries: tuple[str, ...], text_key: str = "text") -> list[Source]:
+    """`PATH[?text=COLUMN&epochs=N&limit=TOKENS][:weight]` entries.
 
     Raises:
-      UserError: a weight that is not positive.
+      UserError: a weight, epochs or limit that is not positive, an unknown option, a source that is listed twice.
     """
-    sources = []
+    sources: list[Source] = []
     for entry in entries:
-        match = re.fullmatch(r"(.+?)(?::(\d+(?:\.\d*)?|\.\d+))?", entry)
+        match = re.fullmatch(rf"(.+?)(?:\?({_OPTION}(?:&{_OPTION})*))?(?::(\d+(?:\.\d*)?|\.\d+))?", entry)
         if not match:
-            raise UserError(f"config.data.sources: an entry must be PATH[:weight], found {entry!r}.")
-        weight = float(match[2] or 1)
+            raise UserError(f"config.data.sources: an entry must be PATH[?options][:weight], found {entry!r}.")
+        path, weight = match[1], float(match[3] or 1)
         if weight <= 0:
-            raise UserError(f"config.data.sources: the weight of {match[1]} must be above 0, found {match[2]}.")
-        sources.append(TextSource(match[1], weight))
+            raise UserError(f"config.data.sources: the weight of {path} must be above 0, found {match[3]}.")
+        options = dict(part.split("=") for part in match[2].split("&")) if match[2] else {}
+        source = Source(path, weight, text_key, **_options(path, options))
+        if any((s.path, s.text_key) == (source.path, source.text_key) for s in sources):
+            raise UserError(f"config.data.sources: {path} is listed twice; list it once, with the sum of the weights.")
+        sources.append(source)
     return sources
 
 
-def documents(source: TextSource, text_key: str) -> Iterator[str]:
-    """The texts of a source in a fixed order: topics and files by name, JSONL records as they stand.
+def _options(path: str, given: dict[str, str]) -> dict[str, Any]:
+    """The fields of a Source that the options of an entry set."""
+    fields: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in _FIELDS:
+            raise UserError(f"config.data.sources: {path} may have the options {', '.join(_FIELDS)}, found {name!r}.")
+        field, kind, expected = _FIELDS[name]
+        try:
+            fields[field] = kind(value)
+        except ValueError:
+            fields[field] = None
+        if not fields[field] or (kind is not str and fields[field] <= 0):
+            raise UserError(f"config.data.sources: {path}: {name} must be {expected}, found {value!r}.")
+    return fields
 
-    A `.jsonl` file (or `.jsonl.gz`) holds one JSON object a line with the text under `text_key`; any other file is one
-    document of UTF-8 text.
+
+def _count(text: str) -> int:
+    """1000000, 1_000_000 or 1e6."""
+    return int(text) if text.replace("_", "").isdigit() else int(float(text))
+
+
+# option -> (field of Source, its type, what it must be)
+_FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "text": ("text_key", str, "the name of a column"),
+    "epochs": ("epochs", float, "a number above 0"),
+    "limit": ("limit", _count, "a number of tokens above 0"),
+}
+
+
+def documents(source: Source) -> Iterator[Document]:
+    """The documents of a source in a fixed order, one at a time: files by name, records as they stand.
+
+    Documents without text are left out.
 
     Raises:
-      UserError: no such file, or one that cannot be read, naming the file and line.
+      UserError: nothing there, or damaged; it names file, record and column.
     """
     if source.path == EMBEDDED:
         from pydoc_data.topics import topics
 
-        yield from (topics[name] for name in sorted(topics))
+        yield from (Document(f"{EMBEDDED}:{name}", topics[name]) for name in sorted(topics) if topics[name])
         return
-    for file in _files(source.path):
-        yield from _read(file, text_key)
+    for file in find(source.path):
+        for record, text in read(file, source.text_key):
+            if text:
+                yield Document(file.name if record is None else f"{file.name}:{record}", text)
 
 
-def _files(path: str) -> list[pathlib.Path]:
-    root = pathlib.Path(path).expanduser()
-    if root.is_dir():
-        files = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith("."))
-    elif root.is_file():
-        files = [root]
-    else:
-        files = sorted(pathlib.Path(p) for p in glob.glob(str(root), recursive=True) if pathlib.Path(p).is_file())
-    if not files and root.is_dir():
-        raise UserError(f"config.data.sources: {path}: must hold files of text, found an empty folder.")
-    if not files:
-        raise UserError(f"config.data.sources: {path}: no such file, folder or pattern.")
-    return files
+# ---- What is held out ------------------------------------------------------------------------------------------------
+def is_held_out(document: Document, every: int) -> bool:
+    """By the document's text, wherever it stands: one in `every` of all texts."""
+    return _rank(document) < _RANKS // every
 
 
-def _read(file: pathlib.Path, text_key: str) -> Iterator[str]:
-    open_bytes = gzip.open if file.suffix == ".gz" else open
-    is_jsonl = file.name.removesuffix(".gz").endswith(".jsonl")
-    try:
-        with open_bytes(file, "rb") as f:
-            if not is_jsonl:
-                yield _decode(f.read(), str(file))
-                return
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    where = f"{file}:{number}"
-                    yield _record(_decode(line, where), text_key, where)
-    except (OSError, EOFError, zlib.error) as e:
-        raise UserError(f"{file}: cannot be read: {e}.") from e
+_RANKS = 1 << 64
 
 
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{where}: is not UTF-8 text: {e.reason} at byte {e.start}.") from e
+def _rank(document: Document) -> int:
+    """A number under `_RANKS` that is the text's own."""
+    return int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), "big")
 
 
-def _record(line: str, text_key: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as e:
-        raise UserError(f"{where}: is not JSON: {e}.") from e
-    if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
-        found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{where}: must hold text under {text_key!r} (config.data.text_key), found {found}.")
-    text = record[text_key]
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(
-            f"{where}: the text under {text_key!r} holds half a surrogate pair, which is no character."
-        ) from e
-    return text
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Which documents of a source are held out. It knows no other document, so that many may be split at a time."""
+
+    every: int
+    rule: str  # a name of `HOLDOUTS`, or "cut"
+    below: int = 0  # hash: ranks under this are held out
+
+    def parts(self, index: int, document: Document) -> tuple[Document | None, Document | None]:
+        """(training, held-out) part of document `index`, counted from 0 without empty ones."""
+        if self.rule == "cut":
+            text = document.text
+            cut = len(text) - len(text) // self.every
+            parts = (dataclasses.replace(document, text=text[:cut]), dataclasses.replace(document, text=text[cut:]))
+            return parts if parts[1].text else (parts[0], None)
+        held_out = index % self.every == 0 if self.rule == "position" else _rank(document) < self.below
+        return (None, document) if held_out else (document, None)
 
 
-def split(texts: list[str], holdout_every: int) -> tuple[list[str], list[str]]:
-    """(training, held-out) documents: of every `holdout_every` the first is held out.
+def split(source: Source, every: int, rule: str) -> Split:
+    """How a source is split, by one in `every` of its documents: by what they say ("hash"), or by every k-th.
 
     A source with too few documents for that, such as one long text file, is cut instead: the last part of each
-    document, one in `holdout_every` of its characters, is held out.
+    document, one in `every` of its characters, is held out. Of one with few documents by hash, those of the lowest
+    hashes are held out, as many as a larger one would have. For both, its first documents are read.
     """
-    if len(texts) >= holdout_every:
-        return [t for i, t in enumerate(texts) if i % holdout_every], texts[::holdout_every]
-    cuts = [len(t) - len(t) // holdout_every for t in texts]
-    return [t[:c] for t, c in zip(texts, cuts, strict=True)], [t[c:] for t, c in zip(texts, cuts, strict=True)]
+    enough = every if rule == "position" else _SMALL * every
+    first = list(itertools.islice((_rank(d) for d in documents(source)), enough))
+    if len(first) < every:
+        return Split(every, "cut")
+    if rule == "position" or len(first) == enough:
+        return Split(every, rule, _RANKS // every)
+    return Split(every, rule, heapq.nsmallest(-(-len(first) // every), first)[-1] + 1)
+
+
+def part(source: Source, how: Split, held_out: bool) -> Iterator[Document]:
+    """The training or the held-out documents of a source."""
+    for index, document in enumerate(documents(source)):
+        found = how.parts(index, document)[held_out]
+        if found is not None:
+            yield found

@@ -8,30 +8,12 @@ import contextlib
 import json
 import pathlib
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from solar_jax.errors import UserError
 from solar_jax.hf.folders import CONFIGS, JOB
-
-_TRIES, _FIRST_WAIT = 4, 1.0  # of one object; the wait in seconds doubles
-
-
-def retry(action: Callable[[], Any], what: str) -> Any:
-    """Calls `action` until it works, a few times.
-
-    Raises:
-      UserError: it did not.
-    """
-    for attempt in range(_TRIES - 1):
-        with contextlib.suppress(Exception):  # each cloud's client has exceptions of its own
-            return action()
-        time.sleep(_FIRST_WAIT * 2**attempt)
-    try:
-        return action()
-    except Exception as e:
-        raise UserError(f"{what}: the bucket failed {_TRIES} times ({type(e).__name__}: {e}).") from e
+from solar_jax.retrying import retry
 
 
 def names(folder: pathlib.Path) -> set[str]:

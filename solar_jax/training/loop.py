@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from solar_jax.config import Config, ModelConfig
-from solar_jax.data.pipeline import Batch, training_batch
+from solar_jax.data.pipeline import Batch, Feed
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.reader import Checkpoint, load_params
@@ -119,16 +119,18 @@ def train(run: Run, arm: Arm) -> Params:
             abstract = abstract_state(cfg, config, optimizer, shardings)
             if done == config.train.steps:
                 return store.restore_params(done, abstract["params"])
-            params, opt_state, _ = store.restore(done, abstract["params"], abstract["opt_state"])
+            params, opt_state, host = store.restore(done, abstract["params"], abstract["opt_state"])
+            # Checkpoints of older versions do not say how many rows were seen.
+            seen = host.get("rows", done * config.train.batch_size)
             say(f"{arm.name}: going on from the checkpoint of step {done}")
         else:
-            params = initial_params(run, arm.plan)
+            params, seen = initial_params(run, arm.plan), 0
             loss = evaluate(run, arm.name, 0, cfg, params)
             say(f"{arm.name}: held-out loss {loss:.4f} before training")
             opt_state = jax.jit(optimizer.init, out_shardings=shardings["opt_state"])(params)
         state = {"params": params, "opt_state": opt_state}
         del params, opt_state  # the step takes their memory
-        with contextlib.closing(_Session(run, arm, cfg, done, store, lines)) as session:
+        with contextlib.closing(_Session(run, arm, cfg, done, seen, store, lines)) as session:
             return session.steps(optimizer, state)
 
 
@@ -160,9 +162,11 @@ class _Session:
     """
 
     def __init__(
-        self, run: Run, arm: Arm, cfg: ModelConfig, done: int, store: CheckpointStore, lines: metrics.JsonLines
-    ):
+        self, run: Run, arm: Arm, cfg: ModelConfig, done: int, seen: int, store: CheckpointStore,
+        lines: metrics.JsonLines,
+    ):  # fmt: skip
         self._run, self._arm, self._cfg, self._done, self._store, self._lines = run, arm, cfg, done, store, lines
+        self._seen = seen  # rows, before this session
         config = run.config
         self._last = config.train.steps
         self._rates = _rates(config)
@@ -188,9 +192,11 @@ class _Session:
         """
         run, config, size = self._run, self._run.config, self._run.config.train.batch_size
         sharding, padded = rules.batch_sharding(run.mesh), rules.padded_rows(size, run.mesh, config.train.accumulation)
-        with Prefetcher(
-            lambda step: training_batch(run.rows, step, size, padded, sharding), self._done, self._last
-        ) as batches:
+        feed = Feed(run.rows, self._seen, size, padded, sharding, config.data.workers)
+        with (
+            contextlib.closing(feed),
+            Prefetcher(lambda step: feed(step - self._done), self._done, self._last) as batches,
+        ):
             compiled = self._compile(optimizer, state, batches)
             with self._watchdog, self._landing_on_error():
                 self._clock.resume()
@@ -251,7 +257,13 @@ class _Session:
             say(f"{self._arm.name}: held-out loss {loss:.4f} after step {step}")
         if saves:
             with self._outside("checkpoint", step):
-                self._store.save(step, **state, host={"step": step, "tokens": step * self._tokens})
+                self._store.save(step, **state, host=self._host(step))
+
+    def _host(self, step: int) -> dict[str, int]:
+        """Where the run stands after a step. The data's position is the rows seen, so that B may change."""
+        config = self._run.config
+        rows = self._seen + (step - self._done) * config.train.batch_size
+        return {"step": step, "tokens": rows * config.data.sequence_length, "rows": rows}
 
     @contextlib.contextmanager
     def _outside(self, name: str, step: int) -> Iterator[None]:
@@ -287,7 +299,7 @@ class _Session:
         record = measured | {
             "step": flight.step,
             "learning_rate": float(self._rates[flight.step - 1]),
-            "tokens": flight.step * self._tokens,
+            "tokens": self._host(flight.step)["tokens"],
             "tokens_per_second": rate,
             "mfu": metrics.mfu(rate, self._flops, self._peak, jax.device_count()),
             "data_seconds": spent.data,

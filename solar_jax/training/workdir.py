@@ -36,7 +36,7 @@ def config_dict(config: Config) -> dict[str, Any]:
 
 def _may_change(key: str) -> bool:
     """Whether a key may be another after a restart."""
-    return key.startswith("config.logging.")
+    return key.startswith("config.logging.") or key == "config.data.workers"
 
 
 def check_owner(workdir: pathlib.Path, config: Config) -> bool:

@@ -53,7 +53,7 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("shape", MESHES)
 def test_the_global_batch_is_that_of_one_device(corpus, shape):
     rows, sharding = training_rows(corpus, 0), batch_sharding(mesh_of(*shape))
-    batch = training_batch(rows, 5, 8, 8, sharding)
+    batch = training_batch(rows, 40, 8, 8, sharding)
     # By hand: rows 40 to 47 of the mixture.
     expected = {name: np.stack([rows[i][name] for i in range(40, 48)]) for name in rows[0]}
     assert_equal(values(batch), expected)
@@ -64,8 +64,8 @@ def test_the_global_batch_is_that_of_one_device(corpus, shape):
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_rows_added_for_the_devices_weigh_nothing_and_move_no_other(corpus, shape):
     rows = training_rows(corpus, 0)
-    found = values(training_batch(rows, 5, 6, 8, batch_sharding(mesh_of(*shape))))
-    expected = values(training_batch(rows, 5, 6, 6, batch_sharding(mesh_of(1, 1, 1))))
+    found = values(training_batch(rows, 30, 6, 8, batch_sharding(mesh_of(*shape))))
+    expected = values(training_batch(rows, 30, 6, 6, batch_sharding(mesh_of(1, 1, 1))))
     assert_equal({name: x[:6] for name, x in found.items()}, expected)
     assert not found["weights"][6:].any()
 
@@ -73,16 +73,16 @@ def test_rows_added_for_the_devices_weigh_nothing_and_move_no_other(corpus, shap
 def test_a_step_has_one_batch_whatever_was_asked_before(corpus):
     sharding = batch_sharding(mesh_of(1, 1, 1))
     rows = training_rows(corpus, 0)
-    in_order = [values(training_batch(rows, step, 4, 4, sharding)) for step in range(6)]
+    in_order = [values(training_batch(rows, 4 * step, 4, 4, sharding)) for step in range(6)]
     fresh = training_rows(corpus, 0)
     for step in (5, 0, 3, 3, 1):
-        assert_equal(values(training_batch(fresh, step, 4, 4, sharding)), in_order[step])
+        assert_equal(values(training_batch(fresh, 4 * step, 4, 4, sharding)), in_order[step])
 
 
 def test_steps_follow_one_another_without_gap_or_overlap(corpus):
     rows, sharding = training_rows(corpus, 0), batch_sharding(mesh_of(1, 1, 1))
-    small = [values(training_batch(rows, step, 4, 4, sharding))["tokens"] for step in range(4)]
-    large = [values(training_batch(rows, step, 8, 8, sharding))["tokens"] for step in range(2)]
+    small = [values(training_batch(rows, 4 * step, 4, 4, sharding))["tokens"] for step in range(4)]
+    large = [values(training_batch(rows, 8 * step, 8, 8, sharding))["tokens"] for step in range(2)]
     np.testing.assert_array_equal(np.concatenate(small), np.concatenate(large))
 
 

@@ -1,18 +1,19 @@
 """Text in: every kind of file read in a fixed order, split without overlap, and damage told by file and line."""
 
 import gzip
+import hashlib
 import json
 import pathlib
 from pydoc_data.topics import topics
 
 import pytest
 
-from solar_jax.data.sources import EMBEDDED, TextSource, documents, parse_sources, split
+from solar_jax.data.sources import EMBEDDED, Document, Source, documents, is_held_out, parse_sources, part, split
 from solar_jax.errors import UserError
 
 
 def read(path: pathlib.Path | str, text_key: str = "text") -> list[str]:
-    return list(documents(TextSource(str(path), 1.0), text_key))
+    return [d.text for d in documents(Source(str(path), text_key=text_key))]
 
 
 def write(file: pathlib.Path, content: str | bytes) -> pathlib.Path:
@@ -66,25 +67,61 @@ def test_the_embedded_corpus_is_pythons_topics_by_name():
     assert read(EMBEDDED) == [topics[name] for name in sorted(topics)]
 
 
+def parts(path: pathlib.Path | str, every: int, rule: str) -> tuple[list[str], list[str]]:
+    """The texts of both parts."""
+    source = Source(str(path))
+    how = split(source, every, rule)
+    training, heldout = ([d.text for d in part(source, how, held_out)] for held_out in (False, True))
+    return training, heldout
+
+
 def test_every_eighth_topic_is_held_out_from_the_first_on():
     names = sorted(topics)
-    training, heldout = split(read(EMBEDDED), 8)
+    training, heldout = parts(EMBEDDED, 8, "position")
     assert heldout == [topics[name] for name in names[0::8]]
     assert training == [topics[name] for i, name in enumerate(names) if i % 8 != 0]
     assert len(training) + len(heldout) == len(names)
 
 
-def test_a_split_of_as_many_documents_as_the_step_holds_one_out():
+def test_a_split_by_place_of_as_many_documents_as_the_step_holds_one_out(tmp_path):
     texts = [str(i) for i in range(8)]
-    assert split(texts, 8) == (texts[1:], ["0"])
+    assert parts(write(tmp_path / "a.jsonl", jsonl(*texts)), 8, "position") == (texts[1:], ["0"])
 
 
-def test_a_source_of_few_documents_is_cut_by_characters():
+@pytest.mark.parametrize("rule", ["hash", "position"])
+def test_a_source_of_few_documents_is_cut_by_characters(tmp_path, rule):
     # Without this a single text file would have nothing to evaluate on, or nothing to train on.
     long, short = "0123456789" * 8, "abcdefgh"
-    training, heldout = split([long, short], 8)
+    training, heldout = parts(write(tmp_path / "a.jsonl", jsonl(long, short)), 8, rule)
     assert training == [long[:70], "abcdefg"]
     assert heldout == [long[70:], "h"]
+
+
+def test_by_hash_a_text_is_on_the_same_side_wherever_it_stands(tmp_path):
+    texts = [f"document {i}" for i in range(1000)]
+    training, heldout = parts(write(tmp_path / "a.jsonl", jsonl(*texts)), 8, "hash")
+    assert sorted(training + heldout) == sorted(texts)
+    assert 90 < len(heldout) < 160  # 125 expected, with a standard deviation of 10
+    again = parts(write(tmp_path / "b.jsonl", jsonl(*texts[::-1], "another")), 8, "hash")
+    assert set(again[1]) - {"another"} == set(heldout)
+    by_place = parts(tmp_path / "b.jsonl", 8, "position")
+    assert set(by_place[1]) - {"another"} != set(heldout)  # which is not so by place
+
+
+def test_by_hash_the_held_out_texts_are_those_that_the_stated_hash_says(tmp_path):
+    texts = [f"document {i}" for i in range(100)]
+    expected = [
+        t for t in texts if int.from_bytes(hashlib.blake2b(t.encode(), digest_size=8).digest(), "big") < 2**64 // 8
+    ]
+    assert parts(write(tmp_path / "a.jsonl", jsonl(*texts)), 8, "hash")[1] == expected
+    assert [t for t in texts if is_held_out(Document("", t), 8)] == expected
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(8, 1), (9, 2), (63, 8)])
+def test_by_hash_a_small_source_still_has_both_parts(tmp_path, count, held_out):
+    texts = [f"document {i}" for i in range(count)]
+    training, heldout = parts(write(tmp_path / "a.jsonl", jsonl(*texts)), 8, "hash")
+    assert (len(training), len(heldout)) == (count - held_out, held_out)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +162,7 @@ def test_a_broken_json_line_is_told_by_file_and_line(tmp_path, name):
 def test_a_missing_field_is_told_by_file_line_key_and_what_is_there(tmp_path):
     file = write(tmp_path / "a.jsonl", jsonl("x") + '{"body": "y", "id": 1}\n')
     found = refusal(file)
-    assert found.startswith(f"{file}:2: must hold text under 'text' (config.data.text_key)")
+    assert found.startswith(f"{file}:2: must hold text under 'text' (config.data.text_key or ?text=)")
     assert "['body', 'id']" in found
 
 

@@ -18,7 +18,7 @@ from etils import epath
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 
-from solar_jax import convert, upscale
+from solar_jax import convert, retrying, upscale
 from solar_jax.config import GrowthConfig
 from solar_jax.conversion import Target
 from solar_jax.errors import UserError
@@ -90,7 +90,7 @@ def source(bucket, tiny) -> str:
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(buckets, "_FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
 
 
 def tensors(folder) -> dict[str, torch.Tensor]:

@@ -10,11 +10,10 @@ import s3fs
 from etils import epath
 from moto.server import ThreadedMotoServer
 
-from solar_jax import convert, upscale
+from solar_jax import convert, retrying, upscale
 from solar_jax.config import GrowthConfig
 from solar_jax.conversion import Target
 from solar_jax.errors import UserError
-from solar_jax.hf import buckets
 from solar_jax.source import open_checkpoint
 from tests.conftest import hf_model, save_hf
 from tests.test_kill import ROOT, RUN
@@ -114,7 +113,7 @@ def count(out: str) -> int:
 
 
 def test_a_bucket_that_is_not_there_is_named_and_not_made(bucket, tiny, monkeypatch):
-    monkeypatch.setattr(buckets, "_FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
     with pytest.raises(UserError, match="s3://nobody/nothing: "):
         open_checkpoint("s3://nobody/nothing")
     for form in ("hf", "orbax"):

@@ -81,19 +81,19 @@ def plain(tiny, text, tmp_path_factory):
 def test_a_run_that_is_watched_in_every_way_has_the_same_numbers(plain, tmp_path, monkeypatch, capsys):
     config, whole = plain
     logging = LoggingConfig(tensorboard=True, profile_start=2, profile_steps=2, watchdog_seconds=60.0)
-    made = loop.training_batch
+    made = loop.Feed.__call__
 
-    def slow(rows, step, *args):
-        if step == 2:
+    def slow(self, k):
+        if k == 2:
             time.sleep(2)
-        return made(rows, step, *args)
+        return made(self, k)
 
     def say(line=""):
         if line.startswith("healed step 4"):
             signal.raise_signal(signal.SIGUSR1)
         print(line)
 
-    monkeypatch.setattr(loop, "training_batch", slow)
+    monkeypatch.setattr(loop.Feed, "__call__", slow)
     monkeypatch.setattr(loop, "say", say)
     folder = tmp_path / "run"
     with profiling.listening():
@@ -120,15 +120,15 @@ def test_a_run_that_is_watched_in_every_way_has_the_same_numbers(plain, tmp_path
 
 def test_a_batch_that_fails_costs_no_finished_step_its_line_and_the_run_goes_on(plain, tmp_path, monkeypatch):
     config, whole = plain
-    folder, made = tmp_path / "run", loop.training_batch
+    folder, made = tmp_path / "run", loop.Feed.__call__
 
-    def fails(rows, step, *args):
-        if step == 4:
+    def fails(self, k):
+        if k == 4:
             raise OSError("the disk is gone")
-        return made(rows, step, *args)
+        return made(self, k)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "training_batch", fails)
+        patch.setattr(loop.Feed, "__call__", fails)
         with pytest.raises(OSError, match="the disk is gone"):
             train.run(config, folder)
     assert numbers(folder) == numbers(whole)[:4]

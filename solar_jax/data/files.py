@@ -1,0 +1,225 @@
+"""The files that a source names: local ones, objects of a bucket, files of a dataset on the hub."""
+
+import contextlib
+import dataclasses
+import glob
+import io
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import fsspec.core
+
+from solar_jax.errors import UserError
+from solar_jax.retrying import retry
+
+# A folder that has files of one of these kinds is a data set in that form; what else lies there is not text of it.
+DATASETS = (".parquet", ".arrow", ".array_record")
+HUB = "hf://"
+_PACKAGES = {"gs": "gcsfs, which comes with the extra `gcs`", "s3": "s3fs, which comes with the extra `s3`"}
+_SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|dev|eval)(?=[/_.-])")
+_AT_A_TIME = 1 << 20  # bytes asked of a bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One file of a source, wherever it is."""
+
+    name: str  # as messages and document ids name it
+
+    @property
+    def suffixes(self) -> list[str]:
+        """Of the name, in lower case, the last first."""
+        return [s.lower() for s in reversed(pathlib.PurePosixPath(self.name).suffixes)]
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """For reading, with `seek`."""
+        if is_remote(self.name):
+            with io.BufferedReader(_Object(self.name), _AT_A_TIME) as f:
+                yield f
+        else:
+            with pathlib.Path(self.name).open("rb") as f:
+                yield f
+
+    @contextlib.contextmanager
+    def local(self) -> Iterator[str]:
+        """A path for readers that know only those; a copy while it is used if the file is elsewhere."""
+        if not is_remote(self.name):
+            yield self.name
+            return
+        with tempfile.NamedTemporaryFile(prefix="solar_jax_", suffix=self.suffixes[0]) as copy:
+            with self.open() as f:
+                shutil.copyfileobj(f, copy, 1 << 24)
+            copy.flush()
+            yield copy.name
+
+
+def is_remote(path: str) -> bool:
+    return re.match(r"[a-z][a-z0-9]*://", path) is not None
+
+
+def find(path: str) -> list[File]:
+    """The files of a local or remote file, folder or pattern, by name; hidden ones only if the path names them.
+
+    Of a folder that Hugging Face's `datasets` wrote, the files of its data. Of a folder of Parquet, Arrow or
+    ArrayRecord files, these alone. On the hub, where a README stands next to the data, the same for JSONL.
+
+    Raises:
+      UserError: none, or a folder that holds several splits of a data set and the path does not say which.
+    """
+    names, is_folder = _remote(path) if is_remote(path) else _local(path)
+    if not names:
+        raise UserError(
+            f"config.data.sources: {path}: must hold files of text, found an empty folder."
+            if is_folder
+            else f"config.data.sources: {path}: no such file, folder or pattern."
+        )
+    return [File(name) for name in (_of_folder(path, names) if is_folder else names)]
+
+
+def _local(path: str) -> tuple[list[str], bool]:
+    root = pathlib.Path(path).expanduser()
+    if root.is_dir():
+        saved = _saved_by_datasets(root)
+        files = saved or [p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        return [str(p) for p in (saved or sorted(files))], True
+    if root.is_file():
+        return [str(root)], False
+    return sorted(p for p in glob.glob(str(root), recursive=True) if pathlib.Path(p).is_file()), False
+
+
+def _saved_by_datasets(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a data set that `save_to_disk` wrote, in its order; none if the folder is no such thing."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _json(folder / "dataset_dict.json", "splits")
+        if len(splits) != 1:
+            raise UserError(
+                f"config.data.sources: {folder}: holds the splits {', '.join(splits)}; name one, as in "
+                f"{folder / (splits[0] if splits else 'train')}."
+            )
+        folder = folder / splits[0]
+    if not (folder / "state.json").is_file():
+        return []
+    files = [folder / entry["filename"] for entry in _json(folder / "state.json", "_data_files")]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{folder / 'state.json'}: names {file.name}, which is not there.")
+    return files
+
+
+def _json(file: pathlib.Path, key: str) -> list[Any]:
+    try:
+        return list(json.loads(file.read_bytes())[key])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file}: must be JSON with the key {key!r} ({type(e).__name__}: {e}).") from e
+
+
+def _remote(url: str) -> tuple[list[str], bool]:
+    files, path = file_system(url)
+
+    def listed() -> tuple[list[str], bool]:
+        try:
+            if glob.has_magic(path):
+                return [p for p in files.glob(path) if files.isfile(p)], False
+            if files.isfile(path):
+                return [path], False
+            found = [p for p in files.find(path) if not pathlib.PurePosixPath(p).name.startswith(".")]
+            return found, files.isdir(path)
+        except FileNotFoundError:
+            return [], False
+
+    names, is_folder = retry(listed, url)
+    return [files.unstrip_protocol(name) for name in sorted(names)], is_folder
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path there.
+
+    Raises:
+      UserError: a kind of place that is not known, or whose package is missing.
+    """
+    kind = url.split("://")[0]
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as e:
+        raise UserError(f"{url}: {kind}:// needs the package {_PACKAGES.get(kind, 'that fsspec names')}: {e}.") from e
+    except ValueError as e:
+        raise UserError(f"{url}: {kind}:// is not a kind of place that is known here.") from e
+
+
+def _of_folder(path: str, names: list[str]) -> list[str]:
+    """Those of a folder's files that are its text."""
+    kinds = (*DATASETS, ".jsonl") if path.startswith(HUB) else DATASETS
+    for kind in kinds:
+        if chosen := [name for name in names if kind in File(name).suffixes[:2]]:
+            break
+    else:
+        return names
+    begin = len(path.rstrip("/")) + 1 if is_remote(path) else len(str(pathlib.Path(path).expanduser())) + 1
+    splits = sorted({m[1] for name in chosen if (m := _SPLIT.search(name[begin:]))})
+    if len(splits) > 1:
+        raise UserError(
+            f"config.data.sources: {path}: holds the splits {', '.join(splits)}; name one by a pattern, as in "
+            f"{path.rstrip('/')}/**/*{'train' if 'train' in splits else splits[0]}*."
+        )
+    return chosen
+
+
+class _Object(io.RawIOBase):
+    """A remote file that is opened again where it was when a read fails."""
+
+    def __init__(self, url: str):
+        super().__init__()
+        self._url, self._at, self._file = url, 0, None
+        self._files, self._path = file_system(url)
+        self._size = retry(lambda: self._files.size(self._path), url)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = retry(lambda: self._read(len(buffer)), self._url)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
+        if self._at >= self._size:
+            return b""
+        try:
+            if self._file is None:
+                self._file = self._files.open(self._path, "rb")
+            if self._file.tell() != self._at:
+                self._file.seek(self._at)
+            data = self._file.read(size)
+            if not data:
+                raise OSError(f"the object ends after {self._at} of {self._size} bytes")
+            return data
+        except Exception:
+            self.close_file()
+            raise
+
+    def close_file(self) -> None:
+        broken, self._file = self._file, None
+        if broken is not None:
+            with contextlib.suppress(Exception):
+                broken.close()
+
+    def close(self) -> None:
+        self.close_file()
+        super().close()

@@ -1,0 +1,234 @@
+"""File formats: the records of one file, one at a time, as (number, text).
+
+Lines are counted from 1, as editors do, and rows from 0, as `datasets` does.
+"""
+
+import codecs
+import contextlib
+import gzip
+import importlib
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from solar_jax.data.files import File
+from solar_jax.errors import UserError
+
+Record = tuple[int | None, str]  # number, and text; None: the file is one document
+_LONGEST_LINE = 1 << 30  # bytes; more than that in one line is no JSONL
+_AT_A_TIME = 1 << 20  # bytes of a decompressed stream
+_ROWS_AT_A_TIME = 128
+_MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
+def read(file: File, text_key: str) -> Iterator[Record]:
+    """The records of a file, by what its name ends in.
+
+    Raises:
+      UserError: damaged, or no text where text is expected; it names file, record and column.
+    """
+    kind = file.suffixes[1:2] if file.suffixes[:1] in ([".gz"], [".zst"]) else file.suffixes[:1]
+    reader = READERS.get("".join(kind), _text)
+    last: int | None = None
+    try:
+        for last, text in reader(file, text_key):
+            yield last, text
+    except UserError:
+        raise
+    except _damage() as e:
+        after = f" after record {last}" if last is not None else ""
+        raise UserError(f"{file.name}: cannot be read{after}: {_sentence(e)}.") from e
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What libraries raise for a damaged file; pyarrow's are OSError and ValueError."""
+    return (OSError, EOFError, ValueError, RuntimeError, zlib.error)
+
+
+def _sentence(e: Exception) -> str:
+    return " ".join(str(e).split()).rstrip(".") or type(e).__name__
+
+
+@contextlib.contextmanager
+def _decompressed(file: File) -> Iterator[BinaryIO]:
+    with file.open() as f:
+        if file.suffixes[:1] == [".gz"]:
+            with gzip.open(f, "rb") as unzipped:
+                yield io.BufferedReader(unzipped, _AT_A_TIME)  # type: ignore[arg-type]
+        elif file.suffixes[:1] == [".zst"]:
+            arrow = _pyarrow("", file)
+            stream = arrow.CompressedInputStream(arrow.PythonFile(f, mode="r"), "zstd")
+            yield io.BufferedReader(stream, _AT_A_TIME)
+        else:
+            yield f
+
+
+def _pyarrow(module: str, file: File) -> Any:
+    try:
+        return importlib.import_module(f"pyarrow{module}")
+    except ImportError as e:
+        raise UserError(
+            f"{file.name}: {file.suffixes[0]} files are read with pyarrow, which is not installed; it comes with the "
+            "extra `data`."
+        ) from e
+
+
+# ---- text and JSONL --------------------------------------------------------------------------------------------------
+def _text(file: File, text_key: str) -> Iterator[Record]:
+    """The whole file as one document."""
+    del text_key
+    with _decompressed(file) as f:
+        yield None, _decode(f.read(), file.name, first=True)
+
+
+def _jsonl(file: File, text_key: str) -> Iterator[Record]:
+    with _decompressed(file) as f:
+        number = 0
+        while line := f.readline(_LONGEST_LINE):
+            number += 1
+            where = f"{file.name}:{number}"
+            if len(line) == _LONGEST_LINE:
+                raise UserError(f"{where}: is a line of more than {_LONGEST_LINE:,} bytes, so this is not JSONL.")
+            if line.strip():
+                yield number, _from_json(_decode(line, where, first=number == 1), text_key, where)
+
+
+def _decode(data: bytes, where: str, first: bool = False) -> str:
+    """UTF-8 text with lines that end in a line feed, without the mark that some programs begin a file with."""
+    if first:
+        data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as e:
+        mark = _MARKS.get(data[:2]) if first else None
+        found = f"it begins as {mark} does" if mark else f"{e.reason} at byte {e.start}"
+        raise UserError(f"{where}: is not UTF-8 text: {found}.") from e
+    if "\0" in text:
+        raise UserError(f"{where}: is not text: it holds a NUL at character {text.index(chr(0))}.")
+    return text
+
+
+def _from_json(line: str, text_key: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: is not JSON: {e}.") from e
+    return _field(record, text_key, where)
+
+
+def _field(record: Any, text_key: str, where: str) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+        found = type(record).__name__
+        if isinstance(record, dict):
+            value = f" with {type(record[text_key]).__name__} there" if text_key in record else ""
+            found = f"{sorted(record)}{value}"
+        raise UserError(f"{where}: must hold text under {text_key!r} (config.data.text_key or ?text=), found {found}.")
+    text = record[text_key]
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{where}: the text under {text_key!r} holds half a surrogate pair, which is no character."
+        ) from e
+    return text
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------
+def _parquet(file: File, text_key: str) -> Iterator[Record]:
+    parquet = _pyarrow(".parquet", file)
+    with file.open() as f:
+        table = parquet.ParquetFile(f, pre_buffer=False)
+        _check_column(table.schema_arrow, text_key, file)
+        yield from _rows(table.iter_batches(_ROWS_AT_A_TIME, columns=[text_key]), text_key, file)
+
+
+def _arrow(file: File, text_key: str) -> Iterator[Record]:
+    """Arrow's IPC, as a stream (which `datasets` writes) or as a file."""
+    ipc = _pyarrow(".ipc", file)
+    with file.open() as f:
+        if f.read(6) == b"ARROW1":
+            table = ipc.open_file(f)
+            batches: Iterator[Any] = (table.get_batch(i) for i in range(table.num_record_batches))
+        else:
+            f.seek(0)
+            table = ipc.open_stream(f)
+            batches = iter(table)
+        _check_column(table.schema, text_key, file)
+        yield from _rows(batches, text_key, file)
+
+
+def _check_column(schema: Any, text_key: str, file: File) -> None:
+    """Raises a UserError unless a table has text under that name."""
+    if text_key not in schema.names:
+        raise UserError(
+            f"{file.name}: must have a column {text_key!r} (config.data.text_key or ?text=), found {schema.names}."
+        )
+    kind = str(schema.field(text_key).type)
+    if not any(word in kind for word in ("string", "utf8")) or kind.startswith(("list", "large_list", "struct")):
+        raise UserError(f"{file.name}: the column {text_key!r} must hold text, found {kind}.")
+
+
+def _rows(batches: Iterator[Any], text_key: str, file: File) -> Iterator[Record]:
+    number = 0
+    for batch in batches:
+        column = batch.column(text_key)
+        for value in column:
+            where = f"{file.name}:{number}"
+            try:
+                text = value.as_py()
+            except UnicodeDecodeError as e:
+                raise UserError(f"{where}: the text under {text_key!r} is not UTF-8: {e.reason}.") from e
+            if text is None:
+                raise UserError(f"{where}: must hold text under {text_key!r}, found null.")
+            yield number, text
+            number += 1
+
+
+# ---- ArrayRecord -----------------------------------------------------------------------------------------------------
+def _array_record(file: File, text_key: str) -> Iterator[Record]:
+    """Records of JSON with the text under a key, or of text alone; the first one of a file says which."""
+    from array_record.python import array_record_module  # part of grain
+
+    with file.local() as path:
+        if not open_size(path):
+            raise UserError(f"{file.name}: must hold records, found an empty file.")
+        reader = array_record_module.ArrayRecordReader(path)
+        try:
+            count = reader.num_records()  # 0 for whatever is no whole ArrayRecord file
+            if not count:
+                raise UserError(f"{file.name}: has no records; it is cut short, or no ArrayRecord file.")
+            is_json: bool | None = None
+            for begin in range(0, count, _ROWS_AT_A_TIME):
+                numbers = range(begin, min(begin + _ROWS_AT_A_TIME, count))
+                for number, data in zip(numbers, reader.read(list(numbers)), strict=True):
+                    where = f"{file.name}:{number}"
+                    text = _decode(data, where)
+                    if is_json is None:
+                        is_json = _is_object(text)
+                    yield number, _from_json(text, text_key, where) if is_json else text
+        finally:
+            reader.close()
+
+
+def open_size(path: str) -> int:
+    with open(path, "rb") as f:
+        return f.seek(0, io.SEEK_END)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+# What a file's name ends in, before .gz or .zst -> its reader; any other file is one document of text.
+READERS: dict[str, Callable[[File, str], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".array_record": _array_record,
+}
