@@ -83,7 +83,7 @@ class TrainConfig:
     accumulation: int = 1  # microbatches that one step's batch is split into; 0: chosen by the planner
     trainable: str = "all"  # a name of training.optimizer.TRAINABLE
     remat: str = "auto"  # a name of model.llama.REMAT; auto: chosen by the planner
-    attention: str = "auto"  # a name of training.step.ATTENTION; auto: splash kernels on TPUs
+    attention: str = "auto"  # a name of training.step.ATTENTION; auto: kernels on TPUs and GPUs
     precision: str = "mixed"  # a name of model.precision.PRECISIONS; mixed: float32 state, bfloat16 matmuls
     control: bool = False  # also train the base without growth, on the same tokens
 

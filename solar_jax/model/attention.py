@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -90,16 +91,20 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, 
       [B, T, N, H] in q's dtype.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    k, v = shard.whole(k, 1), shard.whole(v, 1)
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision=precision, preferred_element_type=jnp.float32)
+    k, v = (shard.whole(x, 1).swapaxes(1, 2) for x in (k, v))
+    K, S = k.shape[1:3]
+    # The queries of all heads that share a key head lie on one axis, M: each product then sums over one axis, in the
+    # backward pass too, and XLA on a CPU makes no transposed copies of what it multiplies.
+    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    scores = jnp.einsum("bkmh,bksh->bkms", q, k, precision=precision, preferred_element_type=jnp.float32)
     scores *= H**-0.5
     if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        by_head = scores.reshape(B, K, N // K, T, S)
+        scores = jnp.where(mask[:, None, None], by_head, jnp.finfo(jnp.float32).min).reshape(scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision).reshape(B, T, N, H)
+    out = jnp.einsum("bkms,bksh->bkmh", weights, v, precision=precision)
+    out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     return checkpoint_name(out, SAVED)
 
 
@@ -117,3 +122,33 @@ def sharded_attention(
     """`rotated_attention` of a shard's queries, its mask made of the whole rows' segment ids [B, S]."""
     mask = attention_mask(q.shape[1] * shard.count, segment_ids, sliding_window, shard)
     return attention(apply_rope(q, rope), apply_rope(k, rope), v, mask, shard)
+
+
+def library_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, *,
+    sliding_window: int, implementation: Literal["xla", "cudnn"],
+) -> jax.Array:  # fmt: skip
+    """`rotated_attention` by `jax.nn.dot_product_attention`: "cudnn" has no [T, S] scores in memory, and needs a GPU.
+
+    Args:
+      q, k, v, rope: as an `Attend` takes them, in 16 bits for cudnn.
+      segment_ids: [B, T]; None: a row is one document.
+      sliding_window: keys that a query sees, itself included; 0 for all before it.
+      implementation: which of the library's.
+    """
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    out = jax.nn.dot_product_attention(
+        apply_rope(q, rope), apply_rope(k, rope), v, mask=mask, is_causal=True,
+        local_window_size=(sliding_window - 1, 0) if sliding_window else None, implementation=implementation,
+    )  # fmt: skip
+    return checkpoint_name(out, SAVED)
+
+
+def attention_of_rows(rows: int, mask: jax.Array) -> Attend:
+    """`rotated_attention` of so many rows that lie end to end as one; `mask` [B or 1, T, S] is that of the rows."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], _: Any) -> jax.Array:
+        q_rows, k_rows, v_rows, cos, sin = (x.reshape(rows, -1, *x.shape[2:]) for x in (q, k, v, *rope))
+        return rotated_attention(q_rows, k_rows, v_rows, (cos, sin), mask).reshape(q.shape)
+
+    return attend

@@ -147,23 +147,44 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def _einsum(subscripts: str, x: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
-    """An einsum in x's dtype; float32 is then float32 on a TPU too, whose default is bfloat16 passes."""
+    """An einsum in x's dtype; float32 is then float32 on a TPU too, whose default is bfloat16 passes.
+
+    The axes that are summed over are x's last and the weight's first ones. A single row is multiplied as a matrix:
+    its gradient is then summed over one axis, where XLA on a CPU copies both operands, transposed, to sum over two.
+    """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, x, weight.astype(x.dtype), precision=precision, preferred_element_type=out)
+    weight = weight.astype(x.dtype)
+    if x.shape[0] > 1:
+        return jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=out)
+    ours, theirs = subscripts.split("->")[0].split(",")
+    summed = sum(letter in ours for letter in theirs)
+    matrix = weight.reshape(math.prod(weight.shape[:summed]), -1)
+    y = jnp.matmul(x.reshape(-1, matrix.shape[0]), matrix, precision=precision, preferred_element_type=out)
+    return y.reshape(*x.shape[:-summed], *weight.shape[summed:])
+
+
+@jax.custom_vjp
+def _product_in_parts(h: jax.Array, weight: jax.Array) -> jax.Array:
+    """[B, T, F] x [F, D] -> [B, T, D] in up to 16 parts of F; its gradient, no sum over F, is the plain product's."""
+    B, T, F = h.shape
+    parts = next(n for n in (16, 8, 4, 2, 1) if F % n == 0)
+    h, weight = h.reshape(B, T, parts, F // parts), weight.reshape(parts, F // parts, -1)
+    return jnp.sum(jnp.einsum("btpf,pfd->pbtd", h, weight, precision=jax.lax.Precision.HIGHEST), axis=0)
+
+
+_product_in_parts.defvjp(
+    lambda h, weight: (_product_in_parts(h, weight), (h, weight)),
+    lambda saved, g: jax.vjp(functools.partial(_einsum, "btf,fd->btd"), *saved)[1](g),
+)
 
 
 def _down_projection(h: jax.Array, weight: jax.Array, einsum: Einsum) -> jax.Array:
-    """[B, T, F] x [F, D] -> [B, T, D], in float32 summed in up to 16 parts of F.
+    """[B, T, F] x [F, D] -> [B, T, D], in float32 summed in parts of F.
 
     SwiGLU's few huge activations swallow the small terms of one long float32 sum: on a real model that alone moves
     logits by 1e-4. Narrower dtypes are accumulated in float32 anyway and take the plain product.
     """
-    if h.dtype != jnp.float32:
-        return einsum("btf,fd->btd", h, weight)
-    B, T, F = h.shape
-    parts = next(n for n in (16, 8, 4, 2, 1) if F % n == 0)
-    sums = einsum("btpf,pfd->pbtd", h.reshape(B, T, parts, F // parts), weight.reshape(parts, F // parts, -1))
-    return jnp.sum(sums, axis=0)
+    return _product_in_parts(h, weight) if h.dtype == jnp.float32 else einsum("btf,fd->btd", h, weight)
 
 
 def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

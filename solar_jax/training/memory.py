@@ -17,7 +17,7 @@ from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE, layer_axes, size
 from solar_jax.model.precision import compute_dtype
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, padded_rows, ways
-from solar_jax.training.step import State, loss_chunks, uses_splash
+from solar_jax.training.step import State, attention_choice, loss_chunks
 
 GIB = 2**30
 # Values a token that differentiation asks for in one layer when nothing is computed again, by their axes; some of
@@ -103,7 +103,11 @@ def _saved(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: 
         values = sum(count * each(cfg, mesh, letters) for letters, count in EVERYTHING.items())
         shared = axis_size(mesh, "fsdp", "context") > 1
         weights = _gathered(cfg, mesh) * width if shared else 0.0
-        scores = 0 if uses_splash(cfg, config, mesh) else 4 * each(cfg, mesh, "N") * config.data.sequence_length
+        scores = (
+            0
+            if attention_choice(cfg, config, mesh) != "xla"
+            else 4 * each(cfg, mesh, "N") * config.data.sequence_length
+        )
         return tokens * (values * width + scores) + weights
     kept = ["D", *(SAVEABLE[name] for name in names)]
     sums = 4 * each(cfg, mesh, "N") if "attention" in names else 0.0  # the kernel's, float32
@@ -117,7 +121,11 @@ def _layer(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: 
     again = [letters for name, letters in SAVEABLE.items() if kept is not None and name not in kept]
     values = sum(count * each(cfg, mesh, letters) for letters, count in LAYER.items())
     values += sum(each(cfg, mesh, letters) for letters in again if "F" in letters)
-    scores = 0 if uses_splash(cfg, config, mesh) else SCORES * each(cfg, mesh, "N") * config.data.sequence_length
+    scores = (
+        0
+        if attention_choice(cfg, config, mesh) != "xla"
+        else SCORES * each(cfg, mesh, "N") * config.data.sequence_length
+    )
     return tokens * (values * width + scores) + _gathered(cfg, mesh) * width
 
 

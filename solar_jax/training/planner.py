@@ -20,7 +20,7 @@ from solar_jax.parallel.rules import parameter_shardings
 from solar_jax.parallel.slices import Slice
 from solar_jax.training.memory import GIB, Need, estimate
 from solar_jax.training.optimizer import make_optimizer
-from solar_jax.training.step import abstract_state, state_shardings, uses_splash
+from solar_jax.training.step import abstract_state, attention_choice, state_shardings
 from solar_jax.training.steptime import StepTime, step_time
 
 AUTO = "auto"  # config.train.remat
@@ -139,7 +139,7 @@ def options(cfg: ModelConfig, config: Config, devices: Devices) -> list[Option]:
         mesh = devices.mesh(sizes)
         try:
             parameter_shardings(cfg, mesh)
-            uses_splash(cfg, config, mesh)
+            attention_choice(cfg, config, mesh)
         except UserError as e:
             refused = e
             continue

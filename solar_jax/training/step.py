@@ -13,7 +13,13 @@ from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
 from solar_jax.model import llama
-from solar_jax.model.attention import Attend, sharded_attention
+from solar_jax.model.attention import (
+    Attend,
+    attention_mask,
+    attention_of_rows,
+    library_attention,
+    sharded_attention,
+)
 from solar_jax.model.flash import LANES, flash_attention, needed_memory
 from solar_jax.model.llama import Params
 from solar_jax.model.precision import compute_dtype, precision
@@ -25,7 +31,7 @@ from solar_jax.training.objectives import head_loss
 from solar_jax.training.optimizer import masked
 
 State = dict[str, Any]  # {"params", "opt_state"}
-ATTENTION = ("auto", "splash", "xla")  # config.train.attention
+ATTENTION = ("auto", "splash", "cudnn", "xla")  # config.train.attention
 LOGITS = 2**28  # of one chunk of the loss, on one device: a GiB in float32
 
 
@@ -47,8 +53,8 @@ def abstract_state(
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
 
 
-def uses_splash(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> bool:
-    """Whether attention runs in kernels: asked for, or on TPUs where they take the shapes.
+def attention_choice(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> str:
+    """What attention runs in: "splash", kernels on TPUs; "cudnn", those of GPUs; or "xla", array operations.
 
     Raises:
       UserError: no such choice, kernels are asked for that do not take the shapes, or context does not divide a row.
@@ -63,21 +69,35 @@ def uses_splash(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> 
             f"found {length}."
         )
     multiple = chunks * LANES
-    fits = length % multiple == 0 and cfg.head_dim % LANES == 0
     if wanted == "splash" and length % multiple:
         raise UserError(
             f"config.train.attention='splash' needs a config.data.sequence_length that is a multiple of {multiple}, "
             f"found {length}."
         )
-    return wanted == "splash" or (wanted == "auto" and fits and platform(mesh) == "tpu")
+    narrow = compute_dtype(config.train).itemsize == 2
+    taken = narrow and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and context == 1
+    if wanted == "cudnn" and not taken:
+        raise UserError(
+            "config.train.attention='cudnn' needs 16-bit matmuls (config.train.precision), a head_dim of at most 128 "
+            f"and a multiple of 8, and config.mesh.context=1; found {config.train.precision!r}, {cfg.head_dim} and "
+            f"{context}."
+        )
+    if wanted != "auto":
+        return wanted
+    if platform(mesh) == "tpu" and length % multiple == 0 and cfg.head_dim % LANES == 0:
+        return "splash"
+    return "cudnn" if platform(mesh) == "gpu" and taken else "xla"
 
 
 def attention_kernel(cfg: ModelConfig, config: Config, mesh: Mesh) -> Attend | None:
     """The kernels for `mesh`, or None for array operations that XLA splits; without a TPU kernels are interpreted."""
-    split = mesh.shape["context"] > 1
-    if not uses_splash(cfg, config, mesh):
+    split, choice = mesh.shape["context"] > 1, attention_choice(cfg, config, mesh)
+    if choice == "xla":
         plain = functools.partial(sharded_attention, sliding_window=cfg.sliding_window)
         return rules.attend(mesh, plain) if split else None
+    if choice == "cudnn":
+        library = functools.partial(library_attention, sliding_window=cfg.sliding_window, implementation="cudnn")
+        return rules.attend(mesh, library)
     needed = needed_memory(config.data.sequence_length, cfg.head_dim, compute_dtype(config.train).itemsize)
     fits = cfg.head_dim % LANES == 0 and needed <= chips.vector_memory(mesh.devices.flat[0])
     kernel = functools.partial(
@@ -100,11 +120,16 @@ def _summed_loss(
     if config.train.remat not in llama.REMAT:
         raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {config.train.remat!r}.")
 
-    constrain, attend = rules.constrain(mesh), attention_kernel(cfg, config, mesh)
+    constrain, kernel = rules.constrain(mesh), attention_kernel(cfg, config, mesh)
     narrow = {"einsum": quantised_einsum(projections)} if projections else {}
     shards = axis_size(mesh, "data", "fsdp", "context")
 
     def summed_loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        attend = kernel
+        if kernel is None and mesh.size == 1:  # rows end to end, so that matmuls are of matrices: see `llama._einsum`
+            rows, length = batch["tokens"].shape
+            attend = attention_of_rows(rows, attention_mask(length, batch["segment_ids"], cfg.sliding_window))
+            batch = jax.tree.map(lambda x: x.reshape(1, -1), batch)
         split = rules.zigzag(mesh, batch)
         x, head = llama.hidden(
             cfg, params, split["tokens"], split["positions"], batch["segment_ids"],

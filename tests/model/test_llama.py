@@ -105,6 +105,38 @@ def test_remat_changes_no_gradient(tiny, remat):
         np.testing.assert_allclose(a, b, atol=1e-5 * scale)
 
 
+def gradients(cfg: ModelConfig, params, tokens: jax.Array):
+    """Of a sum over what the logits are the product of."""
+    return jax.grad(lambda p: jnp.sum(jnp.sin(llama.hidden(cfg, p, tokens)[0])))(params)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"head_dim": 16}])
+def test_a_row_alone_gives_the_logits_and_gradients_that_it_gives_beside_others(tmp_path, changes):
+    checkpoint = open_checkpoint(str(save_hf(hf_model(**changes), tmp_path / "m")))
+    cfg, params = checkpoint.cfg, load_params(checkpoint)
+    tokens = jnp.array(np.random.default_rng(2).integers(0, cfg.vocab_size, (3, 20)))
+    alone = [llama.logits(cfg, params, tokens[i : i + 1]) for i in range(3)]
+    np.testing.assert_allclose(jnp.concatenate(alone), llama.logits(cfg, params, tokens), atol=1e-4)
+    expected = gradients(cfg, params, tokens)
+    found = jax.tree.map(lambda *g: sum(g), *(gradients(cfg, params, tokens[i : i + 1]) for i in range(3)))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def test_the_gradient_of_a_single_row_copies_no_operand_transposed(tiny):
+    checkpoint = open_checkpoint(str(tiny))
+    cfg, params, length = checkpoint.cfg, load_params(checkpoint), 48
+
+    def transposed(rows: int) -> int:
+        """How often the compiled gradient has the mlp's activations as F x all tokens."""
+        tokens = jnp.zeros((rows, length // rows), int)
+        text = jax.jit(lambda p: gradients(cfg, p, tokens)).lower(params).compile().as_text()
+        return text.count(f"f32[{cfg.intermediate_size},{length}]")
+
+    assert transposed(rows=1) == 0
+    assert transposed(rows=2) > 0  # or XLA has learnt it, and rows need not lie end to end any more
+
+
 def test_parameter_counts_are_the_papers():
     mistral = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
     counts = [llama.parameter_count(dataclasses.replace(mistral, num_hidden_layers=n)) for n in (32, 48, 64)]

@@ -27,7 +27,15 @@ from solar_jax.parallel import rules
 from solar_jax.source import open_checkpoint
 from solar_jax.training import roofline
 from solar_jax.training.optimizer import make_optimizer
-from solar_jax.training.step import State, abstract_state, make_eval_step, make_train_step, mean_loss, state_shardings
+from solar_jax.training.step import (
+    State,
+    abstract_state,
+    attention_choice,
+    make_eval_step,
+    make_train_step,
+    mean_loss,
+    state_shardings,
+)
 from tests.conftest import hf_model, save_hf
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
@@ -47,11 +55,12 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}
 REMATERIALISED = "Involuntary full rematerialization"
 
 
-def config(accumulation: int = 1, remat: str = "full", precision: str = "float32") -> Config:
+def config(accumulation: int = 1, remat: str = "full", precision: str = "float32", attention: str = "auto") -> Config:
     return Config(
         data=DataConfig(sequence_length=LENGTH),
         train=TrainConfig(
-            steps=STEPS, batch_size=ROWS, accumulation=accumulation, remat=remat, precision=precision
+            steps=STEPS, batch_size=ROWS, accumulation=accumulation, remat=remat, precision=precision,
+            attention=attention,
         ),
         # A rate that moves the loss, so that a wrong update shows in the next step's. Adam divides a gradient by its
         # own size plus eps: with a tiny eps, rounding in a gradient near 0 would decide which way its weight goes.
@@ -415,3 +424,11 @@ def test_an_unknown_remat_is_refused_with_the_known_ones():
     run = config(remat="some")
     with pytest.raises(UserError, match=rf"config\.train\.remat must be one of {', '.join(llama.REMAT)}, found 'some'"):
         make_train_step(SMALL, run, make_optimizer(run), mesh_of(1, 1, 1))
+
+
+def test_cudnn_is_refused_where_it_could_not_run_and_chosen_on_gpus_alone():
+    run = config(attention="cudnn", precision="float32")
+    with pytest.raises(UserError, match=r"'cudnn' needs 16-bit matmuls .* found 'float32'"):
+        attention_choice(SMALL, run, mesh_of(1, 1, 1))
+    assert attention_choice(SMALL, config(attention="cudnn", precision="mixed"), mesh_of(1, 1, 1)) == "cudnn"
+    assert attention_choice(SMALL, config(precision="mixed"), mesh_of(1, 1, 1)) == "xla"
