@@ -1,6 +1,10 @@
 """Rows to batches: the global batch after so many rows is a function of that number, whatever hosts and devices."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
@@ -161,7 +165,7 @@ class Feed:
                 grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
             )
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-            self._made = iter(dataset.mp_prefetch(options))
+            self._made = iter(dataset.mp_prefetch(options, worker_init_fn=_as_worker))
 
     def __call__(self, k: int) -> Batch:
         """Batch k, counted from 0, as arrays [padded, T]; worker processes give them in order alone."""
@@ -175,6 +179,20 @@ class Feed:
         """Ends the worker processes."""
         if self._made is not None:
             self._made.close()
+
+
+def _as_worker(index: int, count: int) -> None:
+    """What a worker process does first: it ends when the run does, however that ends, and leaves Ctrl-C to it."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def training_batch(

@@ -20,6 +20,8 @@ Record = tuple[int | None, str]  # number, and text; None: the file is one docum
 _LONGEST_LINE = 1 << 30  # bytes; more than that in one line is no JSONL
 _AT_A_TIME = 1 << 20  # bytes of a decompressed stream
 _ROWS_AT_A_TIME = 128
+# What libraries raise for a damaged file; pyarrow's are among these.
+_DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zlib.error)
 _MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
@@ -35,16 +37,9 @@ def read(file: File, text_key: str) -> Iterator[Record]:
     try:
         for last, text in reader(file, text_key):
             yield last, text
-    except UserError:
-        raise
-    except _damage() as e:
+    except _DAMAGE as e:
         after = f" after record {last}" if last is not None else ""
         raise UserError(f"{file.name}: cannot be read{after}: {_sentence(e)}.") from e
-
-
-def _damage() -> tuple[type[Exception], ...]:
-    """What libraries raise for a damaged file; pyarrow's are OSError and ValueError."""
-    return (OSError, EOFError, ValueError, RuntimeError, zlib.error)
 
 
 def _sentence(e: Exception) -> str:
@@ -192,27 +187,27 @@ def _array_record(file: File, text_key: str) -> Iterator[Record]:
     from array_record.python import array_record_module  # part of grain
 
     with file.local() as path:
-        if not open_size(path):
+        if not _size(path):
             raise UserError(f"{file.name}: must hold records, found an empty file.")
         reader = array_record_module.ArrayRecordReader(path)
-        try:
-            count = reader.num_records()  # 0 for whatever is no whole ArrayRecord file
-            if not count:
-                raise UserError(f"{file.name}: has no records; it is cut short, or no ArrayRecord file.")
-            is_json: bool | None = None
-            for begin in range(0, count, _ROWS_AT_A_TIME):
-                numbers = range(begin, min(begin + _ROWS_AT_A_TIME, count))
-                for number, data in zip(numbers, reader.read(list(numbers)), strict=True):
-                    where = f"{file.name}:{number}"
-                    text = _decode(data, where)
-                    if is_json is None:
-                        is_json = _is_object(text)
-                    yield number, _from_json(text, text_key, where) if is_json else text
-        finally:
-            reader.close()
+        count = reader.num_records()
+        if not count:  # so it is with whatever is no whole ArrayRecord file
+            with contextlib.suppress(RuntimeError):
+                reader.close()
+            raise UserError(f"{file.name}: has no records; it is cut short, or no ArrayRecord file.")
+        is_json: bool | None = None
+        for begin in range(0, count, _ROWS_AT_A_TIME):
+            numbers = range(begin, min(begin + _ROWS_AT_A_TIME, count))
+            for number, data in zip(numbers, reader.read(list(numbers)), strict=True):
+                where = f"{file.name}:{number}"
+                text = _decode(data, where)
+                if is_json is None:
+                    is_json = _is_object(text)
+                yield number, _from_json(text, text_key, where) if is_json else text
+        reader.close()
 
 
-def open_size(path: str) -> int:
+def _size(path: str) -> int:
     with open(path, "rb") as f:
         return f.seek(0, io.SEEK_END)
 

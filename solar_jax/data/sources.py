@@ -51,7 +51,7 @@ def parse_sources(entries: tuple[str, ...], text_key: str = "text") -> list[Sour
         if weight <= 0:
             raise UserError(f"config.data.sources: the weight of {path} must be above 0, found {match[3]}.")
         options = dict(part.split("=") for part in match[2].split("&")) if match[2] else {}
-        source = Source(path, weight, text_key, **_options(path, options))
+        source = Source(path, weight, **{"text_key": text_key} | _options(path, options))
         if any((s.path, s.text_key) == (source.path, source.text_key) for s in sources):
             raise UserError(f"config.data.sources: {path} is listed twice; list it once, with the sum of the weights.")
         sources.append(source)
@@ -63,7 +63,9 @@ def _options(path: str, given: dict[str, str]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in given.items():
         if name not in _FIELDS:
-            raise UserError(f"config.data.sources: {path} may have the options {', '.join(_FIELDS)}, found {name!r}.")
+            raise UserError(
+                f"config.data.sources: {path}: a source has the options {', '.join(_FIELDS)}, found {name!r}."
+            )
         field, kind, expected = _FIELDS[name]
         try:
             fields[field] = kind(value)
@@ -145,9 +147,14 @@ def split(source: Source, every: int, rule: str) -> Split:
     A source with too few documents for that, such as one long text file, is cut instead: the last part of each
     document, one in `every` of its characters, is held out. Of one with few documents by hash, those of the lowest
     hashes are held out, as many as a larger one would have. For both, its first documents are read.
+
+    Raises:
+      UserError: it has none.
     """
     enough = every if rule == "position" else _SMALL * every
     first = list(itertools.islice((_rank(d) for d in documents(source)), enough))
+    if not first:
+        raise UserError(f"config.data.sources: {source.path}: holds no text, or only empty documents.")
     if len(first) < every:
         return Split(every, "cut")
     if rule == "position" or len(first) == enough:
