@@ -21,14 +21,8 @@ from ml_collections import config_flags
 from solar_jax import cli, conversion
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.conversion import Target
-from solar_jax.data.pipeline import (
-    Corpus,
-    heldout_batches,
-    heldout_rows,
-    load_corpus,
-    passes,
-    training_rows,
-)
+from solar_jax.data.corpus import Corpus, heldout_rows, load_corpus
+from solar_jax.data.pipeline import heldout_batches, passes, training_rows
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.picture import layer_list, picture

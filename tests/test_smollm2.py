@@ -16,7 +16,7 @@ import transformers
 from solar_jax.config import DataConfig, GrowthConfig
 from solar_jax.conversion import Target
 from solar_jax.convert import convert
-from solar_jax.data.pipeline import heldout_rows, load_corpus
+from solar_jax.data.corpus import heldout_rows, load_corpus
 from solar_jax.growth.plan import make_plan
 from solar_jax.hf.reader import eos_id, load_params, load_tokenizer
 from solar_jax.model import llama

@@ -27,7 +27,8 @@ def work(steps: int):  # -> programs.Work; what it imports is for the programs' 
     from programs import Work
 
     from solar_jax.config import resolve
-    from solar_jax.data.pipeline import load_corpus, training_rows
+    from solar_jax.data.corpus import load_corpus
+    from solar_jax.data.pipeline import training_rows
     from solar_jax.hf.reader import eos_id, load_tokenizer
     from solar_jax.source import open_checkpoint
 

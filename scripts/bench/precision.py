@@ -18,14 +18,8 @@ import jax
 import numpy as np
 
 from solar_jax.config import Config, resolve
-from solar_jax.data.pipeline import (
-    Batch,
-    heldout_batches,
-    heldout_rows,
-    load_corpus,
-    training_batch,
-    training_rows,
-)
+from solar_jax.data.corpus import heldout_rows, load_corpus
+from solar_jax.data.pipeline import Batch, heldout_batches, training_batch, training_rows
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.plan import GrowthPlan, make_plan
 from solar_jax.hf.reader import Checkpoint, eos_id, load_params, load_tokenizer

@@ -5,72 +5,20 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import grain
 import jax
 import numpy as np
-import tokenizers
 
-from solar_jax.config import DataConfig
+from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.data.mixture import Mixture, row_shares, rows_of
-from solar_jax.data.packing import Row, Rows, pack
-from solar_jax.data.sources import Document, Source, parse_sources, part, split
+from solar_jax.data.packing import Row
 from solar_jax.errors import UserError
 
 Batch = dict[str, jax.Array]  # a Row's arrays with a leading B
-_CHARACTERS_A_TOKEN = 32  # more than a token of running text has
 _FOREVER = 1 << 40  # batches
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """What a run trains and is evaluated on."""
-
-    train: list[tuple[Source, Rows]]
-    heldout: list[tuple[Source, Rows]]
-
-
-def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int) -> Corpus:
-    """Reads, splits, tokenises and packs every source.
-
-    Raises:
-      UserError: a source cannot be read, or is too small for one row of either part.
-    """
-    corpus = Corpus([], [])
-    for source in parse_sources(cfg.sources, cfg.text_key):
-        how = split(source, cfg.holdout_every, cfg.holdout)
-        limits = {False: source.limit, True: source.limit // (cfg.holdout_every - 1)}
-        for held_out, into in ((False, corpus.train), (True, corpus.heldout)):
-            chosen: Iterable[Document] = part(source, how, held_out)
-            if source.limit:
-                chosen = _within(chosen, tokenizer, limits[held_out])
-            rows = pack(
-                chosen, tokenizer, eos, cfg.sequence_length, packing=cfg.packing, mask_documents=cfg.mask_documents
-            )
-            if not len(rows):
-                raise UserError(
-                    f"config.data.sources: {source.path} has {len(rows.stream)} "
-                    f"{'held-out' if held_out else 'training'} tokens, but a row of "
-                    f"config.data.sequence_length={cfg.sequence_length} needs {cfg.sequence_length + 1}."
-                )
-            into.append((source, rows))
-    return corpus
-
-
-def _within(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, limit: int) -> Iterator[Document]:
-    """The first documents, of `limit` tokens with the ends of documents counted; the last one is cut for that."""
-    left = limit
-    for document in documents:
-        encoding = tokenizer.encode(document.text[: left * _CHARACTERS_A_TOKEN], add_special_tokens=False)
-        if len(encoding.ids) < left:
-            left -= len(encoding.ids) + 1
-            yield document
-            continue
-        if left > 1:
-            yield dataclasses.replace(document, text=document.text[: encoding.offsets[left - 2][1]])
-        return
 
 
 def addresses(corpus: Corpus, seed: int) -> grain.MapDataset:
@@ -93,7 +41,7 @@ def training_rows(corpus: Corpus, seed: int) -> grain.MapDataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
-    sources: Sequence[Rows]
+    sources: Sequence[AnyRows]
 
     def __call__(self, address: tuple[int, int]) -> Row:
         source, row = address
@@ -126,17 +74,6 @@ def passes(corpus: Corpus, rows: int) -> list[float]:
                 "or more epochs, or train fewer steps."
             )
     return found
-
-
-def heldout_rows(corpus: Corpus, windows: int) -> list[Row]:
-    """The first held-out rows of every source, `windows` in all, shared by weight; fewer where there are fewer."""
-    total = sum(source.weight for source, _ in corpus.heldout)
-    out: list[Row] = []
-    upto = 0.0
-    for source, rows in corpus.heldout:
-        begin, upto = upto, upto + windows * source.weight / total
-        out += [rows[i] for i in range(min(round(upto) - round(begin), len(rows)))]
-    return out
 
 
 class Feed:

@@ -51,7 +51,7 @@ def parse_sources(entries: tuple[str, ...], text_key: str = "text") -> list[Sour
         if weight <= 0:
             raise UserError(f"config.data.sources: the weight of {path} must be above 0, found {match[3]}.")
         options = dict(part.split("=") for part in match[2].split("&")) if match[2] else {}
-        source = Source(path, weight, **{"text_key": text_key} | _options(path, options))
+        source = dataclasses.replace(Source(path, weight, text_key), **_options(path, options))
         if any((s.path, s.text_key) == (source.path, source.text_key) for s in sources):
             raise UserError(f"config.data.sources: {path} is listed twice; list it once, with the sum of the weights.")
         sources.append(source)

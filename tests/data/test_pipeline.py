@@ -1,14 +1,28 @@
 """Batches: the same whatever the devices and the order of asking, in the shares asked for."""
 
 import collections
+import contextlib
+import json
+import multiprocessing
 import pathlib
 
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from solar_jax.config import DataConfig
-from solar_jax.data.pipeline import Corpus, heldout_batches, heldout_rows, load_corpus, training_batch, training_rows
+from solar_jax.data.corpus import Corpus, heldout_rows, load_corpus
+from solar_jax.data.pipeline import (
+    Feed,
+    addresses,
+    batch_documents,
+    heldout_batches,
+    passes,
+    training_batch,
+    training_rows,
+)
+from solar_jax.data.sources import documents, parse_sources
 from solar_jax.errors import UserError
 from solar_jax.parallel.rules import batch_sharding
 from solar_jax.training.step import mean_loss
@@ -20,8 +34,8 @@ EOS = 2
 LENGTH = 16
 
 
-def load(*sources: str, length: int = LENGTH) -> Corpus:
-    cfg = DataConfig(sources=sources, sequence_length=length, holdout_every=8, packing="concat")
+def load(*sources: str, length: int = LENGTH, packing: str = "concat") -> Corpus:
+    cfg = DataConfig(sources=sources, sequence_length=length, holdout_every=8, packing=packing)
     return load_corpus(cfg, byte_tokenizer(), EOS)
 
 
@@ -104,15 +118,96 @@ def test_every_pass_shows_every_row_once_in_another_order(texts):
     assert first != second
 
 
-def test_a_mixture_keeps_its_weights(texts):
-    rows = training_rows(load(f"{texts}/a.txt:3", f"{texts}/b.txt", f"{texts}/c.txt:.5"), 0)
-    letter = {byte_tokenizer().token_to_id(c): c for c in "abcdefuvwxyz123456"}
-    kinds = {c: name for name, letters in (("a", "abcdef"), ("b", "uvwxyz"), ("c", "123456")) for c in letters}
-    found = collections.Counter(kinds[letter[int(rows[i]["tokens"][3])]] for i in range(2000))
-    shares = {"a": 3 / 4.5, "b": 1 / 4.5, "c": 0.5 / 4.5}
-    assert set(found) == set(shares)
-    for name, share in shares.items():
-        assert abs(found[name] / 2000 - share) < 0.02
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> list[str]:
+    """Sources of documents of different lengths: 9 tokens fill a row of 16 badly, 16 fully, 2 to 40 almost."""
+    folder, rng = tmp_path_factory.mktemp("uneven"), np.random.default_rng(0)
+    for name, letters, sizes in (
+        ("a", "abcdef", [9] * 2000), ("b", "uvwxyz", [16] * 2000), ("c", "123456", rng.integers(2, 40, 2000)),
+    ):  # fmt: skip
+        lines = [json.dumps({"text": "".join(rng.choice(list(letters), n))}) for n in sizes]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return [f"{folder}/a.jsonl:3", f"{folder}/b.jsonl:1.009", f"{folder}/c.jsonl:.5"]
+
+
+def token_shares(corpus: Corpus, rows: int) -> np.ndarray:
+    """Of each source among the real tokens of the mixture's first rows."""
+    counts = np.zeros(len(corpus.train))
+    places = addresses(corpus, 0)
+    for i in range(rows):
+        source, row = places[i]
+        counts[source] += corpus.train[source][1][row]["weights"].sum()
+    return counts / counts.sum()
+
+
+def test_a_mixture_has_the_shares_of_tokens_that_are_asked_for(uneven):
+    corpus = load(*uneven, packing="best_fit")
+    asked = np.array([3, 1.009, 0.5]) / 4.509
+    found = token_shares(corpus, 10_000)
+    assert np.abs(found / asked - 1).max() < 0.005
+    fill = [rows.tokens / len(rows) for _, rows in corpus.train]
+    assert fill[:2] == [9.0, 16.0]
+    of_rows = asked * fill / (asked * fill).sum()  # what shares of rows would have given
+    assert np.abs(of_rows / asked - 1).max() > 0.1
+
+
+def test_a_mixture_that_is_resumed_goes_on_as_it_was_whatever_the_new_batch_size(uneven):
+    corpus, sharding = load(*uneven, packing="best_fit"), batch_sharding(mesh_of(1, 1, 1))
+    whole = Feed(training_rows(corpus, 0), 0, 4, 4, sharding)
+    expected = np.concatenate([values(whole(k))["tokens"] for k in range(12)])
+    first = Feed(training_rows(load(*uneven, packing="best_fit"), 0), 0, 4, 4, sharding)
+    found = [values(first(k))["tokens"] for k in range(4)]
+    second = Feed(training_rows(load(*uneven, packing="best_fit"), 0), 16, 8, 8, sharding)
+    found += [values(second(k))["tokens"] for k in range(4)]
+    np.testing.assert_array_equal(np.concatenate(found), expected)
+
+
+@pytest.mark.slow  # new processes import for seconds
+@pytest.mark.parametrize(("workers", "shape"), [(1, (1, 1, 1)), (3, (2, 2, 2))])
+def test_worker_processes_make_the_same_batches_and_end(uneven, workers, shape):
+    flags.FLAGS.mark_as_parsed()  # as a command's start does; grain reads flags of its own
+    rows, sharding = training_rows(load(*uneven, packing="best_fit"), 0), batch_sharding(mesh_of(*shape))
+    here, there = Feed(rows, 7, 6, 8, sharding), Feed(rows, 7, 6, 8, sharding, workers)
+    with contextlib.closing(there):
+        for k in range(8):
+            assert_equal(values(there(k)), values(here(k)))
+        assert len(multiprocessing.active_children()) == workers
+    assert not multiprocessing.active_children()
+
+
+def test_the_documents_of_a_batch_are_those_of_its_rows(uneven):
+    corpus = load(*uneven, packing="best_fit")
+    texts = {d.id: d.text for entry in uneven for d in documents(parse_sources((entry,))[0])}
+    found = batch_documents(corpus, 0, 5, 3)
+    assert len(found) == len(set(found)) > 2
+    tokenizer, rows = byte_tokenizer(), training_rows(corpus, 0)
+    shown = "".join(tokenizer.decode(rows[i]["tokens"].tolist()) for i in range(5, 8))
+    assert all(texts[name][:LENGTH] in shown or texts[name][LENGTH : 2 * LENGTH] in shown for name in found)
+
+
+def test_a_run_says_how_often_it_reads_each_source_and_refuses_more_than_its_epochs(texts):
+    # 3 : 1 over sources of the same size: of 1000 rows 750 and 250.
+    corpus = load(f"{texts}/a.txt?epochs=4:3", f"{texts}/b.txt")
+    rows = len(corpus.train[0][1])
+    assert passes(corpus, 1000) == pytest.approx([750 / rows, 250 / rows], abs=1 / rows)
+    seen = collections.Counter(addresses(corpus, 0)[i][0] for i in range(1000))
+    assert passes(corpus, 1000) == [seen[0] / rows, seen[1] / rows]
+    passes(corpus, 4 * rows)
+    with pytest.raises(UserError) as e:
+        passes(corpus, 6 * rows)
+    for expected in (f"{texts}/a.txt has {rows} rows", "may be read 4 times", "4.50 times"):
+        assert expected in str(e.value)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+@pytest.mark.parametrize("limit", [200, 2000])
+def test_no_more_training_tokens_are_used_of_a_source_than_its_limit(uneven, packing, limit):
+    path = uneven[2].split(":")[0]
+    whole, cut = load(path, packing=packing), load(f"{path}?limit={limit}", packing=packing)
+    stream = cut.train[0][1].stream
+    assert len(stream) == limit
+    assert stream[:-1].tolist() == whole.train[0][1].stream[: limit - 1].tolist()
+    assert len(cut.heldout[0][1].stream) == limit // 7
 
 
 def test_training_and_heldout_text_do_not_overlap(texts):

@@ -1,0 +1,125 @@
+"""What a run trains and is evaluated on: the rows of every source, prepared or packed here."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import SupportsIndex
+
+import tokenizers
+
+from solar_jax.config import DataConfig
+from solar_jax.data.packing import Row, Rows, pack
+from solar_jax.data.prepared import PreparedRows, is_prepared, open_prepared
+from solar_jax.data.sources import Document, Source, parse_sources, part, split
+from solar_jax.errors import UserError
+
+_CHARACTERS_A_TOKEN = 32  # more than a token of running text has
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstRows:
+    """The first rows of prepared ones."""
+
+    rows: PreparedRows
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        return self.rows[range(self.count)[index]]
+
+    @property
+    def tokens(self) -> int:
+        """About: what so many rows have on average."""
+        return self.rows.tokens * self.count // len(self.rows)
+
+    def documents(self, index: int) -> list[str]:
+        return self.rows.documents(range(self.count)[index])
+
+
+AnyRows = Rows | PreparedRows | FirstRows
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What a run trains and is evaluated on."""
+
+    train: list[tuple[Source, AnyRows]]
+    heldout: list[tuple[Source, AnyRows]]
+
+
+def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int) -> Corpus:
+    """Opens every source: a prepared folder as it is; of any other, its documents are split, tokenised and packed.
+
+    Raises:
+      UserError: a source cannot be read, or is too small for one row of either part.
+    """
+    corpus = Corpus([], [])
+    for source in parse_sources(cfg.sources, cfg.text_key):
+        # A limit is of training tokens; the part that is held out keeps its proportion.
+        limits = (source.limit, source.limit // (cfg.holdout_every - 1))
+        load = _prepared if is_prepared(source.path) else _packed
+        parts = load(source, cfg, tokenizer, eos, limits)
+        for rows, name, into in zip(parts, ("training", "held-out"), (corpus.train, corpus.heldout), strict=True):
+            if not len(rows):
+                within = f" within its limit of {source.limit}" if source.limit else ""
+                raise UserError(
+                    f"config.data.sources: {source.path} has {_tokens(rows)} {name} tokens{within}, but a row of "
+                    f"config.data.sequence_length={cfg.sequence_length} needs {cfg.sequence_length + 1}."
+                )
+            into.append((source, rows))
+    return corpus
+
+
+def _tokens(rows: AnyRows) -> int:
+    return len(rows.stream) if isinstance(rows, Rows) else 0
+
+
+def _prepared(
+    source: Source, cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, limits: tuple[int, int]
+) -> list[AnyRows]:
+    found = open_prepared(source.path, tokenizer, eos, cfg)
+    parts: list[AnyRows] = []
+    for rows, limit in zip((found.train, found.heldout), limits, strict=True):
+        count = min(len(rows), limit * len(rows) // max(1, rows.tokens)) if source.limit else len(rows)
+        parts.append(rows if count == len(rows) else FirstRows(rows, count))
+    return parts
+
+
+def _packed(
+    source: Source, cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, limits: tuple[int, int]
+) -> list[AnyRows]:
+    how = split(source, cfg.holdout_every, cfg.holdout)
+    parts: list[AnyRows] = []
+    for held_out, limit in zip((False, True), limits, strict=True):
+        chosen: Iterable[Document] = part(source, how, held_out)
+        if source.limit:
+            chosen = _within(chosen, tokenizer, limit)
+        length, masks = cfg.sequence_length, cfg.mask_documents
+        parts.append(pack(chosen, tokenizer, eos, length, packing=cfg.packing, mask_documents=masks))
+    return parts
+
+
+def _within(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, limit: int) -> Iterator[Document]:
+    """The first documents, of `limit` tokens with the ends of documents counted; the last one is cut for that."""
+    left = limit
+    for document in documents:
+        encoding = tokenizer.encode(document.text[: left * _CHARACTERS_A_TOKEN], add_special_tokens=False)
+        if len(encoding.ids) < left:
+            left -= len(encoding.ids) + 1
+            yield document
+            continue
+        if left > 1:
+            yield dataclasses.replace(document, text=document.text[: encoding.offsets[left - 2][1]])
+        return
+
+
+def heldout_rows(corpus: Corpus, windows: int) -> list[Row]:
+    """The first held-out rows of every source, `windows` in all, shared by weight; fewer where there are fewer."""
+    total = sum(source.weight for source, _ in corpus.heldout)
+    out: list[Row] = []
+    upto = 0.0
+    for source, rows in corpus.heldout:
+        begin, upto = upto, upto + windows * source.weight / total
+        out += [rows[i] for i in range(min(round(upto) - round(begin), len(rows)))]
+    return out
