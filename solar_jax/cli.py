@@ -1,5 +1,6 @@
 """How every command starts and ends: flags in, one sentence and a status out."""
 
+import errno
 import itertools
 import pathlib
 import re
@@ -13,11 +14,13 @@ from etils import epath
 
 from solar_jax.config import DTYPES, GrowthConfig, check_override
 from solar_jax.conversion import Target
-from solar_jax.errors import UserError
+from solar_jax.errors import Interrupted, UserError
 from solar_jax.growth.plan import OPERATORS
 from solar_jax.parallel import processes
 
 USAGE_STATUS = 2  # of bad flags and bad input
+INTERRUPTED_STATUS = 75  # of a run that was asked to stop and goes on when it is started again
+_PLACES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 GROWTH_NUMBERS = ("m", "a", "b", "every", "copies")  # the operators' numbers, fields of GrowthConfig
 
 
@@ -111,6 +114,13 @@ def _guarded(run: Callable[[], None]) -> None:
         run()
     except UserError as e:
         _stop(str(e))
+    except Interrupted as e:
+        sys.stderr.write(f"{e}\n")
+        sys.exit(INTERRUPTED_STATUS)
+    except OSError as e:
+        if e.errno not in _PLACES:
+            raise
+        _stop(f"{e.filename or 'a file'}: {e.strerror}; nothing that was complete is lost.")
     except KeyboardInterrupt:
         _stop("interrupted; the same command goes on from the last checkpoint.", 130)
 

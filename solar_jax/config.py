@@ -85,6 +85,8 @@ class TrainConfig:
     remat: str = "auto"  # a name of model.llama.REMAT; auto: chosen by the planner
     attention: str = "auto"  # a name of training.step.ATTENTION; auto: kernels on TPUs and GPUs
     precision: str = "mixed"  # a name of model.precision.PRECISIONS; mixed: float32 state, bfloat16 matmuls
+    max_skipped: int = 0  # steps of a run whose loss or gradient may be no number; their updates are left out
+    spike: float = 0.0  # running deviations above the running mean at which a loss is a spike; 0: any loss is taken
     control: bool = False  # also train the base without growth, on the same tokens
 
 
@@ -125,6 +127,8 @@ class MeshConfig:
 class CheckpointConfig:
     every: int = 100  # steps
     keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # steps; those at its multiples are kept too; 0: none
+    keep_best: int = 0  # so many of least held-out loss are kept too; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +273,10 @@ def _check(c: Config) -> None:
         "seed": c.seed,
         "train.accumulation": c.train.accumulation,
         "data.workers": c.data.workers,
+        "train.max_skipped": c.train.max_skipped,
+        "train.spike": c.train.spike,
+        "checkpoint.keep_every": c.checkpoint.keep_every,
+        "checkpoint.keep_best": c.checkpoint.keep_best,
         "evaluation.every": c.evaluation.every,
         "optimizer.warmup_steps": c.optimizer.warmup_steps,
         "optimizer.weight_decay": c.optimizer.weight_decay,
@@ -315,6 +323,11 @@ def _check(c: Config) -> None:
         raise UserError(
             f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} must not exceed "
             f"config.train.steps={c.train.steps}."
+        )
+    if c.checkpoint.keep_best and not c.evaluation.every:
+        raise UserError(
+            f"config.checkpoint.keep_best={c.checkpoint.keep_best} needs held-out losses of checkpoints: a "
+            f"config.evaluation.every above 0, found {c.evaluation.every}."
         )
     if c.export.dtype not in DTYPES:
         raise UserError(f"config.export.dtype must be one of {', '.join(DTYPES)}, found {c.export.dtype!r}.")

@@ -7,3 +7,10 @@ class UserError(Exception):
     Commands print it without a traceback and exit with status 2; everything else that escapes is a bug and keeps
     its traceback.
     """
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop and did so in order; its sentence says where the same command goes on.
+
+    The command ends with status 75, which is sysexits' for a failure that a second try mends.
+    """

@@ -8,6 +8,7 @@ evals.jsonl, summary.json, loss.png, checkpoints/, hf/, model/, and control/ whe
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import pathlib
 import time
@@ -22,7 +23,7 @@ from solar_jax import cli, conversion
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.conversion import Target
 from solar_jax.data.corpus import Corpus, heldout_rows, load_corpus
-from solar_jax.data.pipeline import heldout_batches, passes, training_rows
+from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, training_rows
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.picture import layer_list, picture
@@ -35,7 +36,7 @@ from solar_jax.model.precision import compute_dtype
 from solar_jax.parallel import chips, processes, rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.source import open_checkpoint
-from solar_jax.training import compilation, metrics, planner, profiling, workdir
+from solar_jax.training import compilation, interruption, metrics, planner, profiling, workdir
 from solar_jax.training.clock import Ledger, goodput_line
 from solar_jax.training.loop import Arm, Run, evaluate, initial_params, say, train
 from solar_jax.training.memory import GIB, Need
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.FLAGS.config is None:
         raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
     config = resolve(flags.FLAGS.config)
-    with profiling.listening():
+    with profiling.listening(), interruption.listening():
         run(config, pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}"))
 
 
@@ -110,6 +111,7 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
         ),
         evals=metrics.JsonLines(folder / "evals.jsonl"),
         ledger=ledger,
+        documents=functools.partial(batch_documents, corpus, config.seed),
         writers=Writers(config.logging, folder, config.name, ledger.first_start, workdir.config_dict(config)),
     )
 
@@ -257,7 +259,7 @@ def draw(run: Run, summary: dict[str, Any]) -> None:
     for name, folder in (("healed", run.workdir), ("control", run.workdir / "control")):
         heldout = [(r["step"], r["loss"]) for r in run.evals.read() if r["arm"] == name]
         if lines := metrics.JsonLines(folder / "metrics.jsonl").read():
-            arms[name] = {"heldout": heldout, "train": [(r["step"], r["loss"]) for r in lines]}
+            arms[name] = {"heldout": heldout, "train": [(r["step"], r["loss"]) for r in lines if r["loss"] is not None]}
     title = (
         f"{summary['operator']}: {summary['base_layers']} to {summary['layers']} layers, {summary['tokens']:,} tokens"
     )

@@ -58,7 +58,7 @@ COMMANDS = {
 RUN = """
 import runpy, sys
 from solar_jax.training import arrays
-arrays._DATA_FILE_BYTES, arrays._PENDING_BYTES = 1 << 22, 1 << 23
+arrays.DATA_FILE_BYTES, arrays._PENDING_BYTES = 1 << 22, 1 << 23
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """
 

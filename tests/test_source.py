@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
+from solar_jax.config import CheckpointConfig
 from solar_jax.errors import UserError
 from solar_jax.hf.reader import Checkpoint, load_params, load_tokenizer
 from solar_jax.hf.writer import write_companions
@@ -41,7 +42,7 @@ def run(tiny, tmp_path_factory) -> pathlib.Path:
     base = open_checkpoint(str(tiny))
     folder = own_folder(tmp_path_factory.mktemp("run") / "run", base)
     params = load_params(base)
-    with CheckpointStore(folder, keep=2) as store:
+    with CheckpointStore(folder, CheckpointConfig(keep=2)) as store:
         store.save(3, params=params)
         store.save(10, params=jax.tree.map(lambda x: 2 * x, params))
     return folder

@@ -68,3 +68,17 @@ def least(value: float) -> float:
     from jax.experimental import multihost_utils
 
     return float(np.min(multihost_utils.process_allgather(np.float64(value))))
+
+
+def added(values: np.ndarray) -> np.ndarray:
+    """The processes' uint32 [N] added up modulo 2 ** 32; all have to call."""
+    if index_and_count()[1] == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(values)).sum(axis=0, dtype=np.uint32)
+
+
+def agree(fine: bool) -> bool:
+    """Whether it is so in every process; all have to call."""
+    return least(float(fine)) == 1.0

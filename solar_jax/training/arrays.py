@@ -20,7 +20,7 @@ _METADATA, _CHUNK = "/zarr.json", "/c/"  # in the keys of a store
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 _CACHE_BYTES = 1 << 27
 _PENDING_BYTES = 1 << 28  # handed over for writing and not yet on disk
-_DATA_FILE_BYTES = 1 << 27  # of which OCDBT keeps the last in memory until it is full
+DATA_FILE_BYTES = 1 << 27  # of which OCDBT keeps the last in memory until it is full
 Index = tuple[slice | int, ...]
 
 
@@ -116,7 +116,7 @@ class BlockWriter:
     def create(self, path: str, shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...], fresh: bool) -> Any:
         """An array to write to in blocks of `chunk`; one that an earlier run began is gone on with unless `fresh`."""
         spec = _array(self._folder, path)
-        spec["kvstore"]["target_data_file_size"] = _DATA_FILE_BYTES
+        spec["kvstore"]["target_data_file_size"] = DATA_FILE_BYTES
         spec["store_data_equal_to_fill_value"] = True  # Orbax takes a chunk of zeros that is absent for a lost one
         spec["metadata"] = {
             "shape": list(shape),

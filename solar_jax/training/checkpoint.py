@@ -1,35 +1,49 @@
 """Training state on disk, through Orbax: `params`, `opt_state` and `host` of a step, atomically.
 
-The folder above holds `model/`: config.json and tokenizer files, so that a checkpoint says what it is by itself.
+A checkpoint is written while training goes on, read back, compared with what the devices held, and only then older
+ones are removed. The folder above holds `model/`: config.json and tokenizer files, so that a checkpoint says what it
+is by itself.
 """
 
-import functools
+import concurrent.futures
+import contextlib
+import dataclasses
+import os
 import pathlib
-import tempfile
-from collections.abc import Callable
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from solar_jax.hf.buckets import retry
+from solar_jax.config import CheckpointConfig
+from solar_jax.errors import UserError
 from solar_jax.hf.safetensors import is_local
 from solar_jax.model.llama import Params
 from solar_jax.parallel import processes
-from solar_jax.training.arrays import BlockWriter
+from solar_jax.training import integrity
+from solar_jax.training.arrays import DATA_FILE_BYTES
+from solar_jax.training.integrity import COMMITTED
+from solar_jax.training.retention import kept
 
 FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
-_COMMITTED = "commit_success.txt"  # Orbax writes it last
+PARTS = ("params", "opt_state")  # the arrays of a checkpoint; beside them is `host`, JSON
 _CHUNK_BYTES = 1 << 26
+_TRIES, _FIRST_WAIT = 4, 1.0  # of a save; the wait in seconds doubles
 
 
-def _context() -> ocp.Context:
-    """Orbax's options for saves: no compression, since weights are nearly noise to it."""
+def saving_context() -> ocp.Context:
+    """Orbax's options for saves: no compression, since weights are nearly noise to it; files that are written as
+    soon as they are full, since one of 2 GB, which is Orbax's own size, waits in memory until its last byte is there.
+    """
     context = ocp.Context()
     context.array.saving.use_compression = False
+    context.array.saving.ocdbt_target_data_file_size = DATA_FILE_BYTES
     return context
 
 
@@ -44,108 +58,303 @@ def _chunks(key: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving
 def newest(workdir: pathlib.Path) -> pathlib.Path | None:
     """The folder of a run's newest whole checkpoint, found without Orbax, which asks every process."""
     folder = workdir / FOLDER
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / _COMMITTED).exists()]
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / COMMITTED).exists()]
     return folder / str(max(steps)) if steps else None
 
 
-class CheckpointStore:
-    """The checkpoints of one run, or of an arm of it, under `workdir/checkpoints`."""
+class Damaged(Exception):
+    """What is wrong with a checkpoint, as a phrase that goes on after its name."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 1):
-        # Both policies are given, since Orbax's own save at every chance and keep everything; when to save is the
-        # training loop's decision. (Orbax's own types of its policies disagree, hence the two marks.)
-        self._folder = (workdir / FOLDER).resolve()
-        context = _context()
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A save under way: of a process, what the devices held and what the files hold, and what is not finite."""
+
+    step: int
+    checked: concurrent.futures.Future[tuple[integrity.Sums, integrity.Sums, list[str]]]
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
+class CheckpointStore:
+    """The checkpoints of one run, or of an arm of it, under `workdir/checkpoints`.
+
+    Every process calls the same methods in the same order, from its main thread.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        cfg: CheckpointConfig | None = None,
+        losses: Callable[[], Mapping[int, float]] = dict,
+        warn: Callable[[str], None] = _say,
+    ):
+        """`losses` gives the held-out losses by step that tell which checkpoints are the best."""
+        self._folder = (workdir / FOLDER).resolve() if is_local(workdir) else workdir / FOLDER
+        self._cfg, self._losses, self._warn = cfg or CheckpointConfig(keep=1), losses, warn
+        context = saving_context()
         context.array.saving.scoped_storage_options_creator = _chunks
+        # Both policies are given, since Orbax's own save at every chance; when to save is the training loop's
+        # decision. Nothing is removed by Orbax, which would do so before the new checkpoint was read back. (Orbax's
+        # own types of its policies disagree, hence the two marks.)
         self._checkpointer = ocp.training.Checkpointer(
             str(self._folder),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyrefly: ignore
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyrefly: ignore
+            preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # pyrefly: ignore
             cleanup_tmp_directories=True,
             context=context,
         )
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: _Pending | None = None
+        self._bad: set[int] = set()  # steps whose checkpoints were found damaged; they stay until they are replaced
+
+    def _steps(self) -> list[int]:
+        return [c.step for c in self._checkpointer.checkpoints]
+
+    def _good(self) -> list[int]:
+        """Steps, ascending, of what is not known to be damaged."""
+        return [s for s in self._steps() if s not in self._bad and (self._folder / str(s) / COMMITTED).exists()]
 
     @property
     def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        """Of the newest checkpoint that is not known to be damaged and not under way."""
+        pending = self._pending.step if self._pending else None
+        return max((s for s in self._good() if s != pending), default=None)
+
+    # ---- Writing ------------------------------------------------------------------------------------------------
+
+    def begin(self, step: int, **state: Any) -> None:
+        """Begins to save `params`, `opt_state` and `host` (JSON) of a step; the state's memory may be given away then.
+
+        One that was begun before has to be settled.
+        """
+        try:
+            response = self._checkpointer.save_checkpointables_async(
+                step, state, force=True, overwrite=step in self._steps()
+            )
+        except (OSError, ValueError) as e:
+            failed: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            failed.set_exception(e)
+            self._pending = _Pending(step, failed)
+            return
+        views = integrity.views({part: state[part] for part in PARTS if part in state})
+        self._pending = _Pending(step, self._pool.submit(self._check, step, response, views))
+
+    def _check(
+        self, step: int, response: Any, views: integrity.Views
+    ) -> tuple[integrity.Sums, integrity.Sums, list[str]]:
+        """In a thread: adds up what was on the devices, waits for the files and reads this process's share of them."""
+        written, wrong = integrity.sums(views), integrity.not_finite(views)
+        views.clear()
+        response.result()
+        index, count = processes.index_and_count()
+        mine = integrity.stored_sums(self._folder / str(step), list(written)[index::count])
+        return written, dict.fromkeys(written, 0) | mine, wrong
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way is known to have failed; False on several processes, of which one may not know."""
+        alone = processes.index_and_count()[1] == 1
+        return alone and self._pending is not None and self._pending.checked.done() and (
+            self._pending.checked.exception() is not None
+        )  # fmt: skip
+
+    def settle(self) -> str | None:
+        """Waits until the save under way is on disk and read back, and removes what need not be kept any longer.
+
+        Returns:
+          What went wrong, as a phrase, or None.
+
+        Raises:
+          UserError: a parameter is not finite; that checkpoint is removed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        problem, written, read, wrong = None, {}, {}, []
+        try:
+            written, read, wrong = pending.checked.result()
+        except Exception as e:  # of many types, by what failed
+            problem = _phrase(e)
+        if not processes.agree(problem is None):
+            problem = problem or "another process failed"
+        elif found := integrity.differing(integrity.together(written), integrity.together(read)):
+            problem = f"read back, {found}"
+        if problem is not None:
+            self._discard(pending.step)
+            return problem
+        if not processes.agree(not wrong):
+            self._discard(pending.step)
+            where = wrong[0].removeprefix("params/") if wrong else "another process has it"
+            raise UserError(
+                f"{self._folder}: the parameters after step {pending.step} hold a NaN or an infinity ({where}); "
+                f"{self._last_good()}."
+            )
+        self._bad.discard(pending.step)
+        total = integrity.together(written)
+        if processes.is_first():
+            self._seal(pending.step, total)
+        self._prune(pending.step)
+        return None
+
+    def _seal(self, step: int, total: integrity.Sums) -> None:
+        try:
+            integrity.write_seal(self._folder / str(step), total)
+        except OSError as e:
+            self._warn(f"{self._folder / str(step)}: is whole, but {integrity.SEAL} cannot be written: {_phrase(e)}")
 
     def save(self, step: int, **state: Any) -> None:
-        """Writes `params`, `opt_state` and `host` (JSON) of a step; returns when it is on disk under its final name."""
-        self._checkpointer.save_checkpointables(step, state, force=True)
+        """Writes a step, reads it back and returns when that is done; tried again a few times, with growing waits.
+
+        Raises:
+          UserError: it failed every time, or a parameter is not finite.
+        """
+        problem = None
+        for attempt in range(_TRIES):
+            if attempt:
+                self._warn(f"{self._folder / str(step)}: could not be saved ({problem}); trying again")
+                time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
+            self.begin(step, **state)
+            if (problem := self.settle()) is None:
+                return
+        raise UserError(
+            f"{self._folder / str(step)}: could not be saved in {_TRIES} tries ({problem}); {self._last_good()}, and "
+            "the same command goes on from there."
+        )
+
+    def _last_good(self) -> str:
+        good = self._good()
+        return f"the last good checkpoint is that of step {good[-1]}" if good else "there is no earlier checkpoint"
+
+    def _prune(self, newest_step: int) -> None:
+        good = [s for s in self._good() if s <= newest_step]
+        keep = kept(good, self._cfg, self._losses())
+        for step in self._steps():
+            if step < newest_step and step not in keep and step not in self._bad:
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Removes a checkpoint; what an interruption leaves of it has no marker, so that nothing takes it for whole."""
+        if processes.is_first():
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / str(step) / COMMITTED).unlink()
+        try:
+            self._checkpointer.delete(step, missing_ok=True)
+        except (OSError, ValueError) as e:
+            self._warn(f"{self._folder / str(step)}: is not needed any more and cannot be removed: {_phrase(e)}")
+
+    def _discard(self, step: int) -> None:
+        """Removes what a failed save left, under its own name and under that of one that is not whole yet."""
+        if (self._folder / str(step)).exists():
+            self._remove(step)
+        if processes.is_first() and is_local(self._folder):
+            for left in self._folder.glob(f"{step}.*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    # ---- Reading ------------------------------------------------------------------------------------------------
+
+    def restore_newest(self, state: dict[str, Any], last: int = 0) -> dict[str, Any] | None:
+        """The newest good checkpoint; each that is damaged is told and left out.
+
+        Args:
+          state: abstract trees of `params` and `opt_state` (shapes with shardings and dtypes, which may be others
+            than those that were saved).
+          last: of a checkpoint of this step `params` alone is restored.
+
+        Returns:
+          {"params", "opt_state", "host"}, the first two laid out as `state` says; None where there is none at all.
+
+        Raises:
+          UserError: there are checkpoints, and none is good.
+        """
+        steps = sorted(self._steps(), reverse=True)
+        for step in steps:
+            parts = {"params": state["params"]} if step == last else state
+            try:
+                return self._load(step, parts)
+            except Damaged as e:
+                self._bad.add(step)
+                self._warn(f"{self._folder / str(step)}: is left out: {e}")
+        if steps:
+            raise UserError(
+                f"{self._folder}: none of the checkpoints ({', '.join(map(str, steps))}) can be used; remove them to "
+                "begin again."
+            )
+        return None
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any, dict[str, Any]]:
-        """The state of a step, laid out as the given abstract trees (shapes with shardings) say."""
-        state = self._checkpointer.load_checkpointables(step, {"params": params, "opt_state": opt_state, "host": None})
-        return state["params"], state["opt_state"], state["host"]
+        """The state of a step, laid out as the given abstract trees (shapes with shardings) say.
+
+        Raises:
+          Damaged: it is not what was saved.
+        """
+        found = self._load(step, {"params": params, "opt_state": opt_state})
+        return found["params"], found["opt_state"], found["host"]
 
     def restore_params(self, step: int, params: Params) -> Params:
-        """The parameters of a step alone, laid out as the given abstract tree says."""
-        return self._checkpointer.load_checkpointables(step, {"params": params})["params"]
+        """The parameters of a step alone, laid out as the given abstract tree says.
+
+        Raises:
+          Damaged: they are not what was saved.
+        """
+        return self._load(step, {"params": params})["params"]
+
+    def _load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
+        folder = self._folder / str(step)
+        self._agree(integrity.problem(folder, state))
+        seal = integrity.read_seal(folder)
+        found, problem = {}, None
+        try:
+            host = {"host": None} if (folder / "host").exists() else {}
+            found = self._checkpointer.load_checkpointables(step, state | host)
+        except (OSError, ValueError, KeyError) as e:
+            problem = f"it cannot be read ({_phrase(e)})"
+        self._agree(problem)
+        if seal is not None:
+            self._compare(folder, seal["sums"], {part: found[part] for part in state})
+        return found
+
+    def _compare(self, folder: pathlib.Path, saved: integrity.Sums, state: dict[str, Any]) -> None:
+        """Raises Damaged where restored arrays are not those of the seal, or their files, if they came as another
+        dtype.
+        """
+        as_stored = {name: dtype for name, (_, dtype) in integrity.stored_shapes(folder, state).items()}
+        views = integrity.views(state)
+        cast = [name for name, dtype in integrity.dtypes(state).items() if as_stored[name] != dtype]
+        found = integrity.sums({name: parts for name, parts in views.items() if name not in cast})
+        index, count = processes.index_and_count()
+        problem = None
+        try:
+            read = dict.fromkeys(cast, 0) | integrity.stored_sums(folder, cast[index::count])
+            found |= read
+        except (OSError, ValueError) as e:
+            problem = f"it cannot be read ({_phrase(e)})"
+        self._agree(problem)
+        self._agree(integrity.differing(saved, integrity.together(found)))
+
+    @staticmethod
+    def _agree(problem: str | None) -> None:
+        """Raises Damaged in every process if one has a problem."""
+        if not processes.agree(problem is None):
+            raise Damaged(problem or "another process cannot read it")
 
     def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, *_: object) -> None:
+        """What is under way is finished; alone, it is also read back. (Others may not be there to agree on it.)"""
+        if processes.index_and_count()[1] == 1 and (problem := self.settle()):
+            self._warn(f"{self._folder}: the last save failed: {problem}")
+        self._pool.shutdown(wait=True)
         self._checkpointer.close()
 
 
-def write_streamed(
-    workdir: pathlib.Path,
-    dtypes: Params,
-    write_arrays: Callable[[BlockWriter], None],
-    progress: Callable[[int], None],
-) -> None:
-    """A checkpoint of step 0 that holds `params` alone, none of whose arrays is ever held whole.
-
-    Orbax writes the checkpoint with an empty array in each place; the real ones then take the places. What an
-    earlier, killed run wrote is kept, so that `write_arrays` can go on.
-
-    Args:
-      workdir: the folder above `checkpoints/`, local or a bucket's.
-      dtypes: the tree of parameters, a dtype in the place of each array.
-      write_arrays: creates and writes every array.
-      progress: told the bytes written since its last call.
-    """
-    folder = workdir / FOLDER / "0"
-    if not (folder / _COMMITTED).exists():
-        processes.wait(f"{folder} is not there")  # every process has seen that
-        with tempfile.TemporaryDirectory(prefix="solar_jax_empty_") as temporary:
-            _save_empty(pathlib.Path(temporary), dtypes)
-            if processes.is_first():
-                _copy(pathlib.Path(temporary) / "0", folder)
-    processes.wait(f"{folder} is there")
-    writer = BlockWriter(folder / "params", progress)
-    write_arrays(writer)
-    writer.flush()
-
-
-def _save_empty(local: pathlib.Path, dtypes: Params) -> None:
-    """A checkpoint of arrays of one element; each process writes it to a folder of its own."""
-    context = _context()
-    saving = context.array.saving
-    # No notes beside the arrays on how they lie: the arrays say that themselves.
-    saving.array_metadata_store = None
-    saving.enable_write_sharding_file = False
-    if processes.index_and_count()[1] > 1:
-        context.multiprocessing_options.primary_host = None  # none writes for another
-        saving.use_replica_parallel = False
-    with ocp.training.Checkpointer(str(local), context=context) as checkpointer:
-        # On all devices of all processes, since Orbax takes no array that others do not know of.
-        everywhere = jax.sharding.NamedSharding(
-            jax.make_mesh((jax.device_count(),), ("all",)), jax.sharding.PartitionSpec()
-        )
-        empty = jax.jit(lambda: jax.tree.map(lambda d: jnp.zeros((1,), d), dtypes), out_shardings=everywhere)()
-        checkpointer.save_checkpointables(0, {"params": empty}, force=True)
-
-
-def _copy(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Copies small files to a local folder or a bucket's; the one that makes them a checkpoint comes last."""
-    files = sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: p == source / _COMMITTED)
-    for file in files:
-        target = folder / file.relative_to(source).as_posix()
-        if is_local(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
-        else:
-            retry(functools.partial(target.write_bytes, file.read_bytes()), f"{target}")
+def _phrase(e: BaseException) -> str:
+    """What a file system or a bucket said, without the libraries' notes to themselves."""
+    if found := re.search(r"os_error_code='(\d+)'", str(e)):
+        return os.strerror(int(found[1]))
+    if isinstance(e, OSError) and e.strerror:
+        return e.strerror
+    return " ".join(str(e).split(" [")[0].split())[:300] or type(e).__name__

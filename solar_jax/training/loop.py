@@ -1,137 +1,119 @@
 """One arm of a run: a model initialised, trained step by step, evaluated, checkpointed, and resumable."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import pathlib
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from solar_jax.config import Config, ModelConfig
-from solar_jax.data.pipeline import Batch, Feed
-from solar_jax.growth.apply import grown_config
-from solar_jax.growth.plan import GrowthPlan
-from solar_jax.hf.reader import Checkpoint, load_params
-from solar_jax.model import llama
+from solar_jax.data.pipeline import Feed
+from solar_jax.errors import Interrupted, UserError
 from solar_jax.model.llama import Params
-from solar_jax.model.precision import precision
 from solar_jax.parallel import chips, rules
-from solar_jax.training import metrics
+from solar_jax.training import interruption, metrics
+from solar_jax.training.arms import Arm, Run, arm_mask, evaluate, heldout_losses, initial_params, say, warn
 from solar_jax.training.checkpoint import CheckpointStore
-from solar_jax.training.clock import Ledger, StepClock, StepTime, step_note
+from solar_jax.training.clock import StepClock, StepTime, step_note
 from solar_jax.training.compilation import cache_hits
-from solar_jax.training.optimizer import learning_rate, make_optimizer, trainable_layers, trainable_mask
+from solar_jax.training.guards import Guard, NotFinite, Spike, storable
+from solar_jax.training.optimizer import learning_rate, make_optimizer
 from solar_jax.training.prefetch import Prefetcher
 from solar_jax.training.profiling import Profiler
-from solar_jax.training.step import abstract_state, make_eval_step, make_train_step, mean_loss, state_shardings
+from solar_jax.training.step import abstract_state, make_train_step, state_shardings
 from solar_jax.training.watchdog import Watchdog
-from solar_jax.training.writers import Writers
+
+ROLLBACKS = 3  # to one checkpoint
+DOCUMENTS = 20  # named when a step goes wrong
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What all arms of a run share."""
+class Start:
+    """Where an arm goes on: steps taken, tokens trained on, and rows of the data that are behind it."""
 
-    config: Config
-    workdir: pathlib.Path
-    checkpoint: Checkpoint  # the base
-    mesh: jax.sharding.Mesh
-    rows: grain.MapDataset  # training
-    heldout: list[Batch]
-    evals: metrics.JsonLines  # {"arm", "step", "loss"} of every held-out evaluation
-    ledger: Ledger
-    writers: Writers
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """A model and where its training is recorded."""
-
-    name: str
-    plan: GrowthPlan
-    folder: pathlib.Path
-    trainable: str
-
-    def cfg(self, base: ModelConfig) -> ModelConfig:
-        return grown_config(base, self.plan)
-
-
-def say(text: str = "") -> None:
-    """Prints on the first process."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-def warn(text: str) -> None:
-    """Prints on any process."""
-    sys.stderr.write(f"warning: {text}\n")
-
-
-def initial_params(run: Run, plan: GrowthPlan) -> Params:
-    """The base's weights, grown by the plan while they are read, each device's shard on its own."""
-    cfg = grown_config(run.checkpoint.cfg, plan)
-    dtypes = jax.tree.map(lambda s: s.dtype, llama.shapes(cfg, precision(run.config.train).weights))
-    return load_params(run.checkpoint, rules.parameter_shardings(cfg, run.mesh), dtypes, plan)
-
-
-def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) -> float:
-    """Held-out loss, recorded once; a resumed run reads it instead of computing it again."""
-    for record in run.evals.read():
-        if record["arm"] == arm and record["step"] == step:
-            return record["loss"]
-    loss = mean_loss(make_eval_step(cfg, run.config, run.mesh), params, run.heldout)
-    run.evals.append({"arm": arm, "step": step, "loss": loss})
-    run.writers.write(arm, step, {"heldout_loss": loss})
-    return loss
-
-
-def arm_mask(run: Run, arm: Arm) -> Params | None:
-    """Where an arm's parameters move; None: everywhere."""
-    if arm.trainable == "all":
-        return None
-    layers, others = trainable_layers(arm.trainable, arm.plan)
-    return trainable_mask(llama.shapes(arm.cfg(run.checkpoint.cfg)), layers, others)
+    step: int = 0
+    tokens: int = 0
+    rows: int = 0
 
 
 def train(run: Run, arm: Arm) -> Params:
-    """Trains an arm from where its last checkpoint left it, or from the base, to the last step.
+    """Trains an arm from where its last good checkpoint left it, or from the base, to the last step.
+
+    A spike of the loss brings it back to that checkpoint; the rows from there to the spike's are left out.
 
     Returns:
       The trained parameters.
+
+    Raises:
+      Interrupted: the run was asked to stop.
+      UserError: a loss is no number, or spikes again and again.
+    """
+    left_out, rollbacks = 0, collections.Counter[int]()
+    with CheckpointStore(
+        arm.folder, run.config.checkpoint, lambda: heldout_losses(run, arm), lambda text: warn(f"{arm.name}: {text}")
+    ) as store:
+        while True:
+            try:
+                return _train_from_last_good(run, arm, store, left_out)
+            except Spike as e:
+                spike, problem = e.step, str(e)
+            # Out of the handler, since the exception holds on to the state.
+            if failed := store.settle():
+                warn(f"{arm.name}: the last save failed: {failed}")
+            good = store.latest_step or 0
+            rollbacks[good] += 1
+            if rollbacks[good] > ROLLBACKS:
+                raise UserError(
+                    f"{arm.folder}: {problem}, and so it was {ROLLBACKS} times after going back to step {good} and "
+                    "leaving out the rows in between; a lower learning rate or a higher config.train.spike may help."
+                )
+            left_out += (spike - good) * run.config.train.batch_size
+            warn(f"{arm.name}: {problem}: going back to step {good} and leaving out the rows in between")
+
+
+def _train_from_last_good(run: Run, arm: Arm, store: CheckpointStore, left_out: int) -> Params:
+    """As `train`; `left_out`: rows after the checkpoint's that are passed over.
+
+    Raises:
+      Spike: the loss of a step is one.
     """
     config, cfg = run.config, arm.cfg(run.checkpoint.cfg)
     optimizer = make_optimizer(config, arm_mask(run, arm), run.mesh)
     shardings = state_shardings(cfg, optimizer, run.mesh)
+    abstract = abstract_state(cfg, config, optimizer, shardings)
     lines = metrics.JsonLines(arm.folder / "metrics.jsonl")
-    with CheckpointStore(arm.folder, config.checkpoint.keep) as store:
-        done = store.latest_step or 0
-        run.ledger.add("lost", sum(seconds(r) for r in lines.read() if r["step"] > done))
-        lines.keep_if(lambda r: r["step"] <= done)
-        run.evals.keep_if(lambda r: r["arm"] != arm.name or r["step"] <= done)
-        if done:
-            abstract = abstract_state(cfg, config, optimizer, shardings)
-            if done == config.train.steps:
-                return store.restore_params(done, abstract["params"])
-            params, opt_state, host = store.restore(done, abstract["params"], abstract["opt_state"])
-            # Checkpoints of older versions do not say how many rows were seen.
-            seen = host.get("rows", done * config.train.batch_size)
-            say(f"{arm.name}: going on from the checkpoint of step {done}")
-        else:
-            params, seen = initial_params(run, arm.plan), 0
-            loss = evaluate(run, arm.name, 0, cfg, params)
-            say(f"{arm.name}: held-out loss {loss:.4f} before training")
-            opt_state = jax.jit(optimizer.init, out_shardings=shardings["opt_state"])(params)
-        state = {"params": params, "opt_state": opt_state}
-        del params, opt_state  # the step takes their memory
-        with contextlib.closing(_Session(run, arm, cfg, done, seen, store, lines)) as session:
-            return session.steps(optimizer, state)
+    state = store.restore_newest(abstract, config.train.steps)
+    start = Start() if state is None else _start(state.pop("host", None), config)
+    run.ledger.add("lost", sum(seconds(r) for r in lines.read() if r["step"] > start.step))
+    lines.keep_if(lambda r: r["step"] <= start.step)
+    run.evals.keep_if(lambda r: r["arm"] != arm.name or r["step"] <= start.step)
+    if start.step == config.train.steps and state is not None:
+        return state["params"]
+    if state is not None:
+        say(f"{arm.name}: going on from the checkpoint of step {start.step}")
+    else:
+        params = initial_params(run, arm.plan)
+        loss = evaluate(run, arm.name, 0, cfg, params)
+        say(f"{arm.name}: held-out loss {loss:.4f} before training")
+        state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings["opt_state"])(params)}
+        del params
+    start = dataclasses.replace(start, rows=start.rows + left_out)
+    with contextlib.closing(_Session(run, arm, cfg, start, store, lines)) as session:
+        return session.steps(optimizer, state)
+
+
+def _start(host: dict[str, Any] | None, config: Config) -> Start:
+    """Of a checkpoint's `host`; older ones do not count their rows."""
+    host = host or {}
+    step = int(host["step"])
+    rows = int(host.get("rows", step * config.train.batch_size))
+    return Start(step, int(host.get("tokens", rows * config.data.sequence_length)), rows)
 
 
 def seconds(record: dict[str, Any]) -> float:
@@ -162,15 +144,13 @@ class _Session:
     """
 
     def __init__(
-        self, run: Run, arm: Arm, cfg: ModelConfig, done: int, seen: int, store: CheckpointStore,
-        lines: metrics.JsonLines,
-    ):  # fmt: skip
-        self._run, self._arm, self._cfg, self._done, self._store, self._lines = run, arm, cfg, done, store, lines
-        self._seen = seen  # rows, before this session
-        config = run.config
+        self, run: Run, arm: Arm, cfg: ModelConfig, start: Start, store: CheckpointStore, lines: metrics.JsonLines
+    ):
+        self._run, self._arm, self._cfg, self._start, self._store, self._lines = run, arm, cfg, start, store, lines
+        config, done = run.config, start.step
         self._last = config.train.steps
         self._rates = _rates(config)
-        self._tokens = config.train.batch_size * config.data.sequence_length  # a step
+        self._step_tokens = config.train.batch_size * config.data.sequence_length  # a step
         self._flops = metrics.flops_per_token(cfg, config.data.sequence_length)
         self._peak = chips.peak_flops(jax.devices()[0])
         self._clock = StepClock(self._last - done)
@@ -179,6 +159,7 @@ class _Session:
         self._watchdog = Watchdog(run.workdir / "stalls", arm.name, log.watchdog_seconds, warn)
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "numbers")
         self._flying: _Flight | None = None
+        self._guard = Guard(config.train, lines.read())
 
     def close(self) -> None:
         self._profiler.end()
@@ -192,15 +173,13 @@ class _Session:
         """
         run, config, size = self._run, self._run.config, self._run.config.train.batch_size
         sharding, padded = rules.batch_sharding(run.mesh), rules.padded_rows(size, run.mesh, config.train.accumulation)
-        feed = Feed(run.rows, self._seen, size, padded, sharding, config.data.workers)
-        with (
-            contextlib.closing(feed),
-            Prefetcher(lambda step: feed(step - self._done), self._done, self._last) as batches,
-        ):
+        first = self._start.step
+        feed = Feed(run.rows, self._start.rows, size, padded, sharding, config.data.workers)
+        with contextlib.closing(feed), Prefetcher(lambda step: feed(step - first), first, self._last) as batches:
             compiled = self._compile(optimizer, state, batches)
-            with self._watchdog, self._landing_on_error():
+            with interruption.in_steps(), self._watchdog, self._landing_on_error():
                 self._clock.resume()
-                for step in range(self._done + 1, self._last + 1):
+                for step in range(self._start.step + 1, self._last + 1):
                     if self._profiler.opens(step):
                         self._land()
                         self._profiler.begin(step)
@@ -208,6 +187,13 @@ class _Session:
                     state = self._step(compiled, step, state, batches)
                     self._after(step, state)
         return state["params"]
+
+    def _rows(self, step: int) -> int:
+        """Rows of the data that lie behind a step."""
+        return self._start.rows + (step - self._start.step) * self._run.config.train.batch_size
+
+    def _tokens(self, step: int) -> int:
+        return self._start.tokens + (step - self._start.step) * self._step_tokens
 
     def _compile(self, optimizer: Any, state: Any, batches: Prefetcher) -> jax.stages.Compiled:
         step = make_train_step(self._cfg, self._run.config, optimizer, self._run.mesh, arm_mask(self._run, self._arm))
@@ -241,9 +227,9 @@ class _Session:
     def _after(self, step: int, state: Any) -> None:
         """What is due after a step; all of it needs the step to be done."""
         config = self._run.config
-        last = step == self._last
+        last, asked = step == self._last, interruption.asked()
         evaluates = last or (config.evaluation.every and step % config.evaluation.every == 0)
-        saves = last or step % config.checkpoint.every == 0
+        saves = last or asked or step % config.checkpoint.every == 0 or self._store.failed
         closes = self._profiler.closes(step)
         if not (evaluates or saves or closes):
             return
@@ -251,19 +237,25 @@ class _Session:
         if closes:
             self._profiler.end()
             self._clock.resume()
-        if evaluates:
+        if evaluates and not (asked and not last):
             with self._outside("evaluation", step):
                 loss = evaluate(self._run, self._arm.name, step, self._cfg, state["params"])
             say(f"{self._arm.name}: held-out loss {loss:.4f} after step {step}")
         if saves:
             with self._outside("checkpoint", step):
-                self._store.save(step, **state, host=self._host(step))
+                self._save(step, state, at_once=last or asked)
+        if asked:
+            raise Interrupted(
+                f"{self._arm.name}: asked to stop; step {step} is saved in {self._arm.folder}, and the same command "
+                "goes on from there."
+            )
 
-    def _host(self, step: int) -> dict[str, int]:
-        """Where the run stands after a step. The data's position is the rows seen, so that B may change."""
-        config = self._run.config
-        rows = self._seen + (step - self._done) * config.train.batch_size
-        return {"step": step, "tokens": rows * config.data.sequence_length, "rows": rows}
+    def _save(self, step: int, state: Any, at_once: bool) -> None:
+        """Begins to save a step, or does it `at_once`, as after a save that failed."""
+        if failed := self._store.settle():
+            warn(f"{self._arm.name}: the save before step {step} failed ({failed}); saving this one now")
+        host = {"step": step, "tokens": self._tokens(step), "rows": self._rows(step)}
+        (self._store.save if at_once or failed else self._store.begin)(step, **state, host=host)
 
     @contextlib.contextmanager
     def _outside(self, name: str, step: int) -> Iterator[None]:
@@ -294,12 +286,12 @@ class _Session:
         measured, end = flight.numbers.result()
         spent = self._clock.step(flight.asked, flight.ready, end)
         self._watchdog.beat(flight.step, self._clock.median())
-        rate = self._tokens / spent.total
+        rate = self._step_tokens / spent.total
         peaks = metrics.memory_peaks()
         record = measured | {
             "step": flight.step,
-            "learning_rate": float(self._rates[flight.step - 1]),
-            "tokens": self._host(flight.step)["tokens"],
+            "learning_rate": float(self._rates[flight.step - 1 - self._guard.skipped]),
+            "tokens": self._tokens(flight.step),
             "tokens_per_second": rate,
             "mfu": metrics.mfu(rate, self._flops, self._peak, jax.device_count()),
             "data_seconds": spent.data,
@@ -307,9 +299,34 @@ class _Session:
             **{f"{name}_seconds": value for name, value in spent.outside.items()},
             "memory_peak_gib": None if peaks is None else max(peaks),
         }
-        self._lines.append(record)
-        self._run.writers.write(self._arm.name, flight.step, record)
-        say(_line(self._arm.name, self._last, record, spent, self._clock.eta()))
+        try:
+            self._guard.check(record)
+        except NotFinite as e:
+            raise UserError(self._not_finite(flight.step, str(e))) from None
+        finally:
+            if self._run.config.train.max_skipped:
+                record["skipped"] = self._guard.skipped
+            stored = storable(record)
+            self._lines.append(stored)
+            self._run.writers.write(self._arm.name, flight.step, stored)
+            say(_line(self._arm.name, self._last, record, spent, self._clock.eta()))
+
+    def _not_finite(self, step: int, problem: str) -> str:
+        """The sentence that a run ends with whose numbers are none."""
+        if failed := self._store.settle():
+            warn(f"{self._arm.name}: the last save failed: {failed}")
+        documents = self._run.documents(self._rows(step - 1), self._run.config.train.batch_size)
+        named = ", ".join(documents[:DOCUMENTS]) + (
+            f" and {len(documents) - DOCUMENTS} more" * (len(documents) > DOCUMENTS)
+        )
+        good = self._store.latest_step
+        kept = (
+            "there is no checkpoint before it" if good is None else f"the last good checkpoint is that of step {good}"
+        )
+        return (
+            f"{self._arm.folder}: {self._arm.name}: {problem}; its batch holds {named}; {kept}. "
+            f"config.train.max_skipped, now {self._run.config.train.max_skipped}, would leave such steps out."
+        )
 
 
 def _rates(config: Config) -> np.ndarray:

@@ -155,7 +155,8 @@ def make_train_step(
     """A jitted (state, batch) -> (state, {"loss", "grad_norm"}); the old state's memory is given to the new one.
 
     The loss is the mean over the targets of the whole batch, and so is the gradient, however many microbatches it
-    is summed from. The norm is that of what trains by the optimiser's `mask`, which is what clipping sees.
+    is summed from. The norm is that of what trains by the optimiser's `mask`, which is what clipping sees. Where
+    `train.max_skipped` is not 0, a step whose loss or norm is not finite leaves the state as it was, step counts too.
     """
     summed_loss = _summed_loss(cfg, config, mesh, precision(config.train).projections)
     shardings = state_shardings(cfg, optimizer, mesh)
@@ -187,7 +188,11 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / targets, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
         new_state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
-        return new_state, {"loss": loss / targets, "grad_norm": optax.global_norm(masked(grads, mask))}
+        measured = {"loss": loss / targets, "grad_norm": optax.global_norm(masked(grads, mask))}
+        if config.train.max_skipped:
+            fine = jnp.isfinite(measured["loss"]) & jnp.isfinite(measured["grad_norm"])
+            new_state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), new_state, state)
+        return new_state, measured
 
     return jax.jit(
         train_step,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from solar_jax.config import Config
+from solar_jax.config import CheckpointConfig, Config
 from solar_jax.training.arrays import open_array
 from solar_jax.training.checkpoint import FOLDER, CheckpointStore
 from solar_jax.training.optimizer import make_optimizer
@@ -93,7 +93,7 @@ def small_state(step: int) -> dict:
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_the_newest_are_kept_and_no_more(tmp_path, keep):
-    with CheckpointStore(tmp_path, keep) as store:
+    with CheckpointStore(tmp_path, CheckpointConfig(keep=keep)) as store:
         for step in (3, 6, 9, 12):
             store.save(step, **small_state(step))
         assert store.latest_step == 12
@@ -119,16 +119,16 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".orbax-checkpoint-tmp", ".orbax-checkpoint-tmp-1700000000"])
 def test_an_interrupted_save_is_no_checkpoint_and_stops_no_later_one(tmp_path, suffix):
-    with CheckpointStore(tmp_path, keep=2) as store:
+    with CheckpointStore(tmp_path, CheckpointConfig(keep=2)) as store:
         store.save(3, **small_state(3))
     # What a save leaves that was stopped before its folder got its name.
     leftover = tmp_path / FOLDER / f"6{suffix}"
     shutil.copytree(tmp_path / FOLDER / "3", leftover)
     shutil.rmtree(leftover / "params")
-    with CheckpointStore(tmp_path, keep=2) as store:
+    with CheckpointStore(tmp_path, CheckpointConfig(keep=2)) as store:
         assert store.latest_step == 3
         store.save(6, **small_state(6))
-    with CheckpointStore(tmp_path, keep=2) as store:
+    with CheckpointStore(tmp_path, CheckpointConfig(keep=2)) as store:
         assert store.latest_step == 6
         found = store.restore_params(6, EMBED)
         np.testing.assert_array_equal(found["embed"], 6.0)

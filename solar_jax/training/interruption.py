@@ -1,0 +1,58 @@
+"""Being asked to stop: SIGTERM, which is also how a machine tells that it is about to be taken away.
+
+One process takes note of the signal and stops after the step that it is in. Of several, jax tells all the others that
+one was told, and names the same step to all of them, which every process has to ask for after every step.
+"""
+
+import contextlib
+import itertools
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from solar_jax.errors import Interrupted
+from solar_jax.parallel import processes
+
+_told = threading.Event()
+_in_steps = threading.Event()
+_points = itertools.count(1)  # places where all processes asked, over all arms of a run
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Makes SIGTERM stop a run in order; only the main thread can. Several processes have jax's own handler."""
+    if threading.current_thread() is not threading.main_thread() or processes.index_and_count()[1] > 1:
+        yield
+        return
+    _told.clear()
+    before = signal.signal(signal.SIGTERM, _handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _handle(*_: Any) -> None:
+    _told.set()
+    if not _in_steps.is_set():
+        raise Interrupted("stopped by SIGTERM outside of training steps")
+
+
+@contextlib.contextmanager
+def in_steps() -> Iterator[None]:
+    """Around training steps, whose end SIGTERM has to wait for."""
+    _in_steps.set()
+    try:
+        yield
+    finally:
+        _in_steps.clear()
+
+
+def asked() -> bool:
+    """Whether to save and stop after this step; every process has to ask after every step."""
+    if processes.index_and_count()[1] == 1:
+        return _told.is_set()
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(next(_points))
