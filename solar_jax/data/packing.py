@@ -103,7 +103,7 @@ def pack(
 
 def blocks(documents: Iterable[Document], length: int) -> Iterator[list[Document]]:
     """Consecutive documents that are packed together, apart from all others."""
-    enough = max(_BLOCK_CHARACTERS, _CHARACTERS_A_TOKEN * _ROWS_A_BLOCK * length)
+    enough = block_characters(length)
     block, characters = [], 0
     for document in documents:
         block.append(document)
@@ -113,6 +113,11 @@ def blocks(documents: Iterable[Document], length: int) -> Iterator[list[Document
             block, characters = [], 0
     if block:
         yield block
+
+
+def block_characters(length: int) -> int:
+    """How many close a block."""
+    return max(_BLOCK_CHARACTERS, _CHARACTERS_A_TOKEN * _ROWS_A_BLOCK * length)
 
 
 def tokenise(texts: Sequence[str], tokenizer: tokenizers.Tokenizer, eos: int) -> list[np.ndarray]:

@@ -50,7 +50,7 @@ def partial(out: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def new_folder(
-    out: pathlib.Path, *, overwrite: bool = False, job: dict[str, Any] | None = None
+    out: pathlib.Path, *, overwrite: bool = False, job: dict[str, Any] | None = None, keep: bool = False
 ) -> Iterator[pathlib.Path]:
     """The hidden sibling of `out` to fill; it becomes `out` if the block ends well and vanishes if it fails.
 
@@ -61,6 +61,7 @@ def new_folder(
       out: the folder to be.
       overwrite: replace a checkpoint that stands there.
       job: JSON that says what the folder will hold; the same job goes on where it stopped.
+      keep: whatever ends the block, what was made stays for the same job.
 
     Raises:
       UserError: `out` is taken, cannot be written, or another process is filling it.
@@ -87,7 +88,7 @@ def new_folder(
                 raise
             raise UserError(f"{out}: cannot be written: {e.strerror}.") from e
     except BaseException as e:
-        if job is None or not isinstance(e, KeyboardInterrupt | SystemExit):
+        if job is None or not (keep or isinstance(e, KeyboardInterrupt | SystemExit)):
             shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:

@@ -1,0 +1,122 @@
+"""Preparing text: how fast its core tokenises and packs beside the `tokenizers` library alone, and how full rows are.
+
+    python scripts/bench/prepare.py [--text FILE ...] [--articles] [--copies 3] [--rounds 3] [--workers 2]
+
+The core is what `prepare` does with blocks of documents: tokenise, pack by best fit, encode records. It runs in this
+process, where the library's own threads tokenise, and in worker processes of one thread each, whose start is not
+counted. The library alone tokenises the same texts in one call, on all cores. All take turns in the same run; medians.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import statistics
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from solar_jax.data import engines
+from solar_jax.data.blocks import Block, Work
+from solar_jax.data.packing import blocks, pack
+from solar_jax.data.sources import Document, documents, parse_sources
+from solar_jax.hf.reader import eos_id, load_tokenizer
+from solar_jax.source import open_checkpoint
+
+_SETTLE = 12  # seconds in which worker processes start
+
+
+def read(paths: list[str], articles: bool) -> dict[str, list[Document]]:
+    """The documents of every file; of WikiText, if asked for, an article each."""
+    found = {}
+    for source in parse_sources(tuple(paths)):
+        texts = list(documents(source))
+        if articles:
+            parts = [part for d in texts for part in re.split(r"(?m)^(?= = [^=].* = $)", d.text) if part.strip()]
+            texts = [Document(f"{source.path}:{i}", text) for i, text in enumerate(parts)]
+        found[source.path] = texts
+    return found
+
+
+def as_blocks(texts: list[Document], length: int) -> list[Block]:
+    return [Block("0-train", False, b, np.zeros((len(b), 2), np.int64), b"", 0) for b in blocks(texts, length)]
+
+
+def alone(tokenizer, texts: list[Document]) -> float:
+    strings = [d.text for d in texts]
+    begin = time.perf_counter()
+    tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+    return time.perf_counter() - begin
+
+
+def in_process(work: Work, items: list[Block]) -> float:
+    work(items[0])  # reads the tokenizer
+    begin = time.perf_counter()
+    for item in items:
+        work(item)
+    return time.perf_counter() - begin
+
+
+def in_processes(work: Work, items: list[Block], workers: int) -> float:
+    begin = 0.0
+
+    def all_items() -> Iterator[Block]:
+        nonlocal begin
+        tiny = Document("tiny", "a few words")
+        for _ in range(4 * workers):
+            yield Block("0-train", False, [tiny], np.zeros((1, 2), np.int64), b"", 0)
+        time.sleep(_SETTLE)
+        begin = time.perf_counter()
+        yield from items
+
+    for _ in engines.local(work, all_items(), workers):
+        pass
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", action="append", help="of config.data.sources; pydoc-topics if none is given")
+    parser.add_argument("--articles", action="store_true", help="split WikiText into its articles")
+    parser.add_argument("--copies", type=int, default=1, help="of the texts, for the speed alone")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--length", type=int, action="append", help="T, of the rows' fill; several may be given")
+    parser.add_argument("--source", default="smollm2", help="whose tokenizer")
+    args = parser.parse_args()
+    checkpoint = open_checkpoint(args.source)
+    tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
+    found = read(args.text or ["pydoc-topics"], args.articles)
+    lengths = args.length or [1024, 2048, 4096]
+
+    print(f"{'documents as':40}" + "".join(f"{f'T={t}':>10}" for t in lengths) + "   real tokens of all, best fit")
+    totals = {t: [0, 0] for t in lengths}
+    for path, texts in found.items():
+        shares = []
+        for length in lengths:
+            rows = pack(texts, tokenizer, eos, length)
+            shares.append(rows.tokens / (len(rows) * length))
+            totals[length][0] += rows.tokens
+            totals[length][1] += len(rows) * length
+        print(f"{pathlib.Path(path).name:40}" + "".join(f"{100 * s:9.2f}%" for s in shares))
+    print(f"{'all together':40}" + "".join(f"{100 * totals[t][0] / totals[t][1]:9.2f}%" for t in lengths))
+
+    texts = [d for some in found.values() for d in some] * args.copies
+    items = as_blocks(texts, lengths[-1])
+    megabytes = sum(len(d.text.encode()) for d in texts) / 1e6
+    work = Work(tokenizer.to_str(), eos, lengths[-1], "best_fit", "<u2", None)
+    times: dict[str, list[float]] = {"tokenizers alone": [], "core, this process": [], "core, processes": []}
+    for _ in range(args.rounds):
+        times["tokenizers alone"].append(alone(tokenizer, texts))
+        times["core, this process"].append(in_process(work, items))
+        times["core, processes"].append(in_processes(work, items, args.workers))
+    first = statistics.median(times["tokenizers alone"])
+    print(f"\n{megabytes:.1f} MB of text in {len(items)} blocks, {args.workers} processes, {os.cpu_count()} cores")
+    for name, seconds in times.items():
+        middle = statistics.median(seconds)
+        print(f"{name:20} {megabytes / middle:7.2f} MB/s  {first / middle:5.2f} of the library alone")
+
+
+if __name__ == "__main__":
+    main()

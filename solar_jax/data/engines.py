@@ -1,0 +1,103 @@
+"""Where blocks are worked on: this process, processes of this machine, or a Ray cluster. The results come in order."""
+
+import collections
+import concurrent.futures
+import importlib
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from solar_jax.errors import UserError
+
+_AHEAD = 2  # items a worker that are handed out before the oldest is back
+
+_work: Any = None  # of this worker process
+
+
+def local[Item, Result](work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`work` of every item, in processes of this machine; of one worker, in this process.
+
+    Raises:
+      UserError: a worker process died.
+    """
+    if workers == 1:
+        yield from map(work, items)
+        return
+    context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin, (work,)) as pool:
+        try:
+            yield from _in_order(lambda item: pool.submit(_run, item), lambda f: f.result(), items, workers)
+        except BrokenProcessPool as e:
+            raise UserError("a worker process died, perhaps for want of memory; try fewer --workers.") from e
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ray[Item, Result](work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`work` of every item on a Ray cluster: the one that RAY_ADDRESS names, or else `workers` processes here.
+
+    The machines of the cluster need this package, but no files in common: documents travel to them, and rows back.
+
+    Raises:
+      UserError: Ray is not installed, or the cluster is not reached.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # the workers have an environment already
+    try:
+        engine: Any = importlib.import_module("ray")
+    except ImportError as e:
+        raise UserError("--engine=ray: the package ray is not installed; it comes with the extra `ray`.") from e
+    cluster = bool(os.environ.get("RAY_ADDRESS"))
+    try:
+        options = {} if cluster else {"num_cpus": workers, "include_dashboard": False}
+        engine.init(log_to_driver=False, logging_level="error", **options)
+    except Exception as e:  # Ray has no common type for "did not start"
+        raise UserError(f"--engine=ray: Ray did not start ({type(e).__name__}: {e}).") from e
+    try:
+        count = max(1, int(engine.cluster_resources().get("CPU", 1)))
+        shared, run = engine.put(work), engine.remote(_run_shared)
+        yield from _in_order(lambda item: run.remote(shared, item), engine.get, items, count)
+    except engine.exceptions.RayTaskError as e:
+        raise e.cause if isinstance(e.cause, UserError) else e from None
+    finally:
+        engine.shutdown()
+
+
+ENGINES: dict[str, Callable[[Callable[[Any], Any], Iterable[Any], int], Iterator[Any]]] = {"local": local, "ray": ray}
+
+
+def _in_order[Item, Result](
+    submit: Callable[[Item], Any], result: Callable[[Any], Result], items: Iterable[Item], workers: int
+) -> Iterator[Result]:
+    """Results in the items' order, with no more handed out than keeps the workers busy."""
+    waiting: collections.deque[Any] = collections.deque()
+    for item in items:
+        waiting.append(submit(item))
+        if len(waiting) >= _AHEAD * workers:
+            yield result(waiting.popleft())
+    while waiting:
+        yield result(waiting.popleft())
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    """In a worker process: it has the work, one thread of the tokenizer, and ends when its parent is killed."""
+    global _work
+    _work = work
+    os.environ["RAYON_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
+
+    def follow(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _run(item: Any) -> Any:
+    return _work(item)
+
+
+def _run_shared(work: Callable[[Any], Any], item: Any) -> Any:
+    return work(item)

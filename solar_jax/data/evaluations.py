@@ -1,0 +1,142 @@
+"""The texts of evaluation sets: files of JSONL, JSON and Parquet, or the preset of the paper's."""
+
+import contextlib
+import gzip
+import importlib
+import json
+import pathlib
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from solar_jax.errors import UserError
+
+Evaluations = Iterator[tuple[str, list[str]]]  # "FILE:RECORD" and all texts of the record
+
+# What the paper removed from its instruction data as contaminated, and the data set on the hub that holds it.
+SOLAR = {
+    "task228_arc_answer_generation_easy": "allenai/ai2_arc",
+    "ai2_arc/ARC-Challenge:1.0.0": "allenai/ai2_arc",
+    "ai2_arc/ARC-Easy:1.0.0": "allenai/ai2_arc",
+    "task229_arc_answer_generation_hard": "allenai/ai2_arc",
+    "hellaswag:1.1.0": "Rowan/hellaswag",
+    "task1389_hellaswag_completion": "Rowan/hellaswag",
+    "cot_gsm8k": "openai/gsm8k",
+    "cot_gsm8k_ii": "openai/gsm8k",
+    "drop:2.0.0": "ucinlp/drop",
+    "winogrande:1.1.0": "allenai/winogrande",
+}
+PRESETS = {"solar": SOLAR}
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+_NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json")
+
+
+def find(specs: list[str]) -> list[pathlib.Path]:
+    """The files of evaluation sets.
+
+    Args:
+      specs: each a file, a folder of files, a name of `PRESETS`, whose data sets are fetched from the hub, or
+        "PRESET=FOLDER" with a folder that holds them, each under the last part of its name.
+
+    Raises:
+      UserError: one names nothing, or a data set of a preset is not there.
+    """
+    files: list[pathlib.Path] = []
+    for spec in specs:
+        preset, _, folder = spec.partition("=")
+        if preset in PRESETS and not pathlib.Path(spec).exists():
+            found = [_data_set(preset, name, folder) for name in dict.fromkeys(PRESETS[preset].values())]
+        else:
+            found = [pathlib.Path(spec).expanduser()]
+        for place in found:
+            files += _files(place, spec)
+    return files
+
+
+def read(files: list[pathlib.Path]) -> Evaluations:
+    """Every record's texts, in order.
+
+    Raises:
+      UserError: damaged; it names file and record.
+    """
+    for file in files:
+        kind = "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
+        try:
+            for number, record in _READERS[kind](file):
+                yield f"{file}:{number}", list(_texts(record))
+        except (OSError, EOFError, ValueError, zlib.error) as e:
+            raise UserError(f"{file}: cannot be read: {' '.join(str(e).split())}.") from e
+
+
+def _files(place: pathlib.Path, spec: str) -> list[pathlib.Path]:
+    if place.is_file() and place.name.endswith(_SUFFIXES):
+        return [place]
+    files = sorted(p for p in place.rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES) and p.name not in _NO_DATA)
+    if not files:
+        found = "a folder without them" if place.is_dir() else "another file" if place.is_file() else "nothing there"
+        raise UserError(
+            f"--decontaminate: {spec}: must be a preset ({', '.join(PRESETS)}), or a file or folder of JSONL, JSON or "
+            f"Parquet, found {found}."
+        )
+    return files
+
+
+def _data_set(preset: str, name: str, folder: str) -> pathlib.Path:
+    """The folder of one data set of a preset, fetched from the hub where no folder is given."""
+    last = name.split("/")[-1]
+    if folder:
+        place = pathlib.Path(folder).expanduser() / last
+        if place.is_dir():
+            return place
+        raise UserError(f"--decontaminate: {preset}={folder}: must hold a folder {last} with the hub's {name}.")
+    import huggingface_hub  # here, since only presets need its slow import
+
+    try:
+        patterns = ["*.parquet", "*.jsonl", "*.jsonl.gz"]
+        return pathlib.Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+    except Exception as e:  # the hub client raises a dozen unrelated types for "could not get it"
+        names = ", ".join(dict.fromkeys(PRESETS[preset].values()))
+        raise UserError(
+            f"--decontaminate: {preset}: the hub was not reached or does not give {name} ({type(e).__name__}); give "
+            f"{preset}=FOLDER with a folder that holds {names}, each under "
+            "the last part of its name."
+        ) from e
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _jsonl(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
+    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as e:
+                    raise UserError(f"{file}:{number}: is not JSON: {e}.") from e
+
+
+def _json(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
+    """The elements of a list; anything else is one record."""
+    content = json.loads(file.read_bytes())
+    yield from enumerate(content if isinstance(content, list) else [content])
+
+
+def _parquet(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as e:
+        raise UserError(
+            f"{file}: Parquet files are read with pyarrow, which is not installed; it comes with the extra `data`."
+        ) from e
+    with contextlib.closing(parquet.ParquetFile(file)) as table:
+        rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
+        yield from enumerate(rows)
+
+
+_READERS = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".parquet": _parquet}

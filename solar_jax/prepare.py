@@ -1,0 +1,219 @@
+"""Tokenise and pack text once, for runs that read it many times: ArrayRecord shards of rows, and a manifest.
+
+    python -m solar_jax.prepare --config configs/dus_48l.py --config.data.sources=/path/to/corpus --out DIR
+
+The config is that of `train`: its source gives the tokenizer, config.data the text and the form of the rows. DIR is
+then an entry of config.data.sources. The same command goes on where a killed one stopped, and any number of workers,
+of one machine or of a Ray cluster, makes the same bytes.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+from absl import flags
+from ml_collections import config_flags
+
+from solar_jax import cli
+from solar_jax.config import Config, resolve
+from solar_jax.data import engines, evaluations, files, manifest, records
+from solar_jax.data.blocks import Work
+from solar_jax.data.decontamination import Index, make_index
+from solar_jax.data.packing import block_characters
+from solar_jax.data.preparation import SHARDS, write_shards
+from solar_jax.data.prepared import MANIFEST, is_prepared
+from solar_jax.data.shards import BLOCKS_A_SHARD
+from solar_jax.data.sources import EMBEDDED, Source, parse_sources
+from solar_jax.errors import UserError
+from solar_jax.hf.folders import check_space, check_target, new_folder, partial
+from solar_jax.hf.reader import eos_id, load_tokenizer
+from solar_jax.progress import byte_bar
+from solar_jax.source import open_checkpoint
+from solar_jax.training.metrics import duration, read_json
+
+_DISK = 0.5  # bytes of rows that a byte of text may become; 0.3 is usual
+_INFLATED = 3  # bytes of text in one of a compressed file that does not tell
+_WORTH_A_PROCESS = 1 << 24  # bytes of text; a process takes some seconds to start
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    workers: int
+    engine: str = "local"
+    dedup: bool = False
+    decontaminate: tuple[str, ...] = ()
+    ngram: int = 13  # words in a row
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT], as of train.")
+    flags.DEFINE_string("out", None, "New local folder to write.")
+    flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "Processes on this machine.", lower_bound=1)
+    flags.DEFINE_enum("engine", "local", sorted(engines.ENGINES), "Where blocks are worked on; ray: see RAY_ADDRESS.")
+    flags.DEFINE_bool("dedup", False, "Drop documents whose text came before, in any source.")
+    flags.DEFINE_multi_string(
+        "decontaminate", [], "Drop training documents that share words with evaluation sets: files or folders of "
+        f"JSONL, JSON or Parquet, or a preset ({', '.join(evaluations.PRESETS)}), or PRESET=FOLDER without the hub."
+    )  # fmt: skip
+    flags.DEFINE_integer("ngram", 13, "Words in a row that contaminate a document.", lower_bound=2)
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    f = flags.FLAGS
+    if f.config is None or not f.out:
+        raise UserError("prepare needs --config FILE and --out DIR.")
+    if "://" in f.out:
+        raise UserError(f"--out: {f.out}: ArrayRecord writes local files alone; give a local folder and copy it there.")
+    options = Options(f.workers, f.engine, f.dedup, tuple(f.decontaminate), f.ngram)
+    prepare(resolve(f.config), pathlib.Path(f.out).expanduser(), options)
+
+
+def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, Any]:
+    """Writes the prepared folder, which appears when it is whole.
+
+    Returns:
+      Its manifest.
+
+    Raises:
+      UserError: something that the config or the options name is missing or damaged.
+    """
+    begin = time.perf_counter()
+    check_target(out)
+    sources = parse_sources(config.data.sources, config.data.text_key)
+    expected = sum(_expected_bytes(source) for source in sources)
+    check_space(out, int(_DISK * expected))
+    checkpoint = open_checkpoint(config.source)
+    tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
+    index = make_index(evaluations.read(evaluations.find(list(options.decontaminate))), options.ngram) \
+        if options.decontaminate else None  # fmt: skip
+    about = _about(config, tokenizer, eos, checkpoint.where)
+    work = Work(
+        tokenizer.to_str(), eos, config.data.sequence_length, config.data.packing, about["token_dtype"], index
+    )  # fmt: skip
+    _announce(config, out, options, sources, expected, about, index)
+    job = about | {
+        "sources": [dataclasses.asdict(source) | {"weight": 0} for source in sources], "dedup": options.dedup,
+        "decontamination": _identity(index), "blocks": [block_characters(config.data.sequence_length), BLOCKS_A_SHARD],
+    }  # fmt: skip
+    with new_folder(out, job=job, keep=True) as folder:
+        if not manifest.is_written(folder):
+            remote = any(files.is_remote(source.path) for source in sources)  # whose size is not known
+            workers = options.workers if remote else min(options.workers, 1 + expected // _WORTH_A_PROCESS)
+            with byte_bar(expected, out.name) as progress:
+                found = write_shards(
+                    config.data, work, folder, dedup=options.dedup, engine=options.engine, workers=workers,
+                    progress=progress,
+                )  # fmt: skip
+            manifest.write(folder, found, index, about)
+        manifest.name_shards(folder)
+    made = read_json(out / MANIFEST)
+    print(_summary(made, out, time.perf_counter() - begin), flush=True)
+    return made
+
+
+def _about(config: Config, tokenizer: tokenizers.Tokenizer, eos: int, where: str) -> dict[str, Any]:
+    """What decides the rows apart from the documents."""
+    data = config.data
+    versions = {name: importlib.metadata.version(name) for name in ("tokenizers", "array-record", "numpy")}
+    return {
+        "tokenizer": {
+            "source": where, "hash": records.tokenizer_hash(tokenizer, eos), "version": tokenizers.__version__,
+            "eos": eos, "vocabulary": tokenizer.get_vocab_size(),
+        },
+        "sequence_length": data.sequence_length,
+        "packing": data.packing,
+        "token_dtype": records.token_dtype(max(tokenizer.get_vocab().values()) + 1),
+        "holdout": {"rule": data.holdout, "every": data.holdout_every},
+        "seed": config.seed,  # of the config; no row depends on it, since training shuffles by its own
+        "versions": versions,
+    }  # fmt: skip
+
+
+def _expected_bytes(source: Source) -> int:
+    """About how much text there is, from the sizes of files that are here.
+
+    Raises:
+      UserError: no such source, or one that is not for preparing.
+    """
+    path = source.path
+    if is_prepared(path):
+        raise UserError(f"config.data.sources: {path}: is prepared already.")
+    if source.limit or source.epochs != Source(path).epochs:
+        raise UserError(f"config.data.sources: {path}: ?limit= and ?epochs= are for train; all of it is prepared.")
+    if path == EMBEDDED:
+        return 1 << 19
+    total = 0
+    for file in files.find(path):
+        if files.is_remote(file.name):
+            continue
+        size = pathlib.Path(file.name).stat().st_size
+        if file.name.endswith(".gz") and 18 < size < 1 << 30:
+            with open(file.name, "rb") as f:
+                f.seek(-4, os.SEEK_END)
+                total += max(size, int.from_bytes(f.read(4), "little"))  # what gzip writes at the end
+        else:
+            total += size * (_INFLATED if file.name.endswith((".gz", ".zst", ".parquet")) else 1)
+    return total
+
+
+def _identity(index: Index | None) -> str | None:
+    if index is None:
+        return None
+    digest = hashlib.sha256(f"{index.n} {index.names}".encode())
+    digest.update(index.stream.tobytes() + index.firsts.tobytes() + "\n".join(index.words).encode())
+    return digest.hexdigest()
+
+
+def _announce(
+    config: Config, out: pathlib.Path, options: Options, sources: list[Source], expected: int, about: dict[str, Any],
+    index: Index | None,
+) -> None:  # fmt: skip
+    """Says everything that is about to happen."""
+    data = config.data
+    goes_on = (partial(out) / SHARDS).exists()
+    print(f"{'Going on with' if goes_on else 'Preparing'} {out}")
+    for source in sources:
+        print(f"source    {source.path}")
+    print(f"text      about {expected / 1e6:,.1f} MB in all")
+    print(f"tokenizer {about['tokenizer']['source']}, {about['tokenizer']['vocabulary']:,} tokens")
+    rule = f"one document in {data.holdout_every} is held out by {data.holdout}"
+    print(f"rows      of {data.sequence_length:,} tokens, packing {data.packing}; {rule}")
+    if options.dedup:
+        print("dedup     documents whose text came before are dropped")
+    if index is not None:
+        print(
+            f"evaluated {len(index.names):,} records, {len(index.hashes):,} different runs of {index.n} words; "
+            f"training documents that hold one are dropped ({index.short:,} records have no {index.n} words in a row)"
+        )
+    where = "processes at the most" if options.engine == "local" else "workers of Ray, or its whole cluster"
+    print(f"work      {options.workers} {where}, shards of {BLOCKS_A_SHARD} blocks", flush=True)
+
+
+def _summary(made: dict[str, Any], out: pathlib.Path, seconds: float) -> str:
+    lines = []
+    for source in made["sources"]:
+        train, heldout = source["train"], source["heldout"]
+        lines.append(
+            f"{source['path']}: {source['documents']:,} documents ({source['duplicates']:,} duplicates, "
+            f"{source['contaminated']:,} contaminated), {train['rows']:,} training rows of {train['tokens']:,} tokens, "
+            f"{heldout['rows']:,} held-out rows of {heldout['tokens']:,}"
+        )
+    both = [made["totals"][part] for part in ("train", "heldout")]
+    room = sum(t["rows"] for t in both) * made["sequence_length"]
+    real = sum(t["tokens"] for t in both) / max(1, room)
+    lines.append(
+        f"{out}: {sum(t['rows'] for t in both):,} rows, {100 * real:.2f} % real tokens, "
+        f"{sum(t['bytes'] for t in both) / 1e6:,.1f} MB, in {duration(seconds)}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.start(main, define_flags)

@@ -1,0 +1,150 @@
+"""The command as a user meets it: killed, on a Ray cluster, with bad flags."""
+
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from solar_jax.data import engines
+from solar_jax.hf.folders import partial
+from solar_jax.prepare import Options, prepare
+from tests.data.test_prepared import config, content, jsonl, random_texts
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# As `python -m solar_jax.prepare`, with small blocks and shards, so that there are many.
+RUN = """
+import sys
+from solar_jax import cli, prepare
+from solar_jax.data import packing, shards
+packing._BLOCK_CHARACTERS, packing._ROWS_A_BLOCK, shards.BLOCKS_A_SHARD = 20000, 1, 4
+if __name__ == "__main__":
+    prepare._WORTH_A_PROCESS = int(sys.argv.pop(1))
+    cli.start(prepare.main, prepare.define_flags)
+"""
+
+
+def start(source, texts: pathlib.Path, out: pathlib.Path, *flags: str, script: pathlib.Path) -> subprocess.Popen:
+    script.write_text(RUN)
+    command = [
+        sys.executable, str(script), "1000000000", "--config=configs/dus_48l.py:smollm2", f"--config.source={source}",
+        "--config.data.packing=best_fit", "--config.data.mask_documents=true", "--config.data.sequence_length=64",
+        f"--config.data.sources={texts}", f"--out={out}", "--dedup", *flags,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_then_the_same_command_completes_the_same_bytes(tiny, tmp_path):
+    texts = jsonl(tmp_path / "texts.jsonl", [t for k in range(8) for t in random_texts(k, 4000)])
+    whole, out, script = tmp_path / "whole", tmp_path / "killed" / "out", tmp_path / "run.py"
+    process = start(tiny, texts, whole, script=script)
+    begin = time.monotonic()
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert "0 duplicates" not in stdout
+    shards = len(list(whole.glob("*.array_record")))
+    assert shards > 12
+    rng, kills, kept = random.Random(0), 0, 0
+    for part in (0, 0.3, 0.6, 0.8):
+        process = start(tiny, texts, out, script=script)
+        made = partial(out) / "shards"
+        while process.poll() is None and not (
+            made.exists() and len(list(made.glob("*.json"))) >= part * shards and time.monotonic() > begin
+        ):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        if process.returncode == 0:  # it was faster
+            shutil.rmtree(out)
+            continue
+        kills += 1
+        assert [f.name for f in out.parent.iterdir()] == [".out.partial"]
+        kept = max(kept, len(list(made.glob("*.json"))))
+    assert kills >= 2
+    assert kept > 2
+    process = start(tiny, texts, out, script=script)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert "Going on with" in stdout
+    assert content(out) == content(whole)
+
+
+@pytest.mark.slow
+def test_ray_makes_the_same_bytes(tiny, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="the package ray is not installed: --engine=ray was not tried")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # its workers need this package
+    texts = jsonl(tmp_path / "texts.jsonl", random_texts(0, 300))
+    cfg = config(tiny, texts)
+    prepare(cfg, tmp_path / "local", Options(1, dedup=True))
+    prepare(cfg, tmp_path / "ray", Options(2, engine="ray", dedup=True))
+    assert content(tmp_path / "ray") == content(tmp_path / "local")
+    assert not ray.is_initialized()
+
+
+def failing(item):
+    raise AssertionError(item)
+
+
+def dying(item):
+    del item
+    os._exit(3)
+
+
+def double(item):
+    return 2 * item
+
+
+def test_results_come_in_order_and_no_further_than_asked():
+    taken = []
+
+    def items():
+        for i in range(50):
+            taken.append(i)
+            yield i
+
+    results = engines.local(double, items(), 2)
+    assert next(results) == 0
+    assert len(taken) <= 5  # two a worker are handed out, and one is back
+    assert list(results) == [2 * i for i in range(1, 50)]
+
+
+def test_an_error_of_a_worker_is_raised_and_its_death_is_told():
+    with pytest.raises(AssertionError):
+        list(engines.local(failing, range(5), 2))
+    with pytest.raises(Exception, match="a worker process died"):
+        list(engines.local(dying, range(5), 2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--out=x"], "prepare needs --config FILE and --out DIR"),
+        (["--config=configs/dus_48l.py:smollm2"], "prepare needs --config FILE and --out DIR"),
+        (["--config=configs/dus_48l.py:smollm2", "--out=gs://b/x"], "ArrayRecord writes local files alone"),
+        (["--config=configs/dus_48l.py:smollm2", "--out=x", "--engine=beam"], "engine"),
+        (["--config=configs/dus_48l.py:smollm2", "--out=x", "--ngram=1"], "ngram"),
+    ],
+)
+@pytest.mark.slow
+def test_bad_flags_are_one_sentence(tmp_path, flags, expected):
+    flags = [f.replace("configs", str(ROOT / "configs")) for f in flags]
+    found = subprocess.run(
+        [sys.executable, "-m", "solar_jax.prepare", *flags], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: ")
+    assert expected in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
