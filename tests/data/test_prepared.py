@@ -12,7 +12,7 @@ import pytest
 from solar_jax import prepare as command
 from solar_jax.config import Config, DataConfig
 from solar_jax.data import engines, packing, shards
-from solar_jax.data.pipeline import load_corpus
+from solar_jax.data.corpus import load_corpus
 from solar_jax.data.prepared import Prepared, is_prepared, open_prepared
 from solar_jax.errors import UserError
 from solar_jax.hf.folders import partial
