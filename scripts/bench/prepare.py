@@ -13,7 +13,8 @@ import pathlib
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -43,22 +44,14 @@ def as_blocks(texts: list[Document], length: int) -> list[Block]:
     return [Block("0-train", False, b, np.zeros((len(b), 2), np.int64), b"", 0) for b in blocks(texts, length)]
 
 
-def alone(tokenizer, texts: list[Document]) -> float:
-    strings = [d.text for d in texts]
-    begin = time.perf_counter()
-    tokenizer.encode_batch_fast(strings, add_special_tokens=False)
-    return time.perf_counter() - begin
+def timed(action: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds, and CPU seconds of this process's threads."""
+    begin, used = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - begin, time.process_time() - used
 
 
-def in_process(work: Work, items: list[Block]) -> float:
-    work(items[0])  # reads the tokenizer
-    begin = time.perf_counter()
-    for item in items:
-        work(item)
-    return time.perf_counter() - begin
-
-
-def in_processes(work: Work, items: list[Block], workers: int) -> float:
+def in_processes(work: Work, items: list[Block], workers: int) -> tuple[float, float]:
     begin = 0.0
 
     def all_items() -> Iterator[Block]:
@@ -72,7 +65,7 @@ def in_processes(work: Work, items: list[Block], workers: int) -> float:
 
     for _ in engines.local(work, all_items(), workers):
         pass
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, float("nan")
 
 
 def main() -> None:
@@ -106,16 +99,23 @@ def main() -> None:
     items = as_blocks(texts, lengths[-1])
     megabytes = sum(len(d.text.encode()) for d in texts) / 1e6
     work = Work(tokenizer.to_str(), eos, lengths[-1], "best_fit", "<u2", None)
-    times: dict[str, list[float]] = {"tokenizers alone": [], "core, this process": [], "core, processes": []}
+    strings = [d.text for d in texts]
+    work(items[0])  # reads the tokenizer
+    ways = {
+        "tokenizers alone": lambda: timed(lambda: tokenizer.encode_batch_fast(strings, add_special_tokens=False)),
+        "core, this process": lambda: timed(lambda: [work(item) for item in items]),
+        "core, processes": lambda: in_processes(work, items, args.workers),
+    }
+    times = {name: [] for name in ways}
     for _ in range(args.rounds):
-        times["tokenizers alone"].append(alone(tokenizer, texts))
-        times["core, this process"].append(in_process(work, items))
-        times["core, processes"].append(in_processes(work, items, args.workers))
-    first = statistics.median(times["tokenizers alone"])
+        for name, way in ways.items():
+            times[name].append(way())
     print(f"\n{megabytes:.1f} MB of text in {len(items)} blocks, {args.workers} processes, {os.cpu_count()} cores")
-    for name, seconds in times.items():
-        middle = statistics.median(seconds)
-        print(f"{name:20} {megabytes / middle:7.2f} MB/s  {first / middle:5.2f} of the library alone")
+    print(f"{'':20}     MB/s  of the library alone, by CPU time")
+    first, first_cpu = (statistics.median(column) for column in zip(*times["tokenizers alone"], strict=True))
+    for name, pairs in times.items():
+        seconds, cpu = (statistics.median(column) for column in zip(*pairs, strict=True))
+        print(f"{name:20} {megabytes / seconds:8.2f}  {first / seconds:20.2f}  {first_cpu / cpu:11.2f}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from solar_jax.config import DataConfig
 from solar_jax.data import records
 from solar_jax.data.packing import Row, unpack
 from solar_jax.errors import UserError
+from solar_jax.retrying import retry
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -91,11 +92,23 @@ class Prepared:
 
 
 def is_prepared(path: str) -> bool:
-    """Whether a path of config.data.sources is a folder that `prepare` wrote, or the manifest of a source there."""
-    try:
+    """Whether a path of config.data.sources is a folder that `prepare` wrote, or the manifest of a source there.
+
+    Raises:
+      UserError: a bucket is not reached.
+    """
+    if not _is_bucket(path):
         return _manifest(path).exists()
-    except Exception:  # a bucket that is not reached is told by whoever reads it
+    if not path.startswith(("gs://", "s3://")):
         return False
+
+    def exists() -> bool:
+        try:
+            return _manifest(path).exists()
+        except ImportError:  # whoever reads what is there says so
+            return False
+
+    return retry(exists, path)
 
 
 def open_prepared(path: str, tokenizer: tokenizers.Tokenizer, eos: int, cfg: DataConfig) -> Prepared:
@@ -145,7 +158,7 @@ def _manifest(path: str) -> pathlib.Path:
 
 def _read(file: pathlib.Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = file.read_text()
+        text = retry(file.read_text, str(file)) if _is_bucket(str(file)) else file.read_text()
         manifest = json.loads(text)
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: cannot be read: {e}.") from e
@@ -157,7 +170,8 @@ def _read(file: pathlib.Path) -> tuple[str, dict[str, Any]]:
 
 
 def _check_files(folder: pathlib.Path, shards: list[dict[str, Any]]) -> None:
-    there = {file.name: file for file in folder.iterdir()}
+    listed: list[pathlib.Path] = retry(lambda: list(folder.iterdir()), str(folder))
+    there = {file.name: file for file in listed}
     for shard in shards:
         file = there.get(shard["file"])
         if file is None:
@@ -185,16 +199,17 @@ def _copy(url: str, key: str) -> str:
     target = pathlib.Path(tempfile.gettempdir(), f"solar_jax_prepared_{os.getuid()}", key, source.name)
     if target.exists():
         return str(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
-        try:
-            with source.open("rb") as f:
-                shutil.copyfileobj(f, out, 1 << 24)
-            out.close()
-            os.replace(out.name, target)
-        except BaseException as e:
-            pathlib.Path(out.name).unlink(missing_ok=True)
-            if isinstance(e, Exception):
-                raise UserError(f"{url}: cannot be copied here ({type(e).__name__}: {e}).") from e
-            raise
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def copy() -> None:
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
+            try:
+                with source.open("rb") as f:
+                    shutil.copyfileobj(f, out, 1 << 24)
+                out.close()
+                os.replace(out.name, target)
+            finally:
+                pathlib.Path(out.name).unlink(missing_ok=True)
+
+    retry(copy, url)
     return str(target)
