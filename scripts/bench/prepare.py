@@ -22,10 +22,8 @@ from solar_jax.data import engines
 from solar_jax.data.blocks import Block, Work
 from solar_jax.data.packing import blocks, pack
 from solar_jax.data.sources import Document, documents, parse_sources
-from solar_jax.hf.reader import eos_id, load_tokenizer
-from solar_jax.source import open_checkpoint
 
-_SETTLE = 12  # seconds in which worker processes start
+_SETTLE = 6  # seconds in which worker processes start
 
 
 def read(paths: list[str], articles: bool) -> dict[str, list[Document]]:
@@ -78,6 +76,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, action="append", help="T, of the rows' fill; several may be given")
     parser.add_argument("--source", default="smollm2", help="whose tokenizer")
     args = parser.parse_args()
+    # Here, since worker processes import this file and have no use for JAX.
+    from solar_jax.hf.reader import eos_id, load_tokenizer
+    from solar_jax.source import open_checkpoint
+
     checkpoint = open_checkpoint(args.source)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     found = read(args.text or ["pydoc-topics"], args.articles)
@@ -110,6 +112,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, way in ways.items():
             times[name].append(way())
+            print(f"{name:20} {times[name][-1][0]:8.2f} s, {times[name][-1][1]:.2f} s of CPU", flush=True)
     print(f"\n{megabytes:.1f} MB of text in {len(items)} blocks, {args.workers} processes, {os.cpu_count()} cores")
     print(f"{'':20}     MB/s  of the library alone, by CPU time")
     first, first_cpu = (statistics.median(column) for column in zip(*times["tokenizers alone"], strict=True))
