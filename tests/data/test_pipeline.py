@@ -5,6 +5,10 @@ import contextlib
 import json
 import multiprocessing
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -30,6 +34,7 @@ from tests.conftest import byte_tokenizer
 from tests.parallel.test_mesh import mesh_of
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8), (1, 1, 1)]
+REPO = pathlib.Path(__file__).parents[2]
 EOS = 2
 LENGTH = 16
 
@@ -173,6 +178,36 @@ def test_worker_processes_make_the_same_batches_and_end(uneven, workers, shape):
             assert_equal(values(there(k)), values(here(k)))
         assert len(multiprocessing.active_children()) == workers
     assert not multiprocessing.active_children()
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from absl import flags
+flags.FLAGS.mark_as_parsed()
+import jax
+from solar_jax.data.pipeline import Feed, training_rows
+from tests.data.test_pipeline import load
+sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+feed = Feed(training_rows(load(sys.argv[1]), 0), 0, 4, 4, sharding, 2)
+feed(0)
+print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow  # new processes import for seconds
+def test_worker_processes_end_with_a_run_that_is_killed(uneven):
+    # Otherwise each kill would leave some that wait for ever.
+    command = [sys.executable, "-c", KILLED, uneven[0]]
+    done = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, timeout=200, check=False)
+    assert done.returncode == -signal.SIGKILL
+    workers = [pathlib.Path("/proc", pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    for _ in range(200):
+        if not any(worker.exists() for worker in workers):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still there: {workers}")
 
 
 def test_the_documents_of_a_batch_are_those_of_its_rows(uneven):
