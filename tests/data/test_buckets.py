@@ -1,4 +1,4 @@
-"""Text in a bucket, against the emulator on loopback."""
+"""Text in a bucket, against emulators on loopback."""
 
 import pyarrow.parquet as pq
 import pytest
@@ -9,6 +9,7 @@ from solar_jax.data.sources import Source, documents
 from solar_jax.errors import UserError
 from tests.data.test_readers import FORMATS, TEXTS, table
 from tests.hf.test_buckets import bucket  # noqa: F401, a fixture
+from tests.hf.test_s3 import bucket as s3_bucket  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +44,13 @@ def test_a_folder_and_a_pattern_in_a_bucket_are_read_by_name(tmp_path, bucket): 
     for nowhere in (f"{bucket}/nothing", f"{bucket}/set/*.txt"):
         with pytest.raises(UserError, match="no such file, folder or pattern"):
             read(nowhere)
+
+
+@pytest.mark.slow  # moto's server starts for seconds
+def test_text_in_s3_is_read_as_here(tmp_path, s3_bucket):  # noqa: F811
+    for name in ("a.jsonl.gz", "a.parquet"):
+        FORMATS[name](tmp_path / name)
+        epath.Path(f"{s3_bucket}/text/{name}").write_bytes((tmp_path / name).read_bytes())
+    assert read(f"{s3_bucket}/text/a.jsonl.gz") == TEXTS
+    assert read(f"{s3_bucket}/text/*.parquet") == TEXTS
+    assert read(f"{s3_bucket}/text") == TEXTS  # where there is Parquet, that is the data
