@@ -11,11 +11,13 @@ import time
 
 import pytest
 
+from solar_jax import train
 from solar_jax.data import engines
 from solar_jax.errors import UserError
 from solar_jax.hf.folders import partial
 from solar_jax.prepare import Options, prepare
 from tests.data.test_prepared import config, content, jsonl, random_texts
+from tests.test_train import make_config, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -135,3 +137,18 @@ def test_bad_flags_are_one_sentence(tmp_path, flags, expected):
     assert expected in found.stderr
     assert found.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_training_on_a_prepared_folder_is_training_on_its_text(tiny, tmp_path):
+    text = jsonl(tmp_path / "text.jsonl", random_texts(4, 400))
+    runs = []
+    for source in (text, tmp_path / "prepared"):
+        cfg = make_config(tiny, source, data_holdout_every=4)
+        if source != text:
+            prepare(make_config(tiny, text, data_holdout_every=4), source, Options(1))
+        folder = tmp_path / f"run{len(runs)}"
+        summary = train.run(cfg, folder)
+        runs.append((metrics(folder), summary["final_loss"], summary["heldout_targets"]))
+    assert runs[0] == runs[1]
+    assert len(runs[0][0]) == 6

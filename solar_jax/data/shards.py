@@ -1,11 +1,13 @@
 """Rows to files: the shards of one part of one source, each whole or not there, so that a killed run goes on."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -56,16 +58,22 @@ class Shards:
         return len(self._read) > self._resumed
 
     def add(self, packed: Packed) -> None:
-        """Writes the rows of the next block that had to be worked on."""
+        """Writes the rows of the next block that had to be worked on.
+
+        Raises:
+          UserError: the disk is full, or fails.
+        """
         if self._file is None:
             self._partial().unlink(missing_ok=True)
-            self._file = records.writer(str(self._partial()))
+            with self._told():
+                self._file = records.writer(str(self._partial()))
             self._facts = {"done": 0, "rows": 0, "tokens": 0, "documents": 0, "document_tokens": 0, "matches": []}
         rows, targets = packed.rows, packed.targets
         if packed.stream is not None and self._concat is not None:
             rows, targets = self._concat(packed.stream)
-        for row in rows:
-            self._file.write(row)
+        with self._told():
+            for row in rows:
+                self._file.write(row)
         added = {"done": 1, "rows": len(rows), "tokens": targets, "documents": packed.documents}
         for key, value in (added | {"document_tokens": packed.tokens}).items():
             self._facts[key] += value
@@ -100,7 +108,8 @@ class Shards:
             )
 
     def _finish(self) -> None:
-        self._file.close()
+        with self._told():
+            self._file.close()
         self._file = None
         shard, partial = len(self.finished), self._partial()
         facts = self._facts | self._read[shard] | {"bytes": partial.stat().st_size}
@@ -113,6 +122,17 @@ class Shards:
                 os.fsync(f.fileno())
             os.replace(file, final)
         self.finished.append(facts)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What ArrayRecord says of a disk, in one sentence."""
+        try:
+            yield
+        except RuntimeError as e:
+            reason = str(e).split(";")[0].strip()
+            raise UserError(
+                f"{self._folder.parent}: cannot be written: {reason}; the same command goes on from there."
+            ) from e
 
     def _facts_file(self, shard: int) -> pathlib.Path:
         return self.rows_file(shard).with_suffix(".json")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import pickle
+import resource
 import shutil
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 
 from solar_jax import prepare as command
 from solar_jax.config import Config, DataConfig
-from solar_jax.data import engines, packing, shards
-from solar_jax.data.corpus import load_corpus
+from solar_jax.data import engines, packing, records, shards
+from solar_jax.data.corpus import heldout_rows, load_corpus
+from solar_jax.data.pipeline import batch_documents, training_rows
 from solar_jax.data.prepared import Prepared, is_prepared, open_prepared
 from solar_jax.errors import UserError
 from solar_jax.hf.folders import partial
@@ -185,6 +187,30 @@ def test_a_run_that_stops_while_files_are_named_goes_on(tiny, texts, tmp_path, m
     assert content(out) == content(tmp_path / "whole")
 
 
+def test_a_full_disk_is_told_and_what_was_made_stays(tiny, texts, tmp_path, monkeypatch):
+    cfg, out = config(tiny, texts / "a.jsonl"), tmp_path / "out"
+    prepare(cfg, tmp_path / "whole", Options(1))
+    real, made = records.writer, []
+
+    def limited(path: str):
+        made.append(path)
+        if len(made) == 4:  # from here on no file may grow beyond a few blocks
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        return real(path)
+
+    monkeypatch.setattr(records, "writer", limited)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match=r"cannot be written: .*File too large"):
+            prepare(cfg, out, Options(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not out.exists()
+    assert len(list((partial(out) / "shards").glob("*.json"))) >= 1
+    prepare(cfg, out, Options(1))
+    assert content(out) == content(tmp_path / "whole")
+
+
 def test_documents_that_changed_meanwhile_are_noticed_and_made_anew(tiny, tmp_path, monkeypatch):
     file, out = jsonl(tmp_path / "a.jsonl", random_texts(0, 150)), tmp_path / "out"
     cfg = config(tiny, file)
@@ -348,3 +374,18 @@ def test_prepared_rows_are_not_prepared_again_and_a_taken_folder_is_not_replaced
         prepare(config(tiny, out), tmp_path / "out", Options(1))
     with pytest.raises(UserError, match="already exists"):
         prepare(cfg, out, Options(1))
+
+
+def test_a_run_reads_the_same_batches_prepared_or_packed_at_its_start(tiny, texts, tmp_path):
+    cfg = config(tiny, f"{texts}/a.jsonl:2", f"{texts}/b.jsonl")
+    prepare(cfg, tmp_path / "out", Options(1))
+    named = [f"{tmp_path}/out/0-a.manifest.json:2", f"{tmp_path}/out/1-b.manifest.json"]
+    data = dataclasses.replace(cfg.data, sources=tuple(named))
+    corpora = [load_corpus(d, byte_tokenizer(), EOS) for d in (cfg.data, data)]
+    first, second = (training_rows(corpus, 3) for corpus in corpora)
+    for i in range(300):  # more than one pass
+        for name, value in first[i].items():
+            np.testing.assert_array_equal(second[i][name], value)
+    assert batch_documents(corpora[1], 3, 10, 8) == batch_documents(corpora[0], 3, 10, 8)
+    for found, expected in zip(*(heldout_rows(corpus, 20) for corpus in corpora), strict=True):
+        np.testing.assert_array_equal(found["targets"], expected["targets"])
