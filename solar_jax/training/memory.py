@@ -96,6 +96,13 @@ def _gathered(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> float:
     return sum(size(cfg, letters) for letters in layer_axes(cfg).values()) / axis_size(mesh, "tensor")
 
 
+def _scores(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> float:
+    """Scores of attention a token and device that array operations hold; kernels hold none."""
+    if attention_choice(cfg, config, mesh) != "xla":
+        return 0.0
+    return each(cfg, mesh, "N") * config.data.sequence_length
+
+
 def _saved(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float, width: int) -> float:
     """Bytes of one layer that wait for its backward pass."""
     names = REMAT[config.train.remat]
@@ -103,12 +110,7 @@ def _saved(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: 
         values = sum(count * each(cfg, mesh, letters) for letters, count in EVERYTHING.items())
         shared = axis_size(mesh, "fsdp", "context") > 1
         weights = _gathered(cfg, mesh) * width if shared else 0.0
-        scores = (
-            0
-            if attention_choice(cfg, config, mesh) != "xla"
-            else 4 * each(cfg, mesh, "N") * config.data.sequence_length
-        )
-        return tokens * (values * width + scores) + weights
+        return tokens * (values * width + 4 * _scores(cfg, config, mesh)) + weights
     kept = ["D", *(SAVEABLE[name] for name in names)]
     sums = 4 * each(cfg, mesh, "N") if "attention" in names else 0.0  # the kernel's, float32
     return tokens * (width * sum(each(cfg, mesh, letters) for letters in kept) + sums)
@@ -121,12 +123,7 @@ def _layer(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: 
     again = [letters for name, letters in SAVEABLE.items() if kept is not None and name not in kept]
     values = sum(count * each(cfg, mesh, letters) for letters, count in LAYER.items())
     values += sum(each(cfg, mesh, letters) for letters in again if "F" in letters)
-    scores = (
-        0
-        if attention_choice(cfg, config, mesh) != "xla"
-        else SCORES * each(cfg, mesh, "N") * config.data.sequence_length
-    )
-    return tokens * (values * width + scores) + _gathered(cfg, mesh) * width
+    return tokens * (values * width + SCORES * _scores(cfg, config, mesh)) + _gathered(cfg, mesh) * width
 
 
 def _loss(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float) -> float:
