@@ -32,7 +32,7 @@ from solar_jax.training.optimizer import masked
 
 State = dict[str, Any]  # {"params", "opt_state"}
 ATTENTION = ("auto", "splash", "cudnn", "xla")  # config.train.attention
-LOGITS = 2**28  # of one chunk of the loss, on one device: a GiB in float32
+LOGITS = 2**26  # of one chunk of the loss, on one device: 256 MiB in float32
 
 
 def state_shardings(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> State:
