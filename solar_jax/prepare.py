@@ -54,7 +54,7 @@ class Options:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT], as of train.")
     flags.DEFINE_string("out", None, "New local folder to write.")
-    flags.DEFINE_integer("workers", len(os.sched_getaffinity(0)), "Processes on this machine.", lower_bound=1)
+    flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes on this machine.", lower_bound=1)
     flags.DEFINE_enum("engine", "local", sorted(engines.ENGINES), "Where blocks are worked on; ray: see RAY_ADDRESS.")
     flags.DEFINE_bool("dedup", False, "Drop documents whose text came before, in any source.")
     flags.DEFINE_multi_string(

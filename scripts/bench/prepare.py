@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--articles", action="store_true", help="split WikiText into its articles")
     parser.add_argument("--copies", type=int, default=1, help="of the texts, for the speed alone")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--length", type=int, action="append", help="T, of the rows' fill; several may be given")
     parser.add_argument("--source", default="smollm2", help="whose tokenizer")
     args = parser.parse_args()
