@@ -2,8 +2,10 @@
 
     python -m solar_jax.train --config configs/dus_48l.py:smollm2 [--config.train.steps=40] [--workdir DIR]
 
-The same command again goes on from the last checkpoint. Left in DIR: config.json, metrics.jsonl (one line a step),
-evals.jsonl, summary.json, loss.png, checkpoints/, hf/, model/, and control/ where a control was asked for.
+The same command again goes on from the last good checkpoint; SIGTERM, or the notice of a preemption, saves the step
+that is being taken and ends the command with status 75. --allow_changed=train.steps,data goes on with a run of which
+these have changed. Left in DIR: config.json, data.json, metrics.jsonl (one line a step), evals.jsonl, summary.json,
+loss.png, checkpoints/, hf/, model/, and control/ where a control was asked for.
 """
 
 import contextlib
@@ -47,6 +49,11 @@ from solar_jax.training.writers import Writers, check_packages
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
     flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config name> if not given.")
+    flags.DEFINE_list(
+        "allow_changed",
+        [],
+        "What a run may go on with though it is not as before: config keys or groups, tokenizer, data.",
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,11 +62,16 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
     config = resolve(flags.FLAGS.config)
     with profiling.listening(), interruption.listening():
-        run(config, pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}"))
+        run(config, pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}"), flags.FLAGS.allow_changed)
 
 
-def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
+def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> dict[str, Any]:
     """The whole run, from the checkpoint to the healed model's HF folder.
+
+    Args:
+      config: of the run.
+      folder: where it is kept, and found again.
+      allowed: what may have changed since it began: keys of the config or groups of them, "tokenizer", "data".
 
     Returns:
       The content of summary.json.
@@ -71,6 +83,7 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     compilation.use_cache(config.logging.compilation_cache)
     # ---- What is asked for: every refusal comes here, before anything is allocated or written -------------------
     check_names(config)
+    workdir.check_allowed(allowed)
     devices = planner.present()
     if config.model.num_hidden_layers:  # the shape is known, so what cannot fit is told without a checkpoint
         plan = make_plan(config.model.num_hidden_layers, config.growth)
@@ -83,12 +96,15 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     option, need = planner.choose(cfg, config, devices)
     mesh = make_mesh(option.config.mesh)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
-    goes_on = workdir.check_owner(folder, config)
+    goes_on = workdir.check_owner(folder, config, allowed)
     if (folder / "summary.json").exists():
         summary = metrics.read_json(folder / "summary.json")
         say(f"{folder}: this run is complete.\n{table(summary)}")
         return summary
     corpus = load_corpus(config.data, tokenizer, eos)
+    text = workdir.text_record(checkpoint, corpus)
+    if goes_on:
+        workdir.check_text(folder, text, allowed)
     passes(corpus, config.train.steps * config.train.batch_size)  # refused where a source may not be read so often
 
     # ---- What will be done ----------------------------------------------------------------------------------------
@@ -96,8 +112,11 @@ def run(config: Config, folder: pathlib.Path) -> dict[str, Any]:
     heldout = heldout_rows(corpus, config.evaluation.windows)
     announce(config, folder, checkpoint, plan, trained, option, need, corpus, len(heldout), goes_on)
     processes.wait("everything is checked")
-    if not goes_on and processes.is_first():
-        workdir.create(folder, config, checkpoint, plan, hf_config)
+    if processes.is_first():
+        if goes_on:
+            workdir.update(folder, config, text)
+        else:
+            workdir.create(folder, config, checkpoint, plan, hf_config, text)
     processes.wait("the run's folder is there")
     ledger = Ledger(folder, started)
     shared = Run(

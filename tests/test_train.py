@@ -87,8 +87,8 @@ def test_a_run_leaves_every_promised_file_and_key(finished):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "config.json").read_text())["train"]["steps"] == config.train.steps
     assert sorted(p.name for p in folder.iterdir()) == [
-        "checkpoints", "config.json", "control", "evals.jsonl", "goodput.json", "hf", "loss.png", "metrics.jsonl",
-        "model", "summary.json",
+        "checkpoints", "config.json", "control", "data.json", "evals.jsonl", "goodput.json", "hf", "loss.png",
+        "metrics.jsonl", "model", "summary.json",
     ]  # fmt: skip
 
 
@@ -321,6 +321,44 @@ def test_a_folder_that_holds_another_run_is_left_alone(finished, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files but no run"):
         train.run(config, tmp_path)
+
+
+def test_a_run_goes_on_with_what_was_allowed_to_change_and_with_nothing_else(finished, tmp_path, monkeypatch):
+    config, whole, _ = finished
+
+    def interrupt(line=""):
+        if line.startswith("healed step 5"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "say", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path / "run")
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7, precision="bf16"))
+    with pytest.raises(UserError, match=r"precision is 'float32' where this one's is 'bf16', config.train.steps is 6 "):
+        train.run(longer, tmp_path / "run", ["seed"])
+    words = tmp_path / "other.txt"
+    words.write_text(" ".join(np.random.default_rng(1).choice(["other", "words"], 3000)))
+    other = dataclasses.replace(longer, data=dataclasses.replace(longer.data, sources=(str(words),)))
+    with pytest.raises(UserError, match=r"other data, train source 0: 388 rows .* where this one has .*=data goes on"):
+        train.run(other, tmp_path / "run", ["train", "data.sources"])
+    with pytest.raises(UserError, match=r"--allow_changed=train.stepz: .* did you mean train.steps"):
+        train.run(longer, tmp_path / "run", ["train.stepz"])
+    assert metrics(tmp_path / "run") == metrics(whole)[:5]
+    summary = train.run(longer, tmp_path / "run", ["train"])  # the state of step 3, as bfloat16
+    assert [r[0] for r in metrics(tmp_path / "run")] == list(range(1, 8))
+    assert metrics(tmp_path / "run")[:3] == metrics(whole)[:3]
+    assert summary["tokens"] == 7 * 8 * 32
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 7
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer_unless_it_is_allowed(tmp_path):
+    record = {"tokenizer": "0" * 64, "train source 0": {"rows": 2, "tokens": 64, "hash": "1" * 64}}
+    (tmp_path / "data.json").write_text(json.dumps(record))
+    workdir.check_text(tmp_path, record)
+    with pytest.raises(UserError, match=r"another tokenizer .* SHA-256 000000000000... where this one's is 222222"):
+        workdir.check_text(tmp_path, record | {"tokenizer": "2" * 64}, ["data"])
+    workdir.check_text(tmp_path, record | {"tokenizer": "2" * 64}, ["tokenizer"])
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -29,6 +29,7 @@ from solar_jax.training import integrity
 from solar_jax.training.arrays import DATA_FILE_BYTES
 from solar_jax.training.integrity import COMMITTED
 from solar_jax.training.retention import kept
+from solar_jax.training.rounding import as_kept, as_wanted
 
 FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
@@ -302,7 +303,9 @@ class CheckpointStore:
         return self._load(step, {"params": params})["params"]
 
     def _load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
-        folder = self._folder / str(step)
+        folder, wanted = self._folder / str(step), state.get("opt_state")
+        if wanted is not None:
+            state = state | {"opt_state": as_kept(wanted, integrity.is_narrow(folder))}
         self._agree(integrity.problem(folder, state))
         seal = integrity.read_seal(folder)
         found, problem = {}, None
@@ -314,6 +317,8 @@ class CheckpointStore:
         self._agree(problem)
         if seal is not None:
             self._compare(folder, seal["sums"], {part: found[part] for part in state})
+        if wanted is not None:
+            found["opt_state"] = as_wanted(found["opt_state"], wanted, step)
         return found
 
     def _compare(self, folder: pathlib.Path, saved: integrity.Sums, state: dict[str, Any]) -> None:

@@ -115,6 +115,14 @@ def stored_shapes(step: pathlib.Path, parts: Iterable[str]) -> dict[str, tuple[t
     return found
 
 
+def is_narrow(step: pathlib.Path) -> bool:
+    """Whether a checkpoint's optimiser state is of a policy that rounds (`training.rounding.Narrow`)."""
+    try:
+        return any(path.startswith("inner/") for path in array_paths(step / "opt_state"))
+    except (ValueError, OSError):
+        return False
+
+
 def _sizes(step: pathlib.Path) -> dict[str, int]:
     """Bytes of every file of a checkpoint but for the seal, by its path within it."""
     if is_local(step):

@@ -74,3 +74,22 @@ def narrow(tx: optax.GradientTransformation, precision: Precision, seed: int) ->
         return updates, Narrow(state.count + 1, kept(inner, of_state))
 
     return optax.GradientTransformation(init, update)
+
+
+def as_kept(opt_state: Any, narrow_before: bool) -> Any:
+    """An abstract optimiser state in the form that another precision policy keeps it in."""
+    if isinstance(opt_state, Narrow) == narrow_before:
+        return opt_state
+    if not narrow_before:
+        return opt_state.inner
+    scalar = next(x for x in jax.tree.leaves(opt_state) if x.ndim == 0)  # the optimisers' own count of their updates
+    return Narrow(scalar, opt_state)
+
+
+def as_wanted(opt_state: Any, wanted: Any, updates: int) -> Any:
+    """A restored state of `as_kept` in the form of the abstract state `wanted`; `updates`: taken so far."""
+    if isinstance(opt_state, Narrow) == isinstance(wanted, Narrow):
+        return opt_state
+    if isinstance(opt_state, Narrow):
+        return opt_state.inner
+    return Narrow(jax.device_put(jnp.int32(updates), wanted.count.sharding), opt_state)

@@ -1,13 +1,17 @@
 """A run's folder: whose it is, what is in it, and whether to begin, go on or stop."""
 
 import dataclasses
+import difflib
+import hashlib
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import ml_collections
 
 from solar_jax import lineage
 from solar_jax.config import Config, resolve
+from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.errors import UserError
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf.files import LINEAGE, read_json
@@ -34,13 +38,33 @@ def config_dict(config: Config) -> dict[str, Any]:
     return as_json
 
 
-def _may_change(key: str) -> bool:
-    """Whether a key may be another after a restart."""
-    return key.startswith("config.logging.") or key == "config.data.workers"
+_TEXT = "data.json"
+
+# Keys that no number of the training depends on, or a group of them: a restart may change them.
+_FREE = ("logging", "data.workers", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best")
+TOKENIZER, DATA = "tokenizer", "data"  # what else --allow_changed may name
+_DIFFERENCES = 4  # shown
 
 
-def check_owner(workdir: pathlib.Path, config: Config) -> bool:
-    """Whether `workdir` already holds this run.
+def check_allowed(names: Collection[str]) -> None:
+    """Raises a UserError for a name of --allow_changed that is no key or group of keys, "tokenizer" or "data"."""
+    keys = [key.removeprefix("config.") for key in flat(config_dict(Config()))]
+    known = {TOKENIZER, DATA, *keys, *(key.split(".")[0] for key in keys)}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ", such as train.steps, mesh, tokenizer or data."
+            raise UserError(f"--allow_changed={name}: expected keys of the config without its name{hint}")
+
+
+def _is_among(key: str, names: Collection[str]) -> bool:
+    """Whether a key, as in config.train.steps, or its group is named; "data" names the text and no keys."""
+    key = key.removeprefix("config.")
+    return key in names or (key.split(".")[0] in names and not key.startswith("data."))
+
+
+def check_owner(workdir: pathlib.Path, config: Config, allowed: Collection[str] = ()) -> bool:
+    """Whether `workdir` already holds this run; `allowed`: keys, or groups of them, that may have changed.
 
     Raises:
       UserError: it holds another run, or other files.
@@ -56,22 +80,90 @@ def check_owner(workdir: pathlib.Path, config: Config) -> bool:
     except UserError as e:
         raise UserError(f"{workdir / 'config.json'}: {e}") from e
     here = flat(config_dict(config))
-    changed = [key for key in sorted(here | there) if here.get(key) != there.get(key) and not _may_change(key)]
+    changed = [
+        key
+        for key in sorted(here | there)
+        if here.get(key) != there.get(key) and not _is_among(key, _FREE) and not _is_among(key, allowed)
+    ]
     if changed:
-        key, more = changed[0], f" (and {len(changed) - 1} more keys)" if len(changed) > 1 else ""
+        shown = [f"{key} is {there.get(key)!r} where this one's is {here.get(key)!r}" for key in changed]
+        names = ",".join(key.removeprefix("config.") for key in changed)
         raise UserError(
-            f"{workdir}: holds another run, whose {key} is {there.get(key)!r} where this one's is "
-            f"{here.get(key)!r}{more}; give another --workdir."
+            f"{workdir}: holds another run, whose {_some(shown)}; give another --workdir, or "
+            f"--allow_changed={names} to go on with it all the same."
         )
     return True
 
 
+def _some(differences: list[str]) -> str:
+    more = len(differences) - _DIFFERENCES
+    return ", ".join(differences[:_DIFFERENCES]) + (f" (and {more} more)" if more > 0 else "")
+
+
+def text_record(checkpoint: Checkpoint, corpus: Corpus) -> dict[str, Any]:
+    """What the tokens of a run come from, as data.json holds it: hashes of the tokenizer and of each source's rows.
+
+    A prepared folder is known by its manifest; of rows that were packed here a few are hashed, from all over them.
+    """
+    record: dict[str, Any] = {TOKENIZER: hashlib.sha256(checkpoint.companions["tokenizer.json"]).hexdigest()}
+    for part, sources in (("train", corpus.train), ("heldout", corpus.heldout)):
+        for i, (_, rows) in enumerate(sources):  # wherever they lie
+            record[f"{part} source {i}"] = {
+                "rows": len(rows), "tokens": rows.tokens, "hash": getattr(rows, "key", None) or _hash_of_some(rows)
+            }  # fmt: skip
+    return record
+
+
+def _hash_of_some(rows: AnyRows, count: int = 64) -> str:
+    found = hashlib.sha256()
+    for i in sorted({k * (len(rows) - 1) // max(1, count - 1) for k in range(count)}):
+        for name, value in sorted(rows[i].items()):
+            found.update(name.encode() + value.tobytes())
+    return found.hexdigest()
+
+
+def check_text(workdir: pathlib.Path, record: dict[str, Any], allowed: Collection[str] = ()) -> None:
+    """Raises a UserError where the tokenizer or the data of a run are not those that it began with."""
+    file = workdir / _TEXT
+    if not file.exists():  # of an older version
+        return
+    before = read_json(file)
+    if TOKENIZER not in allowed and before[TOKENIZER] != record[TOKENIZER]:
+        raise UserError(
+            f"{workdir}: began with another tokenizer (tokenizer.json with SHA-256 {before[TOKENIZER][:12]}... where "
+            f"this one's is {record[TOKENIZER][:12]}...); --allow_changed={TOKENIZER} goes on with it all the same."
+        )
+    changed = [name for name in [*before, *(set(record) - set(before))] if before.get(name) != record.get(name)]
+    changed = [name for name in changed if name != TOKENIZER]
+    if DATA in allowed or not changed:
+        return
+    shown = [f"{name}: {_told(before.get(name))} where this one has {_told(record.get(name))}" for name in changed]
+    raise UserError(
+        f"{workdir}: began with other data, {_some(shown)}; --allow_changed={DATA} goes on with it all the same."
+    )
+
+
+def _told(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "none"
+    return f"{entry['rows']:,} rows of {entry['tokens']:,} tokens in all ({entry['hash'][:12]}...)"
+
+
+def update(workdir: pathlib.Path, config: Config, record: dict[str, Any]) -> None:
+    """Notes what a run goes on with, where it was allowed to be another than before."""
+    for name, value in (("config.json", config_dict(config)), (_TEXT, record)):
+        if not (workdir / name).exists() or read_json(workdir / name) != value:
+            write_json(workdir / name, value)
+
+
 def create(
-    workdir: pathlib.Path, config: Config, checkpoint: Checkpoint, plan: GrowthPlan, hf_config: dict[str, Any]
-) -> None:
-    """Makes the folder with config.json and `model/`, what its checkpoints need to become a model again."""
+    workdir: pathlib.Path, config: Config, checkpoint: Checkpoint, plan: GrowthPlan, hf_config: dict[str, Any],
+    record: dict[str, Any],
+) -> None:  # fmt: skip
+    """Makes the folder with config.json, data.json and `model/`, what its checkpoints need to become a model again."""
     with new_folder(workdir) as folder:
         write_json(folder / "config.json", config_dict(config))
+        write_json(folder / _TEXT, record)
         (folder / MODEL_FOLDER).mkdir()
         write_companions(folder / MODEL_FOLDER, hf_config, checkpoint.companions)
         lineage.write(folder / MODEL_FOLDER, lineage.record(checkpoint, plan, "train", name=config.name), LINEAGE)
