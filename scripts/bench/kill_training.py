@@ -1,0 +1,163 @@
+"""A training run killed with SIGKILL again and again, at random: in its start-up, in its steps, in its saves.
+
+    uv run --extra test python scripts/bench/kill_training.py --work DIR [--kills 50] [--seed 0]
+
+Every start has to go on from the newest checkpoint that was whole when the process died, none of which may be lost or
+half there, and a run that got to its end has to have, bit by bit, the losses and the weights of one that nobody
+killed. The model is tiny, so that most of the time is what Python and jax take to start.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+EVERY = 5  # steps between checkpoints
+MOMENTS = ("start-up", "steps", "save")
+
+
+def make_source(folder: pathlib.Path) -> None:
+    """A tiny model and a text."""
+    from tests.conftest import hf_model, save_hf
+
+    save_hf(hf_model(num_hidden_layers=4), folder / "model")
+    rng = random.Random(0)
+    (folder / "corpus.txt").write_text(" ".join(rng.choices(["depth", "up", "scaling", "grows", "a", "model"], k=4000)))
+
+
+def command(source: pathlib.Path, workdir: pathlib.Path) -> list[str]:
+    flags = {
+        "source": source / "model", "growth.m": 1, "data.sources": source / "corpus.txt", "data.sequence_length": 32,
+        "train.steps": 40, "train.batch_size": 4, "train.control": False, "optimizer.warmup_steps": 1,
+        "evaluation.every": 10, "evaluation.windows": 6, "checkpoint.every": EVERY,
+    }  # fmt: skip
+    config = [f"--config.{key}={value}" for key, value in flags.items()]
+    start = [sys.executable, "-u", "-m", "solar_jax.train", "--config=configs/dus_48l.py:smollm2"]
+    return [*start, f"--workdir={workdir}", *config]
+
+
+def whole_steps(workdir: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints that have their marker, ascending."""
+    return sorted(
+        int(f.parent.name) for f in workdir.glob("checkpoints/*/commit_success.txt") if f.parent.name.isdigit()
+    )
+
+
+def metrics(workdir: pathlib.Path) -> list[tuple]:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"], r["grad_norm"], r["learning_rate"], r["tokens"]) for r in lines]
+
+
+def result(workdir: pathlib.Path) -> tuple:
+    """What of a finished run has to repeat bit by bit."""
+    return metrics(workdir), (workdir / "evals.jsonl").read_bytes(), (workdir / "hf" / "model.safetensors").read_bytes()
+
+
+def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
+    while process.poll() is None and not happened():
+        time.sleep(0.002)
+
+
+def kill_one(process: subprocess.Popen, workdir: pathlib.Path, moment: str, rng: random.Random, startup: float) -> None:
+    """Kills a run that was just started at a moment of a kind."""
+    if moment == "start-up":
+        time.sleep(rng.uniform(0, startup))
+    elif moment == "steps":
+        file = workdir / "metrics.jsonl"
+        size = file.stat().st_size if file.exists() else 0
+        wait_for(process, lambda: file.exists() and file.stat().st_size > size)
+        time.sleep(rng.uniform(0, 0.6))
+    else:
+        wait_for(process, lambda: any("tmp" in f.name for f in workdir.glob("checkpoints/*")))
+        time.sleep(rng.uniform(0, 0.15))
+    process.kill()
+    process.wait()
+
+
+def check_left(workdir: pathlib.Path, before: list[int]) -> list[int]:
+    """Checkpoints of a killed run: all that were whole but for what newer ones replaced, and each can be read.
+
+    Returns:
+      Their steps.
+    """
+    from solar_jax.training import integrity
+
+    steps = whole_steps(workdir)
+    assert not before or (steps and steps[-1] >= before[-1]), f"checkpoint {before[-1]} was lost, there are {steps}"
+    for step in steps[-1:]:
+        folder = workdir / "checkpoints" / str(step)
+        names = integrity.stored_shapes(folder, ("params", "opt_state"))
+        found, seal = integrity.stored_sums(folder, names), integrity.read_seal(folder)
+        assert seal is None or integrity.differing(seal["sums"], found) is None, folder
+    return steps
+
+
+def run(work: pathlib.Path, kills: int, seed: int) -> dict[str, int]:
+    """Kills until `kills` are counted and the run that is under way has come to its end.
+
+    Returns:
+      Kills by moment, finished runs, and the most steps that one start had to take again.
+    """
+    rng, counts = random.Random(seed), dict.fromkeys((*MOMENTS, "finished", "most_again"), 0)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(work / "cache")}
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    make_source(work)
+    begin = time.monotonic()
+    subprocess.run(command(work, work / "whole"), cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+    startup = 0.7 * (time.monotonic() - begin)
+    expected, workdir, before = result(work / "whole"), work / "run", []
+    while True:
+        with (work / "said.txt").open("w") as out:
+            process = subprocess.Popen(
+                command(work, workdir), cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT
+            )  # fmt: skip
+            moment = rng.choice(MOMENTS)
+            if sum(counts[m] for m in MOMENTS) < kills:
+                kill_one(process, workdir, moment, rng, startup)
+            else:
+                process.wait()
+        said = (work / "said.txt").read_text()
+        lines = [line for line in said.splitlines() if line.startswith("healed step ")]
+        if before and lines:
+            assert f"going on from the checkpoint of step {before[-1]}" in said, said
+        if process.returncode == 0:
+            assert result(workdir) == expected
+            counts["finished"] += 1
+            shutil.rmtree(workdir)
+            before = []
+            if sum(counts[m] for m in MOMENTS) >= kills:
+                return counts
+            continue
+        assert process.returncode == -9, said
+        counts[moment] += 1
+        before = check_left(workdir, before)
+        if lines:
+            reached = int(lines[-1].split()[2].split("/")[0])
+            counts["most_again"] = max(counts["most_again"], reached - (before[-1] if before else 0))
+        print(f"killed in {moment:<8} whole checkpoints {before}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=pathlib.Path, required=True)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    counts = run(args.work, args.kills, args.seed)
+    print(f"{sum(counts[m] for m in MOMENTS)} kills: {', '.join(f'{counts[m]} in {m}' for m in MOMENTS)}")
+    print(f"{counts['finished']} finished runs, each bit by bit the one that nobody killed")
+    print(f"at most {counts['most_again']} steps taken again, checkpoints every {EVERY}")
+
+
+if __name__ == "__main__":
+    main()
