@@ -1,14 +1,19 @@
 """Checkpoints: every bit back, on any mesh, and no half-written one taken for whole."""
 
+import errno
 import functools
+import json
 import math
+import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from solar_jax.config import CheckpointConfig, Config
+from solar_jax.config import CheckpointConfig, Config, TrainConfig
+from solar_jax.errors import UserError
+from solar_jax.training import checkpoint, integrity
 from solar_jax.training.arrays import open_array
 from solar_jax.training.checkpoint import FOLDER, CheckpointStore
 from solar_jax.training.optimizer import make_optimizer
@@ -133,3 +138,176 @@ def test_an_interrupted_save_is_no_checkpoint_and_stops_no_later_one(tmp_path, s
         found = store.restore_params(6, EMBED)
         np.testing.assert_array_equal(found["embed"], 6.0)
     assert not leftover.exists()
+
+
+def warned(folder, cfg=None) -> tuple[CheckpointStore, list[str]]:
+    said: list[str] = []
+    return CheckpointStore(folder, cfg or CheckpointConfig(keep=2), warn=said.append), said
+
+
+ABSTRACT = {"params": EMBED, "opt_state": {"mu": EMBED["embed"]}}
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder with checkpoints of steps 3 and 6."""
+    with CheckpointStore(tmp_path, CheckpointConfig(keep=2)) as store:
+        for step in (3, 6):
+            store.save(step, **small_state(step))
+    return tmp_path
+
+
+def data_file(step):
+    """The largest file of the parameters' bytes."""
+    return max((f for f in (step / "params").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+DAMAGE = {
+    "no commit marker": lambda step: (step / "commit_success.txt").unlink(),
+    "is missing": lambda step: data_file(step).unlink(),
+    "bytes, expected": lambda step: data_file(step).write_bytes(data_file(step).read_bytes()[:-1]),
+    "cannot be read": lambda step: [f.write_bytes(b"?" * f.stat().st_size) for f in step.rglob("manifest.ocdbt")],
+}
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+def test_a_damaged_checkpoint_is_left_out_by_name_and_the_one_before_it_is_taken(two, words):
+    DAMAGE[words](two / FOLDER / "6")
+    store, said = warned(two)
+    with store:
+        found = store.restore_newest(ABSTRACT)
+        assert found["host"]["step"] == 3
+        assert store.latest_step == 3
+        np.testing.assert_array_equal(found["params"]["embed"], 3.0)
+        assert len(said) == 1
+        assert str(two / FOLDER / "6") in said[0]
+        assert words in said[0]
+        store.save(6, **small_state(6))  # in its place
+    with CheckpointStore(two) as store:
+        assert store.restore_newest(ABSTRACT)["host"]["step"] == 6
+
+
+def test_where_no_checkpoint_is_good_the_run_does_not_begin_again_by_itself(two):
+    for step in ("3", "6"):
+        DAMAGE["is missing"](two / FOLDER / step)
+    store, said = warned(two)
+    with store, pytest.raises(UserError, match=r"none of the checkpoints \(6, 3\) can be used"):
+        store.restore_newest(ABSTRACT)
+    assert len(said) == 2
+
+
+def test_one_changed_bit_is_found_when_it_is_read_though_every_file_is_there(two):
+    """The bytes of arrays have no checksum in OCDBT; here it is the sum that is changed, which tells the same."""
+    step = two / FOLDER / "6"
+    seal = json.loads((step / integrity.SEAL).read_text())
+    assert set(seal["sums"]) == {"params/embed", "opt_state/mu"}
+    seal["sums"]["params/embed"] ^= 1
+    (step / integrity.SEAL).write_text(json.dumps(seal))
+    store, said = warned(two)
+    with store:
+        assert store.restore_newest(ABSTRACT)["host"]["step"] == 3
+    assert "the bytes of params/embed are not those that were saved" in said[0]
+
+
+def test_sums_do_not_depend_on_the_mesh_and_notice_what_they_should():
+    whole, split = (integrity.sums(integrity.views(make_state(shape))) for shape in ((1, 1, 1), (1, 2, 1, 2, 2)))
+    assert whole == split
+    x = np.random.default_rng(0).standard_normal((4, 8, 6)).astype(np.float32)
+    changed = x.copy()
+    changed[2, 3, 1] = np.nextafter(changed[2, 3, 1], np.inf)
+    zeroed = x.copy()
+    zeroed[1] = 0
+    for other in (changed, zeroed, x[[1, 0, 2, 3]]):
+        assert integrity.sum_of(other) != integrity.sum_of(x)
+    assert integrity.sum_of(x) == (integrity.sum_of(x[:3]) + integrity.sum_of(x[3:], 3)) % 2**32
+
+
+def test_the_state_may_be_given_away_while_it_is_written(tmp_path):
+    double = jax.jit(lambda s: jax.tree.map(lambda x: x * 2, s), donate_argnums=0)
+    state = {"layers": {"a": jax.device_put(np.random.default_rng(0).standard_normal((64, 256, 128)), ONE)}}
+    expected = jax.tree.map(np.array, state)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ONE), state)
+    with CheckpointStore(tmp_path) as store:
+        store.begin(1, params=state, host={"step": 1})
+        for _ in range(5):
+            state = double(state)
+        jax.block_until_ready(state)
+        assert store.settle() is None
+        found = store.restore_params(1, abstract)
+    np.testing.assert_array_equal(found["layers"]["a"], expected["layers"]["a"])
+    assert not np.array_equal(state["layers"]["a"], expected["layers"]["a"])
+
+
+def test_a_parameter_that_is_no_number_is_not_kept(two):
+    state = small_state(9)
+    state["params"]["embed"] = state["params"]["embed"].at[1].set(np.nan)
+    with CheckpointStore(two) as store:
+        with pytest.raises(
+            UserError, match=r"after step 9 hold a NaN .*embed.* last good checkpoint is that of step 6"
+        ):
+            store.save(9, **state)
+        assert store.restore_newest(ABSTRACT)["host"]["step"] == 6
+    assert not (two / FOLDER / "9").exists()
+
+
+def failing(monkeypatch, store, times):
+    """The disk is full for so many saves: their arrays' files cannot be written."""
+    save, left = store._checkpointer.save_checkpointables_async, [times]
+
+    def fails(*args, **kwargs):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(store._checkpointer, "save_checkpointables_async", fails)
+    monkeypatch.setattr(checkpoint, "_FIRST_WAIT", 0.0)
+
+
+def test_a_full_disk_is_told_and_tried_again_and_then_ends_the_run_with_the_last_good_checkpoint(two, monkeypatch):
+    store, said = warned(two)
+    with store:
+        failing(monkeypatch, store, 2)
+        store.save(9, **small_state(9))
+        assert [text.split(": ")[1] for text in said] == [
+            "could not be saved (No space left on device); trying again"
+        ] * 2
+        failing(monkeypatch, store, 99)
+        with pytest.raises(
+            UserError, match=r"in 4 tries \(No space left on device\); .* is that of step 9, and the same"
+        ):
+            store.save(12, **small_state(12))
+        assert sorted(p.name for p in (two / FOLDER).iterdir()) == ["6", "9"]
+
+
+def test_what_was_not_written_as_it_was_is_noticed_before_older_ones_go(two, monkeypatch):
+    monkeypatch.setattr(integrity, "stored_sums", lambda step, names: dict.fromkeys(names, 1))
+    with warned(two, CheckpointConfig(keep=1))[0] as store:
+        store.begin(9, **small_state(9))
+        assert store.settle() == "read back, the bytes of params/embed are not those that were saved"
+    assert sorted(p.name for p in (two / FOLDER).iterdir()) == ["3", "6"]
+
+
+@pytest.mark.parametrize(("before", "after"), [("mixed", "bf16"), ("bf16", "mixed"), ("bf16", "bf16_moments")])
+def test_a_state_goes_on_in_another_precision(tmp_path, before, after):
+    def of(precision):
+        config = Config(train=TrainConfig(precision=precision))
+        optimizer = make_optimizer(config)
+        mesh = mesh_of(1, 2, 1)
+        return abstract_state(SMALL, config, optimizer, state_shardings(SMALL, optimizer, mesh))
+
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda s: jax.device_put(np.asarray(7 if s.ndim == 0 else rng.standard_normal(s.shape), s.dtype), s.sharding),
+        of(before),
+    )
+    with CheckpointStore(tmp_path) as store:
+        store.save(7, **state, host={"step": 7})
+        found = store.restore_newest(of(after))
+    assert jax.tree.structure({k: found[k] for k in ("params", "opt_state")}) == jax.tree.structure(of(after))
+    for x, wanted in zip(jax.tree.leaves(found["opt_state"]), jax.tree.leaves(of(after)["opt_state"]), strict=True):
+        assert (x.dtype, x.shape) == (wanted.dtype, wanted.shape)
+        if not x.ndim:
+            assert int(x) == 7
+    for x, saved in zip(jax.tree.leaves(found["params"]), jax.tree.leaves(state["params"]), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(saved.astype(x.dtype)))
