@@ -9,8 +9,9 @@ class UserError(Exception):
     """
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A run that was asked to stop and did so in order; its sentence says where the same command goes on.
 
-    The command ends with status 75, which is sysexits' for a failure that a second try mends.
+    The command ends with status 75, which is sysexits' for a failure that a second try mends. As KeyboardInterrupt it
+    is no Exception, since it may come anywhere, also where any failure is tried again.
     """

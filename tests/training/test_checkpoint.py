@@ -284,7 +284,7 @@ def test_what_was_not_written_as_it_was_is_noticed_before_older_ones_go(two, mon
     monkeypatch.setattr(integrity, "stored_sums", lambda step, names: dict.fromkeys(names, 1))
     with warned(two, CheckpointConfig(keep=1))[0] as store:
         store.begin(9, **small_state(9))
-        assert store.settle() == "read back, the bytes of params/embed are not those that were saved"
+        assert store.settle() == "read back, the bytes of opt_state/mu are not those that were saved"
     assert sorted(p.name for p in (two / FOLDER).iterdir()) == ["3", "6"]
 
 
