@@ -47,7 +47,8 @@ def start(
         "optimizer.warmup_steps": 1, "evaluation.every": 4, "evaluation.windows": 4, "checkpoint.every": 100,
     } | {key.replace("_", ".", 1): value for key, value in changes.items()}  # fmt: skip
     command = [sys.executable, "-u", "-m", "solar_jax.train", f"--config={REPO}/configs/dus_48l.py:smollm2"]
-    command += [f"--workdir={workdir}", "--allow_changed=mesh", *(f"--config.{key}={value}" for key, value in flags.items())]
+    command += [f"--workdir={workdir}", "--allow_changed=mesh"]
+    command += [f"--config.{key}={value}" for key, value in flags.items()]
     return [
         subprocess.Popen(
             command, cwd=REPO, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

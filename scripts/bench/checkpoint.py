@@ -136,7 +136,8 @@ def main() -> None:
     print(f"save         {ratio('plain write', 'save'):.2f} of the plain write's speed")
     print(f"restore      {ratio('plain read', 'restore'):.2f} of the plain read's speed, its sums compared")
     print(f"stand-still  {100 * ratio('call', 'save'):.1f} % of the save in the call")
-    print(f"             {100 * statistics.median((r['call'] + r['next step']) / r['save'] for r in rounds):.1f} % with the next step's extra")
+    stalled = statistics.median((r["call"] + r["next step"]) / r["save"] for r in rounds)
+    print(f"             {100 * stalled:.1f} % with the next step's extra")
 
 
 if __name__ == "__main__":
