@@ -112,7 +112,7 @@ def test_the_readmes_command_heals_the_model_and_transformers_agrees_with_the_re
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for promised in ("30 -> 48 layers", "seam 23|24", "chosen    fsdp 2, remat none", "GiB", "left"):
+    for promised in ("30 -> 48 layers", "seam 23|24", "chosen    fsdp 2, remat matmuls", "GiB", "left"):
         assert promised in done.stdout
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["layers"] == 48

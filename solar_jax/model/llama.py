@@ -172,10 +172,15 @@ def _product_in_parts(h: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.sum(jnp.einsum("btpf,pfd->pbtd", h, weight, precision=jax.lax.Precision.HIGHEST), axis=0)
 
 
-_product_in_parts.defvjp(
-    lambda h, weight: (_product_in_parts(h, weight), (h, weight)),
-    lambda saved, g: jax.vjp(functools.partial(_einsum, "btf,fd->btd"), *saved)[1](g),
-)
+def _plain_gradient(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of [B, T, F] x [F, D] -> [B, T, D] with respect to both, by what is saved of them."""
+    h, weight = saved
+    (dh,) = jax.linear_transpose(lambda h: _einsum("btf,fd->btd", h, weight), h)(g)
+    (d_weight,) = jax.linear_transpose(lambda weight: _einsum("btf,fd->btd", h, weight), weight)(g)
+    return dh, d_weight
+
+
+_product_in_parts.defvjp(lambda h, weight: (_product_in_parts(h, weight), (h, weight)), _plain_gradient)
 
 
 def _down_projection(h: jax.Array, weight: jax.Array, einsum: Einsum) -> jax.Array:

@@ -189,7 +189,7 @@ from solar_jax.data.pipeline import Feed, training_rows
 from tests.data.test_pipeline import load
 sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 feed = Feed(training_rows(load(sys.argv[1]), 0), 0, 4, 4, sharding, 2)
-feed(0)
+feed(0), feed(1)  # one from each
 print(*(p.pid for p in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """

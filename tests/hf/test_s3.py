@@ -40,8 +40,11 @@ def bucket():
     with pytest.MonkeyPatch.context() as m:
         for name, value in variables.items():
             m.setenv(name, value)
-        s3fs.S3FileSystem().mkdir("models")
+        files = s3fs.S3FileSystem()
+        files.mkdir("models")
         yield "s3://models"
+        files.rm("models", recursive=True)  # moto keeps buckets until the process ends, for the next module's fixture
+        files.invalidate_cache()
     server.stop()
 
 
