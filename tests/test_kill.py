@@ -49,7 +49,6 @@ def content(folder: pathlib.Path) -> dict[str, bytes]:
 
 COMMANDS = {
     "copied": "upscale --operator=dus --m=3 --max_shard_size=4MB",
-    "cast": "convert --to=hf --dtype=bfloat16 --max_shard_size=2MB",
     "orbax": "convert --to=orbax --operator=dus --m=3",
 }
 
