@@ -5,13 +5,12 @@ import itertools
 import pathlib
 import re
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
-from etils import epath
 
+from solar_jax import places
 from solar_jax.config import DTYPES, GrowthConfig, check_override
 from solar_jax.conversion import Target
 from solar_jax.errors import Interrupted, UserError
@@ -72,9 +71,9 @@ def place(text: str) -> pathlib.Path:
     Raises:
       UserError: a URL of something else than a folder in a bucket.
     """
-    if "://" in text and not re.fullmatch(r"(gs|s3)://[^/]+/+[^/].*", text, re.DOTALL):
+    if not places.is_local(text) and not re.fullmatch(r"(gs|s3)://[^/]+/+[^/].*", text, re.DOTALL):
         raise UserError(f"{text}: expected a local folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.")
-    return typing.cast(pathlib.Path, epath.Path(text)) if "://" in text else pathlib.Path(text).expanduser()
+    return places.path(text)
 
 
 def target(form: str) -> Target:

@@ -16,10 +16,10 @@ from solar_jax.hf.buckets import bucket_folder, check_bucket
 from solar_jax.hf.files import LINEAGE
 from solar_jax.hf.folders import check_space, check_target, new_folder, partial
 from solar_jax.hf.reader import Checkpoint
-from solar_jax.hf.safetensors import is_local
 from solar_jax.hf.writer import WRITERS, parse_size, pieces, write_companions, write_model
 from solar_jax.model.llama import parameter_count
 from solar_jax.parallel import processes
+from solar_jax.places import is_local
 from solar_jax.progress import byte_bar
 from solar_jax.training import importing
 from solar_jax.training.checkpoint import MODEL_FOLDER

@@ -22,17 +22,19 @@ from ml_collections import config_flags
 
 from solar_jax import cli
 from solar_jax.config import Config, resolve
-from solar_jax.data import engines, evaluations, files, manifest, records
-from solar_jax.data.blocks import Work
-from solar_jax.data.decontamination import Index, make_index
+from solar_jax.data import files, records
 from solar_jax.data.packing import block_characters
-from solar_jax.data.preparation import SHARDS, write_shards
 from solar_jax.data.prepared import MANIFEST, is_prepared
-from solar_jax.data.shards import BLOCKS_A_SHARD
 from solar_jax.data.sources import EMBEDDED, Source, parse_sources
 from solar_jax.errors import UserError
 from solar_jax.hf.folders import check_space, check_target, new_folder, partial
 from solar_jax.hf.reader import eos_id, load_tokenizer
+from solar_jax.places import is_local
+from solar_jax.preparation import engines, evaluation_sets, manifest
+from solar_jax.preparation.blocks import Work
+from solar_jax.preparation.decontamination import Index, make_index
+from solar_jax.preparation.preparing import SHARDS, write_shards
+from solar_jax.preparation.shards import BLOCKS_A_SHARD
 from solar_jax.progress import byte_bar
 from solar_jax.source import open_checkpoint
 from solar_jax.training.metrics import duration, read_json
@@ -59,7 +61,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("dedup", False, "Drop documents whose text came before, in any source.")
     flags.DEFINE_multi_string(
         "decontaminate", [], "Drop training documents that share words with evaluation sets: files or folders of "
-        f"JSONL, JSON or Parquet, or a preset ({', '.join(evaluations.PRESETS)}), or PRESET=FOLDER without the hub."
+        f"JSONL, JSON or Parquet, or a preset ({', '.join(evaluation_sets.PRESETS)}), or PRESET=FOLDER without the hub."
     )  # fmt: skip
     flags.DEFINE_integer("ngram", 13, "Words in a row that contaminate a document.", lower_bound=2)
 
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     f = flags.FLAGS
     if f.config is None or not f.out:
         raise UserError("prepare needs --config FILE and --out DIR.")
-    if "://" in f.out:
+    if not is_local(f.out):
         raise UserError(f"--out: {f.out}: ArrayRecord writes local files alone; give a local folder and copy it there.")
     options = Options(f.workers, f.engine, f.dedup, tuple(f.decontaminate), f.ngram)
     prepare(resolve(f.config), pathlib.Path(f.out).expanduser(), options)
@@ -91,7 +93,7 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
     check_space(out, int(_DISK * expected))
     checkpoint = open_checkpoint(config.source)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
-    index = make_index(evaluations.read(evaluations.find(list(options.decontaminate))), options.ngram) \
+    index = make_index(evaluation_sets.read(evaluation_sets.find(list(options.decontaminate))), options.ngram) \
         if options.decontaminate else None  # fmt: skip
     about = _about(config, tokenizer, eos, checkpoint.where)
     work = Work(
@@ -104,7 +106,7 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
     }  # fmt: skip
     with new_folder(out, job=job, keep=True) as folder:
         if not manifest.is_written(folder):
-            remote = any(files.is_remote(source.path) for source in sources)  # whose size is not known
+            remote = not all(is_local(source.path) for source in sources)  # whose size is not known
             workers = options.workers if remote else min(options.workers, 1 + expected // _WORTH_A_PROCESS)
             with byte_bar(expected, out.name) as progress:
                 found = write_shards(
@@ -151,7 +153,7 @@ def _expected_bytes(source: Source) -> int:
         return 1 << 19
     total = 0
     for file in files.find(path):
-        if files.is_remote(file.name):
+        if not is_local(file.name):
             continue
         size = pathlib.Path(file.name).stat().st_size
         if file.name.endswith(".gz") and 18 < size < 1 << 30:

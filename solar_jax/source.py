@@ -16,9 +16,9 @@ from solar_jax.errors import UserError
 from solar_jax.hf import families
 from solar_jax.hf.files import LEFT_BEHIND, LINEAGE, companions, inside, lineage, open_folder, open_gguf, read_json
 from solar_jax.hf.reader import Checkpoint, check_tensors, row_unit
-from solar_jax.hf.safetensors import is_local
 from solar_jax.hf.tensors import TENSORS, hf_shape, hf_tensors, to_hf
 from solar_jax.model.llama import shapes
+from solar_jax.places import is_local
 from solar_jax.training.arrays import array_paths, open_array
 from solar_jax.training.checkpoint import MODEL_FOLDER, newest
 

@@ -39,8 +39,9 @@ from solar_jax.parallel import chips, processes, rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.source import open_checkpoint
 from solar_jax.training import compilation, interruption, metrics, planner, profiling, workdir
+from solar_jax.training.arms import Arm, Run, evaluate, initial_params, say
 from solar_jax.training.clock import Ledger, goodput_line
-from solar_jax.training.loop import Arm, Run, evaluate, initial_params, say, train
+from solar_jax.training.loop import train
 from solar_jax.training.memory import GIB, Need
 from solar_jax.training.optimizer import make_optimizer, trainable_layers
 from solar_jax.training.writers import Writers, check_packages

@@ -13,7 +13,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 import json
 import pathlib
 import shutil
+import socket
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -90,3 +92,18 @@ def tiny(tmp_path_factory) -> pathlib.Path:
 def smollm2() -> Checkpoint:
     """SmolLM2-135M-Instruct, the real model that a package carries."""
     return open_checkpoint("smollm2")
+
+
+def free_port() -> int:
+    """Of the loopback interface, for a coordinator."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def save_model_and_text(folder: pathlib.Path, words: int) -> pathlib.Path:
+    """What a small run needs: a model of four layers in `model`, and text in `corpus.txt`."""
+    save_hf(hf_model(num_hidden_layers=4), folder / "model")
+    rng = np.random.default_rng(0)
+    (folder / "corpus.txt").write_text(" ".join(rng.choice(["depth", "up", "scaling", "grows", "a", "model"], words)))
+    return folder

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 
 from scripts.bench import kill_training
 from solar_jax.training.checkpoint import newest
-from tests.conftest import hf_model, save_hf
+from tests.conftest import free_port, save_model_and_text
 
 REPO = pathlib.Path(__file__).parents[1]
 INTERRUPTED = 75
@@ -24,23 +23,16 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("source")
-    save_hf(hf_model(num_hidden_layers=4), folder / "model")
-    rng = np.random.default_rng(0)
-    (folder / "corpus.txt").write_text(" ".join(rng.choice(["depth", "up", "scaling", "grows", "a", "model"], 4000)))
-    return folder
+    return save_model_and_text(tmp_path_factory.mktemp("source"), words=4000)
 
 
 def start(
     source: pathlib.Path, workdir: pathlib.Path, processes: int = 1, devices: int = 1, **changes
 ) -> list[subprocess.Popen]:
     """A run of 40 steps in so many processes of so many CPU devices; `changes`: keys with _ for their first dot."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     if processes > 1:
-        env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+        env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(processes)}
     flags = {
         "source": source / "model", "growth.m": 1, "data.sources": source / "corpus.txt", "data.sequence_length": 32,
         "train.steps": 40, "train.batch_size": 4, "train.control": False, "train.precision": "float32",

@@ -12,11 +12,11 @@ import time
 import pytest
 
 from solar_jax import train
-from solar_jax.data import engines
 from solar_jax.errors import UserError
 from solar_jax.hf.folders import partial
+from solar_jax.preparation import engines
 from solar_jax.prepare import Options, prepare
-from tests.data.test_prepared import config, content, jsonl, random_texts
+from tests.preparation.test_preparing import config, content, jsonl, random_texts
 from tests.test_train import make_config, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,7 +25,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 RUN = """
 import sys
 from solar_jax import cli, prepare
-from solar_jax.data import packing, shards
+from solar_jax.data import packing
+from solar_jax.preparation import shards
 packing._BLOCK_CHARACTERS, packing._ROWS_A_BLOCK, shards.BLOCKS_A_SHARD = 20000, 1, 4
 if __name__ == "__main__":
     prepare._WORTH_A_PROCESS = int(sys.argv.pop(1))
@@ -85,7 +86,8 @@ def test_kill_9_at_any_moment_then_the_same_command_completes_the_same_bytes(tin
 
 @pytest.mark.slow
 def test_ray_makes_the_same_bytes(tiny, tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray", reason="the package ray is not installed: --engine=ray was not tried")
+    import ray  # seconds to import; a part of the extra test
+
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # its workers need this package
     texts = jsonl(tmp_path / "texts.jsonl", random_texts(0, 300))

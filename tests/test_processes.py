@@ -3,14 +3,13 @@
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from tests.conftest import hf_model, save_hf
+from tests.conftest import free_port, save_model_and_text
 
 REPO = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -18,13 +17,10 @@ pytestmark = pytest.mark.slow
 
 def run_together(count: int, module: str, *arguments: str) -> None:
     """Runs a command in `count` processes of one CPU device each, and shows what they said if one fails."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     common = os.environ | {
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_NUM_PROCESSES": str(count),
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
     }
     if count == 1:
         del common["JAX_COORDINATOR_ADDRESS"]
@@ -41,11 +37,7 @@ def run_together(count: int, module: str, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("source")
-    save_hf(hf_model(num_hidden_layers=4), folder / "model")
-    rng = np.random.default_rng(0)
-    (folder / "corpus.txt").write_text(" ".join(rng.choice(["depth", "up", "scaling", "grows", "a", "model"], 3000)))
-    return folder
+    return save_model_and_text(tmp_path_factory.mktemp("source"), words=3000)
 
 
 def train(count: int, source: pathlib.Path, workdir: pathlib.Path, *more: str) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from solar_jax.data import engines
-from solar_jax.data.blocks import Block, Work
 from solar_jax.data.packing import blocks, pack
 from solar_jax.data.sources import Document, documents, parse_sources
+from solar_jax.preparation import engines
+from solar_jax.preparation.blocks import Block, Work
 
 _SETTLE = 6  # seconds in which worker processes start
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import fsspec.core
 
 from solar_jax.errors import UserError
+from solar_jax.places import is_local
 from solar_jax.retrying import retry
 
 # A folder that has files of one of these kinds is a data set in that form; what else lies there is not text of it.
@@ -39,7 +40,7 @@ class File:
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """For reading, with `seek`."""
-        if is_remote(self.name):
+        if not is_local(self.name):
             with io.BufferedReader(_Object(self.name), _AT_A_TIME) as f:
                 yield f
         else:
@@ -49,7 +50,7 @@ class File:
     @contextlib.contextmanager
     def local(self) -> Iterator[str]:
         """A path for readers that know only those; a copy while it is used if the file is elsewhere."""
-        if not is_remote(self.name):
+        if is_local(self.name):
             yield self.name
             return
         with tempfile.NamedTemporaryFile(prefix="solar_jax_", suffix=self.suffixes[0]) as copy:
@@ -57,10 +58,6 @@ class File:
                 shutil.copyfileobj(f, copy, 1 << 24)
             copy.flush()
             yield copy.name
-
-
-def is_remote(path: str) -> bool:
-    return re.match(r"[a-z][a-z0-9]*://", path) is not None
 
 
 def find(path: str) -> list[File]:
@@ -72,7 +69,7 @@ def find(path: str) -> list[File]:
     Raises:
       UserError: none, or a folder that holds several splits of a data set and the path does not say which.
     """
-    names, is_folder = _remote(path) if is_remote(path) else _local(path)
+    names, is_folder = _local(path) if is_local(path) else _remote(path)
     if not names:
         raise UserError(
             f"config.data.sources: {path}: must hold files of text, found an empty folder."
@@ -160,7 +157,7 @@ def _of_folder(path: str, names: list[str]) -> list[str]:
             break
     else:
         return names
-    begin = len(path.rstrip("/")) + 1 if is_remote(path) else len(str(pathlib.Path(path).expanduser())) + 1
+    begin = 1 + len(str(pathlib.Path(path).expanduser()) if is_local(path) else path.rstrip("/"))
     splits = sorted({m[1] for name in chosen if (m := _SPLIT.search(name[begin:]))})
     if len(splits) > 1:
         raise UserError(

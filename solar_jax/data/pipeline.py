@@ -1,10 +1,7 @@
 """Rows to batches: the global batch after so many rows is a function of that number, whatever hosts and devices."""
 
 import dataclasses
-import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
@@ -15,6 +12,7 @@ import numpy as np
 from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.data.mixture import Mixture, row_shares, rows_of
 from solar_jax.data.packing import Row
+from solar_jax.data.workers import end_with_parent
 from solar_jax.errors import UserError
 
 Batch = dict[str, jax.Array]  # a Row's arrays with a leading B
@@ -122,14 +120,7 @@ def _as_worker(index: int, count: int) -> None:
     """What a worker process does first: it ends when the run does, however that ends, and leaves Ctrl-C to it."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 def training_batch(

@@ -15,17 +15,18 @@ import os
 import pathlib
 import shutil
 import tempfile
-import typing
 from typing import Any, SupportsIndex
 
 import numpy as np
 import tokenizers
 from etils import epath
 
+from solar_jax import places
 from solar_jax.config import DataConfig
 from solar_jax.data import records
 from solar_jax.data.packing import Row, unpack
 from solar_jax.errors import UserError
+from solar_jax.places import is_local
 from solar_jax.retrying import retry
 
 FORMAT = 1
@@ -97,7 +98,7 @@ def is_prepared(path: str) -> bool:
     Raises:
       UserError: a bucket is not reached.
     """
-    if not _is_bucket(path):
+    if is_local(path):
         return _manifest(path).exists()
     if not path.startswith(("gs://", "s3://")):
         return False
@@ -152,13 +153,13 @@ def open_prepared(path: str, tokenizer: tokenizers.Tokenizer, eos: int, cfg: Dat
 
 
 def _manifest(path: str) -> pathlib.Path:
-    place = typing.cast(pathlib.Path, epath.Path(path)) if "://" in path else pathlib.Path(path).expanduser()
+    place = places.path(path)
     return place if place.name.endswith(OF_SOURCE) or place.name == MANIFEST else place / MANIFEST
 
 
 def _read(file: pathlib.Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = retry(file.read_text, str(file)) if _is_bucket(str(file)) else file.read_text()
+        text = file.read_text() if is_local(file) else retry(file.read_text, str(file))
         manifest = json.loads(text)
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: cannot be read: {e}.") from e
@@ -176,21 +177,17 @@ def _check_files(folder: pathlib.Path, shards: list[dict[str, Any]]) -> None:
         file = there.get(shard["file"])
         if file is None:
             raise UserError(f"{folder / shard['file']}: is missing; {MANIFEST} lists it with {shard['rows']} rows.")
-        if not _is_bucket(str(file)) and (size := file.stat().st_size) != shard["bytes"]:
+        if is_local(file) and (size := file.stat().st_size) != shard["bytes"]:
             raise UserError(f"{file}: must have {shard['bytes']} bytes as {MANIFEST} says, found {size}.")
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
 def _reader(folder: str, file: str, rows: int, key: str) -> Any:
     path = f"{folder}/{file}"
-    found = records.reader(_copy(path, key) if _is_bucket(path) else path)
+    found = records.reader(path if is_local(path) else _copy(path, key))
     if found.num_records() != rows:
         raise UserError(f"{path}: must have {rows} rows as {MANIFEST} says, found {found.num_records()}.")
     return found
-
-
-def _is_bucket(path: str) -> bool:
-    return "://" in path
 
 
 def _copy(url: str, key: str) -> str:

@@ -9,6 +9,7 @@ import gzip
 import importlib
 import io
 import json
+import pathlib
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
@@ -53,20 +54,25 @@ def _decompressed(file: File) -> Iterator[BinaryIO]:
             with gzip.open(f, "rb") as unzipped:
                 yield io.BufferedReader(unzipped, _AT_A_TIME)  # type: ignore[arg-type]
         elif file.suffixes[:1] == [".zst"]:
-            arrow = _pyarrow("", file)
+            arrow = pyarrow("", file.name)
             stream = arrow.CompressedInputStream(arrow.PythonFile(f, mode="r"), "zstd")
             yield io.BufferedReader(stream, _AT_A_TIME)
         else:
             yield f
 
 
-def _pyarrow(module: str, file: File) -> Any:
+def pyarrow(module: str, file: str) -> Any:
+    """A module of the package that reads such a file.
+
+    Raises:
+      UserError: it is not installed.
+    """
     try:
         return importlib.import_module(f"pyarrow{module}")
     except ImportError as e:
+        kind = pathlib.PurePosixPath(file).suffix.lower()
         raise UserError(
-            f"{file.name}: {file.suffixes[0]} files are read with pyarrow, which is not installed; it comes with the "
-            "extra `data`."
+            f"{file}: {kind} files are read with pyarrow, which is not installed; it comes with the extra `data`."
         ) from e
 
 
@@ -132,7 +138,7 @@ def _field(record: Any, text_key: str, where: str) -> str:
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
 def _parquet(file: File, text_key: str) -> Iterator[Record]:
-    parquet = _pyarrow(".parquet", file)
+    parquet = pyarrow(".parquet", file.name)
     with file.open() as f:
         table = parquet.ParquetFile(f, pre_buffer=False)
         _check_column(table.schema_arrow, text_key, file)
@@ -141,7 +147,7 @@ def _parquet(file: File, text_key: str) -> Iterator[Record]:
 
 def _arrow(file: File, text_key: str) -> Iterator[Record]:
     """Arrow's IPC, as a stream (which `datasets` writes) or as a file."""
-    ipc = _pyarrow(".ipc", file)
+    ipc = pyarrow(".ipc", file.name)
     with file.open() as f:
         if f.read(6) == b"ARROW1":
             table = ipc.open_file(f)

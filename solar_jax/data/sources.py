@@ -14,7 +14,6 @@ from solar_jax.data.readers import read
 from solar_jax.errors import UserError
 
 EMBEDDED = "pydoc-topics"
-HOLDOUTS = ("hash", "position")
 _SMALL = 8  # a source of fewer documents than this times `every` is split by rank, so that neither part is empty
 
 
@@ -127,7 +126,7 @@ class Split:
     """Which documents of a source are held out. It knows no other document, so that many may be split at a time."""
 
     every: int
-    rule: str  # a name of `HOLDOUTS`, or "cut"
+    rule: str  # "hash", "position" or "cut"
     below: int = 0  # hash: ranks under this are held out
 
     def parts(self, index: int, document: Document) -> tuple[Document | None, Document | None]:

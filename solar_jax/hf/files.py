@@ -11,6 +11,7 @@ from solar_jax.errors import UserError
 from solar_jax.hf import families, gguf, safetensors, torch_bin
 from solar_jax.hf.reader import Checkpoint, some
 from solar_jax.hf.safetensors import MOST_NAME, Entry, short
+from solar_jax.places import is_local
 
 INDEX = "model.safetensors.index.json"
 LINEAGE = "lineage.json"
@@ -144,7 +145,7 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
       UserError: it lies elsewhere, or is no regular file.
     """
     path = folder / name
-    if not safetensors.is_local(path):
+    if not is_local(path):
         return path
     try:
         real, root = path.resolve(), folder.resolve()

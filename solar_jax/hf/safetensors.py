@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from solar_jax.errors import UserError
+from solar_jax.places import is_local
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -163,11 +164,6 @@ def read(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     except OSError as e:
         raise UserError(f"{entry.file}: {name} cannot be read: {e.strerror}.") from e
     return out
-
-
-def is_local(file: pathlib.Path) -> bool:
-    """Whether a path is of this machine's file systems, and not of a bucket (etils' paths say gs://, s3://)."""
-    return "://" not in os.fspath(file)
 
 
 def byte_size(file: pathlib.Path) -> int:

@@ -29,6 +29,7 @@ from solar_jax.hf.reader import (
 from solar_jax.hf.safetensors import Piece
 from solar_jax.hf.tensors import hf_shape, hf_tensors
 from solar_jax.model.llama import Params
+from solar_jax.places import is_local
 
 WRITERS = 2  # shards written at a time: one reads while the other writes
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -64,7 +65,7 @@ def _piece(c: Checkpoint, plan: GrowthPlan, name: str, path: str, layer: int | N
     shape, stored = hf_shape(path, c.cfg), c.dtype_of[source]
     out = numpy_dtype(dtype) if dtype else stored
     entry = c.entry_of.get(source)
-    if entry is not None and out == stored and is_copy(path, layer, plan) and safetensors.is_local(entry.file):
+    if entry is not None and out == stored and is_copy(path, layer, plan) and is_local(entry.file):
         return Piece(name, shape, out, entry)
 
     def blocks() -> Iterator[np.ndarray]:

@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from solar_jax import retrying
 from solar_jax.config import CheckpointConfig
 from solar_jax.errors import UserError
-from solar_jax.hf.safetensors import is_local
 from solar_jax.model.llama import Params
 from solar_jax.parallel import processes
+from solar_jax.places import is_local
 from solar_jax.training import integrity
 from solar_jax.training.arrays import DATA_FILE_BYTES
 from solar_jax.training.integrity import COMMITTED
@@ -35,7 +36,6 @@ FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
 PARTS = ("params", "opt_state")  # the arrays of a checkpoint; beside them is `host`, JSON
 _CHUNK_BYTES = 1 << 26
-_TRIES, _FIRST_WAIT = 4, 1.0  # of a save; the wait in seconds doubles
 
 
 def saving_context() -> ocp.Context:
@@ -213,16 +213,16 @@ class CheckpointStore:
           UserError: it failed every time, or a parameter is not finite.
         """
         problem = None
-        for attempt in range(_TRIES):
+        for attempt in range(retrying.TRIES):
             if attempt:
                 self._warn(f"{self._folder / str(step)}: could not be saved ({problem}); trying again")
-                time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
+                time.sleep(retrying.FIRST_WAIT * 2 ** (attempt - 1))
             self.begin(step, **state)
             if (problem := self.settle()) is None:
                 return
         raise UserError(
-            f"{self._folder / str(step)}: could not be saved in {_TRIES} tries ({problem}); {self._last_good()}, and "
-            "the same command goes on from there."
+            f"{self._folder / str(step)}: could not be saved in {retrying.TRIES} tries ({problem}); "
+            f"{self._last_good()}, and the same command goes on from there."
         )
 
     def _last_good(self) -> str:

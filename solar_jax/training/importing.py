@@ -18,7 +18,7 @@ from solar_jax.model.llama import Params, shapes, sizes
 from solar_jax.parallel import processes
 from solar_jax.training.arrays import BlockWriter, array_paths, chunks, open_array, told_errors
 from solar_jax.training.checkpoint import FOLDER
-from solar_jax.training.streamed import write_streamed
+from solar_jax.training.streamed_checkpoint import write_streamed
 
 Chunks = set[tuple[int, ...]]  # positions in an array's grid
 _WORKERS = 2  # blocks read and transposed at a time

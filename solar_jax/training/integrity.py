@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from solar_jax.hf.safetensors import is_local
 from solar_jax.parallel import processes
+from solar_jax.places import is_local
 from solar_jax.training.arrays import array_paths, open_array
 
 COMMITTED = "commit_success.txt"  # Orbax writes it last

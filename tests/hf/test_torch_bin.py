@@ -198,8 +198,6 @@ def test_tensors_past_four_gigabytes_are_found(tmp_path):
     file = tmp_path / "x.bin"
     with torch.serialization.skip_data():  # leaves holes, which take no disk
         torch.save({"big": torch.empty(5 << 28), "small": torch.empty(5)}, file)
-    if file.stat().st_blocks * 512 > 1 << 20:
-        pytest.skip("this file system has no files with holes")
     entry = read_header(file)["small"]
     with file.open("r+b") as f:
         f.seek(entry.start)

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from solar_jax import retrying
 from solar_jax.config import CheckpointConfig, Config, TrainConfig
 from solar_jax.errors import UserError
-from solar_jax.training import checkpoint, integrity
+from solar_jax.training import integrity
 from solar_jax.training.arrays import open_array
 from solar_jax.training.checkpoint import FOLDER, CheckpointStore
 from solar_jax.training.optimizer import make_optimizer
@@ -261,7 +262,7 @@ def failing(monkeypatch, store, times):
         return save(*args, **kwargs)
 
     monkeypatch.setattr(store._checkpointer, "save_checkpointables_async", fails)
-    monkeypatch.setattr(checkpoint, "_FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
 
 
 def test_a_full_disk_is_told_and_tried_again_and_then_ends_the_run_with_the_last_good_checkpoint(two, monkeypatch):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from solar_jax.hf.safetensors import is_local
 from solar_jax.model.llama import Params
 from solar_jax.parallel import processes
+from solar_jax.places import is_local
 from solar_jax.retrying import retry
 from solar_jax.training.arrays import BlockWriter
 from solar_jax.training.checkpoint import FOLDER, saving_context

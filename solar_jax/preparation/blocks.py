@@ -10,9 +10,9 @@ import numpy as np
 import tokenizers
 
 from solar_jax.data import records
-from solar_jax.data.decontamination import Index, Match
 from solar_jax.data.packing import cut_rows, pack, tokenise
 from solar_jax.data.sources import Document
+from solar_jax.preparation.decontamination import Index, Match
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,11 +5,11 @@ import concurrent.futures
 import importlib
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from solar_jax.data.workers import end_with_parent
 from solar_jax.errors import UserError
 
 _AHEAD = 2  # items a worker that are handed out before the oldest is back
@@ -87,12 +87,7 @@ def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
     os.environ["RAYON_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
-
-    def follow(parent: Any) -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+    end_with_parent()
 
 
 def _run(item: Any) -> Any:

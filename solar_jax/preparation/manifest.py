@@ -9,9 +9,9 @@ import shutil
 from typing import Any
 
 from solar_jax.data import records
-from solar_jax.data.decontamination import Index
-from solar_jax.data.preparation import DUPLICATES, PARTS, SHARDS, SourceFacts
 from solar_jax.data.prepared import FORMAT, MANIFEST, OF_SOURCE
+from solar_jax.preparation.decontamination import Index
+from solar_jax.preparation.preparing import DUPLICATES, PARTS, SHARDS, SourceFacts
 
 CONTAMINATED = "contaminated.jsonl"
 _NAMES = "names.json"  # in the folder of shards: all else is written, and files have only to be renamed

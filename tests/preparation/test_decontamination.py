@@ -8,12 +8,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from solar_jax.data import evaluations
-from solar_jax.data.decontamination import make_index
 from solar_jax.data.sources import Document
 from solar_jax.errors import UserError
+from solar_jax.preparation import evaluation_sets
+from solar_jax.preparation.decontamination import make_index
 from solar_jax.prepare import Options, prepare
-from tests.data.test_prepared import config, jsonl, random_texts
+from tests.preparation.test_preparing import config, jsonl, random_texts
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
 
@@ -84,7 +84,7 @@ def test_files_of_every_kind_are_read_with_all_their_texts(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "sub" / "d.parquet")
     (tmp_path / "README.md").write_text("no set")
     (tmp_path / "dataset_infos.json").write_text('{"description": "no set"}')
-    found = list(evaluations.read(evaluations.find([str(tmp_path)])))
+    found = list(evaluation_sets.read(evaluation_sets.find([str(tmp_path)])))
     assert [name.removeprefix(f"{tmp_path}/") for name, _ in found] == [
         "a.jsonl:1", "a.jsonl:3", "b.jsonl.gz:1", "c.json:0", "c.json:1", "sub/d.parquet:0",
     ]  # fmt: skip
@@ -108,35 +108,35 @@ def test_files_of_every_kind_are_read_with_all_their_texts(tmp_path):
 def test_a_damaged_set_is_told_by_file_and_record(tmp_path, name, data, expected):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError) as e:
-        list(evaluations.read(evaluations.find([str(tmp_path / name)])))
+        list(evaluation_sets.read(evaluation_sets.find([str(tmp_path / name)])))
     assert expected in str(e.value)
 
 
 def test_a_set_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="found nothing there"):
-        evaluations.find([str(tmp_path / "nowhere")])
+        evaluation_sets.find([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="found a folder without them"):
-        evaluations.find([str(tmp_path)])
+        evaluation_sets.find([str(tmp_path)])
 
 
 def test_the_papers_preset_is_its_ten_names_and_a_folder_stands_in_for_the_hub(tmp_path, monkeypatch):
-    assert len(evaluations.SOLAR) == 10
+    assert len(evaluation_sets.SOLAR) == 10
     names = ["ai2_arc", "hellaswag", "gsm8k", "drop", "winogrande"]
     for name in names:
         (tmp_path / name / "data").mkdir(parents=True)
         jsonl(tmp_path / name / "data" / "test.jsonl", [f"of {name}"])
-    found = evaluations.find([f"solar={tmp_path}"])
+    found = evaluation_sets.find([f"solar={tmp_path}"])
     assert [file.parts[-3] for file in found] == names
     (tmp_path / "drop" / "data" / "test.jsonl").unlink()
     with pytest.raises(UserError, match="found a folder without them"):
-        evaluations.find([f"solar={tmp_path}"])
+        evaluation_sets.find([f"solar={tmp_path}"])
     (tmp_path / "drop" / "data").rmdir()
     (tmp_path / "drop").rmdir()
     with pytest.raises(UserError, match="must hold a folder drop with the hub's ucinlp/drop"):
-        evaluations.find([f"solar={tmp_path}"])
+        evaluation_sets.find([f"solar={tmp_path}"])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the hub was not reached or does not give allenai/ai2_arc"):
-        evaluations.find(["solar"])
+        evaluation_sets.find(["solar"])
 
 
 def test_contaminated_documents_are_left_out_of_training_and_reported(tiny, tmp_path):

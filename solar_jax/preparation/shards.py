@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from solar_jax.data import records
-from solar_jax.data.blocks import Block, Concat, Packed
 from solar_jax.errors import UserError
+from solar_jax.preparation.blocks import Block, Concat, Packed
 
 BLOCKS_A_SHARD = 64
 

@@ -2,13 +2,13 @@
 
 import contextlib
 import gzip
-import importlib
 import json
 import pathlib
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from solar_jax.data.readers import pyarrow
 from solar_jax.errors import UserError
 
 Evaluations = Iterator[tuple[str, list[str]]]  # "FILE:RECORD" and all texts of the record
@@ -128,12 +128,7 @@ def _json(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
 
 
 def _parquet(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError as e:
-        raise UserError(
-            f"{file}: Parquet files are read with pyarrow, which is not installed; it comes with the extra `data`."
-        ) from e
+    parquet = pyarrow(".parquet", str(file))
     with contextlib.closing(parquet.ParquetFile(file)) as table:
         rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
         yield from enumerate(rows)

@@ -10,9 +10,9 @@ import re
 
 import numpy as np
 
-from solar_jax.data.evaluations import Evaluations
 from solar_jax.data.sources import Document
 from solar_jax.errors import UserError
+from solar_jax.preparation.evaluation_sets import Evaluations
 
 _WORD = re.compile(r"[^\W_]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)

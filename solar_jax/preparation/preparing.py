@@ -16,11 +16,11 @@ import numpy as np
 
 from solar_jax.config import DataConfig
 from solar_jax.data import records
-from solar_jax.data.blocks import Block, Work
-from solar_jax.data.engines import ENGINES
 from solar_jax.data.packing import block_characters
-from solar_jax.data.shards import Shards
 from solar_jax.data.sources import Document, Source, documents, parse_sources, split
+from solar_jax.preparation.blocks import Block, Work
+from solar_jax.preparation.engines import ENGINES
+from solar_jax.preparation.shards import Shards
 
 PARTS = ("train", "heldout")
 SHARDS = "shards"  # the folder of shards that have no final number yet
