@@ -30,13 +30,14 @@ from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.picture import layer_list, picture
 from solar_jax.growth.plan import GrowthPlan, identity, make_plan
-from solar_jax.hf import families
+from solar_jax.hf import buckets, families
 from solar_jax.hf.reader import Checkpoint, eos_id, load_tokenizer
 from solar_jax.hf.writer import parse_size
 from solar_jax.model.llama import parameter_count
 from solar_jax.model.precision import compute_dtype
 from solar_jax.parallel import chips, processes, rules
 from solar_jax.parallel.mesh import make_mesh
+from solar_jax.places import is_local
 from solar_jax.source import open_checkpoint
 from solar_jax.training import compilation, interruption, metrics, planner, profiling, workdir
 from solar_jax.training.arms import Arm, Run, evaluate, initial_params, say
@@ -49,7 +50,9 @@ from solar_jax.training.writers import Writers, check_packages
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
-    flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config name> if not given.")
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run, here or gs://BUCKET/FOLDER; runs/<config name> if not given."
+    )
     flags.DEFINE_list(
         "allow_changed",
         [],
@@ -63,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
     config = resolve(flags.FLAGS.config)
     with profiling.listening(), interruption.listening():
-        run(config, pathlib.Path(flags.FLAGS.workdir or f"runs/{config.name}"), flags.FLAGS.allow_changed)
+        run(config, cli.place(flags.FLAGS.workdir or f"runs/{config.name}"), flags.FLAGS.allow_changed)
 
 
 def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> dict[str, Any]:
@@ -98,8 +101,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     mesh = make_mesh(option.config.mesh)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     goes_on = workdir.check_owner(folder, config, allowed)
-    if (folder / "summary.json").exists():
-        summary = metrics.read_json(folder / "summary.json")
+    if summary := metrics.read_json(folder / "summary.json"):
         say(f"{folder}: this run is complete.\n{table(summary)}")
         return summary
     corpus = load_corpus(config.data, tokenizer, eos)
@@ -139,6 +141,9 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     with contextlib.closing(shared.writers):
         train_arms(shared, plan)
 
+    shared.ledger.write()
+    processes.wait("all arms are trained and recorded")  # since every process reads what the first has written
+
     # ---- What came of it --------------------------------------------------------------------------------------------
     summary = summarise(shared, plan, cfg, time.perf_counter() - begin)
     if processes.is_first():
@@ -157,10 +162,11 @@ def train_arms(shared: Run, plan: GrowthPlan) -> None:
     if not any(r["arm"] == "control" for r in shared.evals.read()):
         loss = evaluate(shared, "base", 0, checkpoint.cfg, initial_params(shared, unchanged))
         shared.evals.append({"arm": "control", "step": 0, "loss": loss})  # before training the control is the base
+        shared.evals.flush()
         say(f"base: held-out loss {loss:.4f}")
     healed = Arm("healed", plan, folder, config.train.trainable)
     train(shared, healed)
-    if not (folder / "hf").exists():
+    if not is_exported(folder / "hf"):
         export = Target(folder / "hf", dtype=config.export.dtype, max_shard_size=config.export.max_shard_size)
         conversion.write(open_checkpoint(str(folder)), identity(plan.layers), export, "train", steps=config.train.steps)
     say(f"healed: written to {folder / 'hf'}")
@@ -168,6 +174,11 @@ def train_arms(shared: Run, plan: GrowthPlan) -> None:
         # A base has no new layers and no seam, so that a control of such a run trains them all.
         trainable = config.train.trainable if config.train.trainable == "no_embed" else "all"
         train(shared, Arm("control", unchanged, folder / "control", trainable))
+
+
+def is_exported(hf: pathlib.Path) -> bool:
+    """Whether the healed model is there: here its folder appears when it is whole, in a bucket config.json does."""
+    return hf.exists() if is_local(hf) else "config.json" in buckets.names(hf)
 
 
 def check_names(config: Config) -> None:

@@ -78,6 +78,7 @@ def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) ->
             return record["loss"]
     loss = mean_loss(make_eval_step(cfg, run.config, run.mesh), params, run.heldout)
     run.evals.append({"arm": arm, "step": step, "loss": loss})
+    run.evals.flush()
     run.writers.write(arm, step, {"heldout_loss": loss})
     return loss
 

@@ -95,6 +95,9 @@ class CheckpointStore:
         """`losses` gives the held-out losses by step that tell which checkpoints are the best."""
         self._folder = (workdir / FOLDER).resolve() if is_local(workdir) else workdir / FOLDER
         self._cfg, self._losses, self._warn = cfg or CheckpointConfig(keep=1), losses, warn
+        # Each cloud's client has exceptions of its own.
+        self._failures = (OSError, ValueError) if is_local(workdir) else (Exception,)
+        self._whole: int | None = None  # the last step known to be whole, for when the bucket cannot be asked
         context = saving_context()
         context.array.saving.scoped_storage_options_creator = _chunks
         # Both policies are given, since Orbax's own save at every chance; when to save is the training loop's
@@ -135,7 +138,7 @@ class CheckpointStore:
             response = self._checkpointer.save_checkpointables_async(
                 step, state, force=True, overwrite=step in self._steps()
             )
-        except (OSError, ValueError) as e:
+        except self._failures as e:
             failed: concurrent.futures.Future[Any] = concurrent.futures.Future()
             failed.set_exception(e)
             self._pending = _Pending(step, failed)
@@ -191,9 +194,10 @@ class CheckpointStore:
             where = wrong[0].removeprefix("params/") if wrong else "another process has it"
             raise UserError(
                 f"{self._folder}: the parameters after step {pending.step} hold a NaN or an infinity ({where}); "
-                f"{self._last_good()}."
+                f"{self.last_good()}."
             )
         self._bad.discard(pending.step)
+        self._whole = pending.step
         total = integrity.together(written)
         if processes.is_first():
             self._seal(pending.step, total)
@@ -203,7 +207,7 @@ class CheckpointStore:
     def _seal(self, step: int, total: integrity.Sums) -> None:
         try:
             integrity.write_seal(self._folder / str(step), total)
-        except OSError as e:
+        except self._failures as e:
             self._warn(f"{self._folder / str(step)}: is whole, but {integrity.SEAL} cannot be written: {_phrase(e)}")
 
     def save(self, step: int, **state: Any) -> None:
@@ -222,12 +226,15 @@ class CheckpointStore:
                 return
         raise UserError(
             f"{self._folder / str(step)}: could not be saved in {retrying.TRIES} tries ({problem}); "
-            f"{self._last_good()}, and the same command goes on from there."
+            f"{self.last_good()}, and the same command goes on from there."
         )
 
-    def _last_good(self) -> str:
-        good = self._good()
-        return f"the last good checkpoint is that of step {good[-1]}" if good else "there is no earlier checkpoint"
+    def last_good(self) -> str:
+        try:
+            step = max(self._good(), default=None)
+        except self._failures:
+            step = self._whole
+        return "there is no earlier checkpoint" if step is None else f"the last good checkpoint is that of step {step}"
 
     def _prune(self, newest_step: int) -> None:
         good = [s for s in self._good() if s <= newest_step]
@@ -238,17 +245,17 @@ class CheckpointStore:
 
     def _remove(self, step: int) -> None:
         """Removes a checkpoint; what an interruption leaves of it has no marker, so that nothing takes it for whole."""
-        if processes.is_first():
-            with contextlib.suppress(FileNotFoundError):
-                (self._folder / str(step) / COMMITTED).unlink()
         try:
+            if processes.is_first():
+                with contextlib.suppress(FileNotFoundError):
+                    (self._folder / str(step) / COMMITTED).unlink()
             self._checkpointer.delete(step, missing_ok=True)
-        except (OSError, ValueError) as e:
+        except self._failures as e:
             self._warn(f"{self._folder / str(step)}: is not needed any more and cannot be removed: {_phrase(e)}")
 
     def _discard(self, step: int) -> None:
         """Removes what a failed save left, under its own name and under that of one that is not whole yet."""
-        if (self._folder / str(step)).exists():
+        if not is_local(self._folder) or (self._folder / str(step)).exists():
             self._remove(step)
         if processes.is_first() and is_local(self._folder):
             for left in self._folder.glob(f"{step}.*"):

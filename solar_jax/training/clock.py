@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from solar_jax.parallel import processes
+from solar_jax.places import is_local
 from solar_jax.training.metrics import duration, read_json, write_json
 
 OUTSIDE = ("evaluation", "checkpoint")  # what comes between steps and is told by name
@@ -84,16 +85,17 @@ class Ledger:
     def __init__(self, workdir: pathlib.Path, started: float):
         """`started` is when this session began, in Unix seconds; the first session's is kept."""
         self._file = workdir / "goodput.json"
-        found: dict[str, Any] = read_json(self._file) if self._file.exists() else {}
+        found: dict[str, Any] = read_json(self._file) or {}
         self.first_start: float = found.get("first_start", started)
         self.starts: int = found.get("starts", 0) + 1
         self._seconds: dict[str, float] = dict.fromkeys(LEDGER, 0.0) | found.get("seconds", {})
-        self._write()
+        self.write()
 
     def add(self, name: str, seconds: float) -> None:
         """Seconds spent on a name of LEDGER."""
         self._seconds[name] += seconds
-        self._write()
+        if is_local(self._file):  # a bucket takes too long to be told of each: `write` is called now and then
+            self.write()
 
     def summary(self, lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """Goodput, 0 to 1: the share of the time since the first start that went into steps that count.
@@ -113,7 +115,7 @@ class Ledger:
             "spent_seconds": {name: round(seconds, 1) for name, seconds in spent.items()},
         }
 
-    def _write(self) -> None:
+    def write(self) -> None:
         if processes.is_first():
             write_json(self._file, {"first_start": self.first_start, "starts": self.starts, "seconds": self._seconds})
 

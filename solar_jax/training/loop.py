@@ -55,12 +55,13 @@ def train(run: Run, arm: Arm) -> Params:
       UserError: a loss is no number, or spikes again and again.
     """
     left_out, rollbacks = 0, collections.Counter[int]()
+    lines = metrics.JsonLines(arm.folder / "metrics.jsonl")
     with CheckpointStore(
         arm.folder, run.config.checkpoint, lambda: heldout_losses(run, arm), lambda text: warn(f"{arm.name}: {text}")
     ) as store:
         while True:
             try:
-                return _train_from_last_good(run, arm, store, left_out)
+                return _train_from_last_good(run, arm, store, lines, left_out)
             except Spike as e:
                 spike, problem = e.step, str(e)
             # Out of the handler, since the exception holds on to the state.
@@ -77,7 +78,9 @@ def train(run: Run, arm: Arm) -> Params:
             warn(f"{arm.name}: {problem}: going back to step {good} and leaving out the rows in between")
 
 
-def _train_from_last_good(run: Run, arm: Arm, store: CheckpointStore, left_out: int) -> Params:
+def _train_from_last_good(
+    run: Run, arm: Arm, store: CheckpointStore, lines: metrics.JsonLines, left_out: int
+) -> Params:
     """As `train`; `left_out`: rows after the checkpoint's that are passed over.
 
     Raises:
@@ -87,7 +90,6 @@ def _train_from_last_good(run: Run, arm: Arm, store: CheckpointStore, left_out: 
     optimizer = make_optimizer(config, arm_mask(run, arm), run.mesh)
     shardings = state_shardings(cfg, optimizer, run.mesh)
     abstract = abstract_state(cfg, config, optimizer, shardings)
-    lines = metrics.JsonLines(arm.folder / "metrics.jsonl")
     state = store.restore_newest(abstract, config.train.steps)
     start = Start() if state is None else _start(state.pop("host", None), config)
     run.ledger.add("lost", sum(seconds(r) for r in lines.read() if r["step"] > start.step))
@@ -164,6 +166,7 @@ class _Session:
     def close(self) -> None:
         self._profiler.end()
         self._reader.shutdown(wait=False)
+        self._lines.flush()
 
     def steps(self, optimizer: Any, state: Any) -> Params:
         """Takes the steps that are left; the state's memory goes to the new one.
@@ -254,6 +257,14 @@ class _Session:
         """Begins to save a step, or does it `at_once`, as after a save that failed."""
         if failed := self._store.settle():
             warn(f"{self._arm.name}: the save before step {step} failed ({failed}); saving this one now")
+        try:
+            self._lines.flush()  # a checkpoint's steps have their lines, whatever happens after it
+            self._run.evals.flush()
+            self._run.ledger.write()
+        except UserError as e:
+            raise UserError(
+                f"{str(e).rstrip('.')}; {self._store.last_good()}, and the same command goes on from there."
+            ) from e
         host = {"step": step, "tokens": self._tokens(step), "rows": self._rows(step)}
         (self._store.save if at_once or failed else self._store.begin)(step, **state, host=host)
 

@@ -1,8 +1,11 @@
 """What a run records and shows: FLOPs and MFU, metrics files, the loss picture."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +13,10 @@ import jax
 
 from solar_jax.config import ModelConfig
 from solar_jax.parallel import processes
+from solar_jax.places import is_local
+from solar_jax.retrying import retry
+
+_PUT_SECONDS = 30.0  # between two puts of a growing object
 
 
 def flops_per_token(cfg: ModelConfig, sequence_length: int, *, causal: bool = True) -> float:
@@ -42,56 +49,108 @@ def memory_peaks() -> list[float] | None:
 
 
 class JsonLines:
-    """A file of one JSON object a line, each on disk as soon as it is written."""
+    """A file of one JSON object a line, held in memory by every process and written by the first alone.
+
+    On a disk each line is there as soon as it is appended. An object of a bucket cannot be appended to: it is put anew
+    as a whole, now and then, and by `flush`. The processes have to append and drop the same.
+    """
 
     def __init__(self, file: pathlib.Path):
+        """Reads what is there, so that no process may be writing yet."""
         self.file = file
-        self._writes = processes.is_first()  # the others see what it writes
+        self._writes, self._local = processes.is_first(), is_local(file)
+        self._records, self._torn = self._stored()
+        self._changed, self._put_at = False, time.monotonic()
+
+    def _stored(self) -> tuple[list[dict[str, Any]], bool]:
+        """The whole lines of the file, and whether a crash cut the last one short."""
+        text, records = read_text(self.file) or "", []
+        for line in text.splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records, bool(text) and not text.endswith("\n")
 
     def read(self) -> list[dict[str, Any]]:
         """The lines there are; one that a crash cut short is left out."""
-        records = []
-        if self.file.exists():
-            for line in self.file.read_text().splitlines():
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    break
-        return records
+        return list(self._records)
 
     def keep_if(self, condition: Callable[[dict[str, Any]], bool]) -> None:
         """Drops the other lines, as those of steps that a resumed run will take again."""
-        if not self._writes:
-            return
-        kept = [r for r in self.read() if condition(r)]
-        write_text(self.file, "".join(json.dumps(r) + "\n" for r in kept))
-
-    def _torn(self) -> bool:
-        """Whether a crash cut the last line short."""
-        if not self.file.exists() or not self.file.stat().st_size:
-            return False
-        with open(self.file, "rb") as f:
-            f.seek(-1, os.SEEK_END)
-            return f.read() != b"\n"
+        self._records = [r for r in self._records if condition(r)]
+        self._changed = True
+        if self._local:
+            self.flush()
 
     def append(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
         if not self._writes:
             return
-        if self._torn():
-            self.keep_if(lambda _: True)
-        with open(self.file, "a") as f:
-            f.write(json.dumps(record) + "\n")
+        if not self._local:
+            self._changed = True
+            if time.monotonic() - self._put_at >= _PUT_SECONDS:
+                with contextlib.suppress(Exception):  # the steps go on; `flush` tells of a bucket that stays away
+                    self._put()
+        elif self._torn:
+            self._put()
+        else:
+            with open(self.file, "a") as f:
+                f.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        """Returns when every line is stored.
+
+        Raises:
+          UserError: the bucket does not take them.
+        """
+        if self._writes and self._changed:
+            if self._local:
+                self._put()
+            else:
+                retry(self._put, str(self.file))
+
+    def _put(self) -> None:
+        self._put_at = time.monotonic()  # of the try, so that a bucket that fails is not asked at every step
+        text = "".join(json.dumps(r) + "\n" for r in self._records)
+        if self._local:
+            write_text(self.file, text)
+        else:
+            self.file.write_text(text)
+        self._changed = self._torn = False
 
 
 def write_text(file: pathlib.Path, text: str) -> None:
-    """Replaces a file at once: a reader sees the old content or the new, never a part."""
+    """Replaces a file at once: a reader sees the old content or the new, never a part.
+
+    Raises:
+      UserError: the bucket does not take it.
+    """
+    if not is_local(file):  # where an object appears when it is whole
+        retry(lambda: file.write_text(text), str(file))
+        return
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, file)
 
 
+def read_text(file: pathlib.Path) -> str | None:
+    """None where there is no such file.
+
+    Raises:
+      UserError: the bucket does not give it.
+    """
+
+    def read() -> str | None:
+        return file.read_text() if file.exists() else None
+
+    return read() if is_local(file) else retry(read, str(file))
+
+
 def read_json(file: pathlib.Path) -> Any:
-    return json.loads(file.read_text())
+    """None where there is no such file."""
+    text = read_text(file)
+    return None if text is None else json.loads(text)
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
@@ -138,5 +197,10 @@ def plot_losses(
     ax.set(title=title, xlabel="step", ylabel="loss (nats a token)")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=130)
+    picture = io.BytesIO()  # since matplotlib writes to no bucket
+    figure.savefig(picture, dpi=130, format="png")
     pyplot.close(figure)
+    if is_local(file):
+        file.write_bytes(picture.getvalue())
+    else:
+        retry(lambda: file.write_bytes(picture.getvalue()), str(file))

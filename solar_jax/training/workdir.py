@@ -1,5 +1,6 @@
 """A run's folder: whose it is, what is in it, and whether to begin, go on or stop."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -14,12 +15,14 @@ from solar_jax.config import Config, resolve
 from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.errors import UserError
 from solar_jax.growth.plan import GrowthPlan
+from solar_jax.hf import buckets
 from solar_jax.hf.files import LINEAGE, read_json
-from solar_jax.hf.folders import new_folder
+from solar_jax.hf.folders import JOB, new_folder
 from solar_jax.hf.reader import Checkpoint
 from solar_jax.hf.writer import write_companions
+from solar_jax.places import is_local
+from solar_jax.training import metrics
 from solar_jax.training.checkpoint import MODEL_FOLDER
-from solar_jax.training.metrics import write_json
 
 
 def flat(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
@@ -69,11 +72,12 @@ def check_owner(workdir: pathlib.Path, config: Config, allowed: Collection[str] 
     Raises:
       UserError: it holds another run, or other files.
     """
-    if workdir.exists() and not workdir.is_dir():
+    if is_local(workdir) and workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir}: must be a folder, found a file.")
-    if not workdir.exists() or not any(workdir.iterdir()):
-        return False
-    if not (workdir / "config.json").exists():
+    found = buckets.names(workdir)
+    if not found or (not is_local(workdir) and JOB in found and "config.json" not in found):
+        return False  # nothing, or what a kill left of a folder of a bucket before it was one
+    if "config.json" not in found:
         raise UserError(f"{workdir}: holds files but no run (no config.json); give another --workdir.")
     try:  # read by today's names and defaults
         there = flat(config_dict(resolve(ml_collections.ConfigDict(read_json(workdir / "config.json")))))
@@ -125,7 +129,7 @@ def _hash_of_some(rows: AnyRows, count: int = 64) -> str:
 def check_text(workdir: pathlib.Path, record: dict[str, Any], allowed: Collection[str] = ()) -> None:
     """Raises a UserError where the tokenizer or the data of a run are not those that it began with."""
     file = workdir / _TEXT
-    if not file.exists():  # of an older version
+    if file.name not in buckets.names(workdir):  # of an older version
         return
     before = read_json(file)
     if TOKENIZER not in allowed and before[TOKENIZER] != record[TOKENIZER]:
@@ -152,18 +156,26 @@ def _told(entry: dict[str, Any] | None) -> str:
 def update(workdir: pathlib.Path, config: Config, record: dict[str, Any]) -> None:
     """Notes what a run goes on with, where it was allowed to be another than before."""
     for name, value in (("config.json", config_dict(config)), (_TEXT, record)):
-        if not (workdir / name).exists() or read_json(workdir / name) != value:
-            write_json(workdir / name, value)
+        if metrics.read_json(workdir / name) != value:
+            metrics.write_json(workdir / name, value)
 
 
 def create(
     workdir: pathlib.Path, config: Config, checkpoint: Checkpoint, plan: GrowthPlan, hf_config: dict[str, Any],
     record: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Makes the folder with config.json, data.json and `model/`, what its checkpoints need to become a model again."""
-    with new_folder(workdir) as folder:
-        write_json(folder / "config.json", config_dict(config))
-        write_json(folder / _TEXT, record)
+    """Makes the folder with config.json, data.json and `model/`, what its checkpoints need to become a model again.
+
+    In a bucket it is a run once it has config.json, which comes last.
+    """
+    with contextlib.ExitStack() as stack:
+        if is_local(workdir):
+            folder = stack.enter_context(new_folder(workdir))
+        else:
+            job = {"run": config_dict(config)}
+            folder, _, _ = stack.enter_context(buckets.bucket_folder(workdir, overwrite=False, job=job))
+        metrics.write_json(folder / "config.json", config_dict(config))
+        metrics.write_json(folder / _TEXT, record)
         (folder / MODEL_FOLDER).mkdir()
         write_companions(folder / MODEL_FOLDER, hf_config, checkpoint.companions)
         lineage.write(folder / MODEL_FOLDER, lineage.record(checkpoint, plan, "train", name=config.name), LINEAGE)
