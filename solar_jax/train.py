@@ -88,6 +88,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     # ---- What is asked for: every refusal comes here, before anything is allocated or written -------------------
     check_names(config)
     workdir.check_allowed(allowed)
+    workdir.check_place(folder)
     devices = planner.present()
     if config.model.num_hidden_layers:  # the shape is known, so what cannot fit is told without a checkpoint
         plan = make_plan(config.model.num_hidden_layers, config.growth)
@@ -122,9 +123,11 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
             workdir.create(folder, config, checkpoint, plan, hf_config, text)
     processes.wait("the run's folder is there")
     ledger = Ledger(folder, started)
+    local = folder if is_local(folder) else pathlib.Path("runs") / config.name
     shared = Run(
         config=option.config,
         workdir=folder,
+        local=local,
         checkpoint=checkpoint,
         mesh=mesh,
         rows=training_rows(corpus, config.seed),
@@ -134,7 +137,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
         evals=metrics.JsonLines(folder / "evals.jsonl"),
         ledger=ledger,
         documents=functools.partial(batch_documents, corpus, config.seed),
-        writers=Writers(config.logging, folder, config.name, ledger.first_start, workdir.config_dict(config)),
+        writers=Writers(config.logging, local, config.name, ledger.first_start, workdir.config_dict(config)),
     )
 
     # ---- The base as it is, the grown model, and the control ------------------------------------------------------

@@ -30,6 +30,7 @@ class Run:
 
     config: Config
     workdir: pathlib.Path
+    local: pathlib.Path  # for what only a disk can hold: profiles, stalls, TensorBoard's and W&B's files
     checkpoint: Checkpoint  # the base
     mesh: jax.sharding.Mesh
     rows: grain.MapDataset  # training
@@ -78,7 +79,6 @@ def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) ->
             return record["loss"]
     loss = mean_loss(make_eval_step(cfg, run.config, run.mesh), params, run.heldout)
     run.evals.append({"arm": arm, "step": step, "loss": loss})
-    run.evals.flush()
     run.writers.write(arm, step, {"heldout_loss": loss})
     return loss
 

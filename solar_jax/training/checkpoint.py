@@ -281,7 +281,7 @@ class CheckpointStore:
         for step in steps:
             parts = {"params": state["params"]} if step == last else state
             try:
-                return self._load(step, parts)
+                return self._load_patiently(step, parts)
             except Damaged as e:
                 self._bad.add(step)
                 self._warn(f"{self._folder / str(step)}: is left out: {e}")
@@ -291,6 +291,15 @@ class CheckpointStore:
                 "begin again."
             )
         return None
+
+    def _load_patiently(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
+        """As `_load`; of a bucket, which may fail now and not be damaged, a few times."""
+        for attempt in range(0 if is_local(self._folder) else retrying.TRIES - 1):
+            try:
+                return self._load(step, state)
+            except Damaged:
+                time.sleep(retrying.FIRST_WAIT * 2**attempt)
+        return self._load(step, state)
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any, dict[str, Any]]:
         """The state of a step, laid out as the given abstract trees (shapes with shardings) say.
@@ -313,13 +322,17 @@ class CheckpointStore:
         folder, wanted = self._folder / str(step), state.get("opt_state")
         if wanted is not None:
             state = state | {"opt_state": as_kept(wanted, integrity.is_narrow(folder))}
-        self._agree(integrity.problem(folder, state))
-        seal = integrity.read_seal(folder)
-        found, problem = {}, None
+        found, problem, seal = {}, None, None
+        try:
+            problem = integrity.problem(folder, state)
+            seal = integrity.read_seal(folder)
+        except self._failures as e:
+            problem = f"it cannot be read ({_phrase(e)})"
+        self._agree(problem)
         try:
             host = {"host": None} if (folder / "host").exists() else {}
             found = self._checkpointer.load_checkpointables(step, state | host)
-        except (OSError, ValueError, KeyError) as e:
+        except (*self._failures, KeyError) as e:
             problem = f"it cannot be read ({_phrase(e)})"
         self._agree(problem)
         if seal is not None:

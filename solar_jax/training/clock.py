@@ -85,7 +85,7 @@ class Ledger:
     def __init__(self, workdir: pathlib.Path, started: float):
         """`started` is when this session began, in Unix seconds; the first session's is kept."""
         self._file = workdir / "goodput.json"
-        found: dict[str, Any] = read_json(self._file) or {}
+        found: dict[str, Any] = read_json(self._file, {})
         self.first_start: float = found.get("first_start", started)
         self.starts: int = found.get("starts", 0) + 1
         self._seconds: dict[str, float] = dict.fromkeys(LEDGER, 0.0) | found.get("seconds", {})

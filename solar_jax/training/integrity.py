@@ -132,11 +132,15 @@ def _sizes(step: pathlib.Path) -> dict[str, int]:
             for name in names
             if name != SEAL
         }
-    return {
-        f.as_posix().removeprefix(f"{step.as_posix()}/"): f.stat().length  # type: ignore[attr-defined]
-        for f in step.rglob("*")
-        if f.name != SEAL and not f.is_dir()
-    }
+    found: dict[str, int] = {}
+    folders = [step]
+    while folders:  # folder by folder, since etils takes no ** in a bucket
+        for f in folders.pop().iterdir():
+            if f.is_dir():
+                folders.append(f)
+            elif f.name != SEAL:
+                found[f.as_posix().removeprefix(f"{step.as_posix()}/")] = f.stat().length  # type: ignore[attr-defined]
+    return found
 
 
 def write_seal(step: pathlib.Path, total: Sums) -> None:

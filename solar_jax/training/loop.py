@@ -157,8 +157,8 @@ class _Session:
         self._peak = chips.peak_flops(jax.devices()[0])
         self._clock = StepClock(self._last - done)
         log = config.logging
-        self._profiler = Profiler(run.workdir / "profiles", arm.name, log.profile_start, log.profile_steps, say)
-        self._watchdog = Watchdog(run.workdir / "stalls", arm.name, log.watchdog_seconds, warn)
+        self._profiler = Profiler(run.local / "profiles", arm.name, log.profile_start, log.profile_steps, say)
+        self._watchdog = Watchdog(run.local / "stalls", arm.name, log.watchdog_seconds, warn)
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "numbers")
         self._flying: _Flight | None = None
         self._guard = Guard(config.train, lines.read())

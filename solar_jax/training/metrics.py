@@ -147,10 +147,10 @@ def read_text(file: pathlib.Path) -> str | None:
     return read() if is_local(file) else retry(read, str(file))
 
 
-def read_json(file: pathlib.Path) -> Any:
-    """None where there is no such file."""
+def read_json(file: pathlib.Path, missing: Any = None) -> Any:
+    """`missing` where there is no such file."""
     text = read_text(file)
-    return None if text is None else json.loads(text)
+    return missing if text is None else json.loads(text)
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:

@@ -1,10 +1,10 @@
 """A run's folder: whose it is, what is in it, and whether to begin, go on or stop."""
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
 import pathlib
+import tempfile
 from collections.abc import Collection
 from typing import Any
 
@@ -17,10 +17,11 @@ from solar_jax.errors import UserError
 from solar_jax.growth.plan import GrowthPlan
 from solar_jax.hf import buckets
 from solar_jax.hf.files import LINEAGE, read_json
-from solar_jax.hf.folders import JOB, new_folder
+from solar_jax.hf.folders import new_folder
 from solar_jax.hf.reader import Checkpoint
 from solar_jax.hf.writer import write_companions
 from solar_jax.places import is_local
+from solar_jax.retrying import retry
 from solar_jax.training import metrics
 from solar_jax.training.checkpoint import MODEL_FOLDER
 
@@ -66,6 +67,12 @@ def _is_among(key: str, names: Collection[str]) -> bool:
     return key in names or (key.split(".")[0] in names and not key.startswith("data."))
 
 
+def check_place(workdir: pathlib.Path) -> None:
+    """Raises a UserError for a bucket that checkpoints cannot be written to."""
+    if not is_local(workdir) and not str(workdir).startswith("gs://"):
+        raise UserError(f"{workdir}: checkpoints go to a local folder or to gs://; give such a --workdir.")
+
+
 def check_owner(workdir: pathlib.Path, config: Config, allowed: Collection[str] = ()) -> bool:
     """Whether `workdir` already holds this run; `allowed`: keys, or groups of them, that may have changed.
 
@@ -74,9 +81,12 @@ def check_owner(workdir: pathlib.Path, config: Config, allowed: Collection[str] 
     """
     if is_local(workdir) and workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir}: must be a folder, found a file.")
-    found = buckets.names(workdir)
-    if not found or (not is_local(workdir) and JOB in found and "config.json" not in found):
-        return False  # nothing, or what a kill left of a folder of a bucket before it was one
+    if is_local(workdir):
+        found = {p.name for p in workdir.iterdir()} if workdir.exists() else set()
+    elif (found := buckets.names(workdir)) <= {_TEXT, MODEL_FOLDER}:
+        return False  # what a kill left before there was a config.json
+    if not found:
+        return False
     if "config.json" not in found:
         raise UserError(f"{workdir}: holds files but no run (no config.json); give another --workdir.")
     try:  # read by today's names and defaults
@@ -129,9 +139,8 @@ def _hash_of_some(rows: AnyRows, count: int = 64) -> str:
 def check_text(workdir: pathlib.Path, record: dict[str, Any], allowed: Collection[str] = ()) -> None:
     """Raises a UserError where the tokenizer or the data of a run are not those that it began with."""
     file = workdir / _TEXT
-    if file.name not in buckets.names(workdir):  # of an older version
+    if (before := metrics.read_json(file)) is None:  # of an older version
         return
-    before = read_json(file)
     if TOKENIZER not in allowed and before[TOKENIZER] != record[TOKENIZER]:
         raise UserError(
             f"{workdir}: began with another tokenizer (tokenizer.json with SHA-256 {before[TOKENIZER][:12]}... where "
@@ -168,14 +177,25 @@ def create(
 
     In a bucket it is a run once it has config.json, which comes last.
     """
-    with contextlib.ExitStack() as stack:
-        if is_local(workdir):
-            folder = stack.enter_context(new_folder(workdir))
-        else:
-            job = {"run": config_dict(config)}
-            folder, _, _ = stack.enter_context(buckets.bucket_folder(workdir, overwrite=False, job=job))
-        metrics.write_json(folder / "config.json", config_dict(config))
-        metrics.write_json(folder / _TEXT, record)
-        (folder / MODEL_FOLDER).mkdir()
-        write_companions(folder / MODEL_FOLDER, hf_config, checkpoint.companions)
-        lineage.write(folder / MODEL_FOLDER, lineage.record(checkpoint, plan, "train", name=config.name), LINEAGE)
+    if is_local(workdir):
+        with new_folder(workdir) as folder:
+            _fill(folder, config, checkpoint, plan, hf_config, record)
+        return
+    with tempfile.TemporaryDirectory(prefix="solar_jax_run_") as temporary:
+        folder = pathlib.Path(temporary)
+        _fill(folder, config, checkpoint, plan, hf_config, record)
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        for name in sorted(files, key=lambda name: name == "config.json"):
+            content, out = (folder / name).read_bytes(), workdir / name
+            retry(lambda content=content, out=out: out.write_bytes(content), str(out))
+
+
+def _fill(
+    folder: pathlib.Path, config: Config, checkpoint: Checkpoint, plan: GrowthPlan, hf_config: dict[str, Any],
+    record: dict[str, Any],
+) -> None:  # fmt: skip
+    metrics.write_json(folder / "config.json", config_dict(config))
+    metrics.write_json(folder / _TEXT, record)
+    (folder / MODEL_FOLDER).mkdir()
+    write_companions(folder / MODEL_FOLDER, hf_config, checkpoint.companions)
+    lineage.write(folder / MODEL_FOLDER, lineage.record(checkpoint, plan, "train", name=config.name), LINEAGE)

@@ -1,0 +1,119 @@
+"""An emulator of Google's buckets on loopback, which can be told to fail."""
+
+import collections
+import contextlib
+import functools
+import itertools
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from http import HTTPStatus, server
+
+import gcp_storage_emulator.server as emulator
+import pytest
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import objects
+from gcp_storage_emulator.storage import Storage
+
+from tests.conftest import free_port
+
+BUCKET = "models"
+
+
+class Faults:
+    """What the emulator does instead of what it is asked, each counted by its kind."""
+
+    def __init__(self) -> None:
+        self.every = 0  # each so-many-th request fails, with 503 or a connection that is reset; 0: none
+        self.down = False  # all fail with 503
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._requests, self._lock = itertools.count(1), threading.Lock()
+
+    def next(self) -> str | None:
+        with self._lock:
+            number = next(self._requests)
+            self.counts["requests"] += 1
+            if not self.down and (not self.every or number % self.every):
+                return None
+            found = "reset" if not self.down and number // max(1, self.every) % 4 == 0 else "503"
+            self.counts[found] += 1
+            return found
+
+
+def with_generations(handler):
+    """The emulator's handler, taught what TensorStore asks of the real one: generations and conditions on them."""
+
+    def handle(request, response, storage, *args, **kwargs):
+        name = request.params.get("object_id") or request.query.get("name", [""])[0]
+        try:
+            generation = storage.get_file_obj(request.params["bucket_name"], name)["generation"]
+        except NotFound:
+            generation = "0"
+        response["x-goog-generation"] = generation
+        for condition, status in (("ifGenerationMatch", 412), ("ifGenerationNotMatch", 304)):
+            if (wanted := request.query.get(condition)) and (wanted[0] == generation) == (status == 304):
+                response.status = HTTPStatus(status)
+                return None
+        return handler(request, response, storage, *args, **kwargs)
+
+    return handle
+
+
+class _Handler(emulator.RequestHandler):
+    def __init__(self, faults: Faults, *args):
+        self._faults = faults
+        super().__init__(*args)
+
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        fault = self._faults.next()
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return False
+        if fault:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
+            return False
+        return True
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # of a connection that was reset on purpose
+            super().finish()
+
+
+class _Server(server.ThreadingHTTPServer):
+    request_queue_size = 512  # a burst of TensorStore's connections beyond it waits for seconds
+    daemon_threads = True
+
+    def handle_error(self, *_) -> None:
+        """Says nothing of connections that were reset on purpose."""
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[tuple[str, dict[str, str], Faults, Storage]]:
+    """A new bucket's URL, the variables by which clients find it, its faults, and what it holds."""
+    faults, storage, port = Faults(), Storage(use_memory_fs=True), free_port()
+    storage.create_bucket(BUCKET, {"name": BUCKET})
+    taught = {f: with_generations(f) for f in (objects.insert, objects.get, objects.download)}
+    handlers = tuple(
+        (route, {method: taught.get(f, f) for method, f in methods.items()}) for route, methods in emulator.HANDLERS
+    )
+    for logger in ("gcsfs", "google.auth", "gcp_storage_emulator"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    variables = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), f"http://127.0.0.1:{port}")
+    variables["NO_GCE_CHECK"] = "true"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(emulator, "HANDLERS", handlers)
+        for name, value in variables.items():
+            m.setenv(name, value)
+        httpd = _Server(("127.0.0.1", port), functools.partial(_Handler, faults, storage))
+        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+        thread.start()
+        yield f"gs://{BUCKET}", variables, faults, storage
+        httpd.shutdown()
+        httpd.server_close()
