@@ -9,7 +9,6 @@ from etils import epath
 
 from solar_jax import retrying, train
 from solar_jax.errors import UserError
-from solar_jax.source import open_checkpoint
 from tests.bucket import serving
 from tests.test_train import make_config
 
@@ -59,23 +58,6 @@ def assert_same_run(folder, local, parts=("",)) -> None:
     assert (folder / "hf/model.safetensors").read_bytes() == (local / "hf/model.safetensors").read_bytes()
     assert names(folder) == names(local)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_a_run_in_a_bucket_that_fails_all_along_is_the_local_one(tiny, text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = config_of(tiny, text, train_control=False)
-    train.run(config, tmp_path / "run")
-    with serving() as (url, _, faults, _):
-        folder = epath.Path(f"{url}/run")
-        config = moved(config, text, url)
-        faults.every = 151
-        train.run(config, folder)
-        faults.every = 0
-        assert_same_run(folder, tmp_path / "run")
-        assert faults.counts["503"] > 10
-        assert faults.counts["reset"] > 2
-        assert open_checkpoint(str(folder)).cfg.num_hidden_layers == 8  # its newest checkpoint, as a model
 
 
 @pytest.mark.slow
