@@ -8,6 +8,7 @@ import logging
 import socket
 import struct
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http import HTTPStatus, server
 
@@ -27,7 +28,7 @@ class Faults:
 
     def __init__(self) -> None:
         self.every = 0  # each so-many-th request fails, with 503 or a connection that is reset; 0: none
-        self.down = False  # all fail with 503
+        self.refused = ""  # the client that may not write arrays
         self.counts: collections.Counter[str] = collections.Counter()
         self._requests, self._lock = itertools.count(1), threading.Lock()
 
@@ -35,9 +36,9 @@ class Faults:
         with self._lock:
             number = next(self._requests)
             self.counts["requests"] += 1
-            if not self.down and (not self.every or number % self.every):
+            if not self.every or number % self.every:
                 return None
-            found = "reset" if not self.down and number // max(1, self.every) % 4 == 0 else "503"
+            found = "reset" if number // self.every % 4 == 0 else "503"
             self.counts[found] += 1
             return found
 
@@ -69,17 +70,21 @@ class _Handler(emulator.RequestHandler):
     def parse_request(self) -> bool:
         if not super().parse_request():
             return False
+        writes = self.command == "POST" and "/params/" in urllib.parse.unquote(self.path)
+        if writes and self._faults.refused and self._faults.refused in self.headers.get("User-Agent", ""):
+            return self._fails(HTTPStatus.FORBIDDEN)
         fault = self._faults.next()
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
             self.close_connection = True
             return False
-        if fault:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
-            return False
-        return True
+        return self._fails(HTTPStatus.SERVICE_UNAVAILABLE) if fault else True
+
+    def _fails(self, status: HTTPStatus) -> bool:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_error(status)
+        return False
 
     def finish(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # of a connection that was reset on purpose
@@ -95,18 +100,18 @@ class _Server(server.ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[tuple[str, dict[str, str], Faults, Storage]]:
-    """A new bucket's URL, the variables by which clients find it, its faults, and what it holds."""
+def serving() -> Iterator[tuple[str, Faults]]:
+    """A new bucket's URL, which this process and those that it starts find by their environment, and its faults."""
     faults, storage, port = Faults(), Storage(use_memory_fs=True), free_port()
     storage.create_bucket(BUCKET, {"name": BUCKET})
     taught = {f: with_generations(f) for f in (objects.insert, objects.get, objects.download)}
     handlers = tuple(
         (route, {method: taught.get(f, f) for method, f in methods.items()}) for route, methods in emulator.HANDLERS
     )
-    for logger in ("gcsfs", "google.auth", "gcp_storage_emulator"):
+    for logger in ("gcsfs", "google.auth", "gcp_storage_emulator"):  # there are no credentials, which they look for
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     variables = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), f"http://127.0.0.1:{port}")
-    variables["NO_GCE_CHECK"] = "true"
+    variables["NO_GCE_CHECK"] = "true"  # there is no machine of Google's to ask for credentials
     with pytest.MonkeyPatch.context() as m:
         m.setattr(emulator, "HANDLERS", handlers)
         for name, value in variables.items():
@@ -114,6 +119,6 @@ def serving() -> Iterator[tuple[str, dict[str, str], Faults, Storage]]:
         httpd = _Server(("127.0.0.1", port), functools.partial(_Handler, faults, storage))
         thread = threading.Thread(target=httpd.serve_forever, daemon=True)
         thread.start()
-        yield f"gs://{BUCKET}", variables, faults, storage
+        yield f"gs://{BUCKET}", faults
         httpd.shutdown()
         httpd.server_close()

@@ -107,3 +107,26 @@ def save_model_and_text(folder: pathlib.Path, words: int) -> pathlib.Path:
     rng = np.random.default_rng(0)
     (folder / "corpus.txt").write_text(" ".join(rng.choice(["depth", "up", "scaling", "grows", "a", "model"], words)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> pathlib.Path:
+    """A small text with something to learn in it."""
+    file = tmp_path_factory.mktemp("text") / "corpus.txt"
+    file.write_text(" ".join(np.random.default_rng(0).choice(["depth", "up", "scaling", "grows", "a"], 3000)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """A new bucket's URL, and what its emulator does wrong."""
+    from tests.bucket import serving
+
+    with serving() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def bucket(emulated) -> str:
+    """A new bucket's URL."""
+    return emulated[0]

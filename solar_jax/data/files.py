@@ -198,7 +198,8 @@ class _Object(io.RawIOBase):
     def _read(self, size: int) -> bytes:
         if self._at >= self._size:
             return b""
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(self.close_file)  # the next try opens it anew
             if self._file is None:
                 self._file = self._files.open(self._path, "rb")
             if self._file.tell() != self._at:
@@ -206,10 +207,8 @@ class _Object(io.RawIOBase):
             data = self._file.read(size)
             if not data:
                 raise OSError(f"the object ends after {self._at} of {self._size} bytes")
-            return data
-        except Exception:
-            self.close_file()
-            raise
+            failed.pop_all()
+        return data
 
     def close_file(self) -> None:
         broken, self._file = self._file, None

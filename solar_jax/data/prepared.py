@@ -159,7 +159,7 @@ def _manifest(path: str) -> pathlib.Path:
 
 def _read(file: pathlib.Path) -> tuple[str, dict[str, Any]]:
     try:
-        text = file.read_text() if is_local(file) else retry(file.read_text, str(file))
+        text = places.attempt(file, file.read_text)
         manifest = json.loads(text)
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: cannot be read: {e}.") from e

@@ -8,6 +8,7 @@ import re
 import shutil
 from typing import Any
 
+from solar_jax import places
 from solar_jax.data import records
 from solar_jax.data.prepared import FORMAT, MANIFEST, OF_SOURCE
 from solar_jax.preparation.decontamination import Index
@@ -42,17 +43,17 @@ def write(folder: pathlib.Path, sources: list[SourceFacts], index: Index | None,
     manifest["duplicates"] = _duplicates(folder, sources) if (folder / DUPLICATES).exists() else None
     manifest["decontamination"] = None if index is None else _decontamination(index, matches)
     if index is not None:
-        _write(folder / CONTAMINATED, "".join(json.dumps(match) + "\n" for match in matches))
+        places.write(folder / CONTAMINATED, "".join(json.dumps(match) + "\n" for match in matches))
     described = [_source(i, facts, shards) for i, facts in enumerate(sources)]
     for i, (facts, one) in enumerate(zip(sources, described, strict=True)):
         if len(sources) > 1:
             its = [shard | {"source": 0} for shard in shards if shard["source"] == i]
             content = manifest | {"sources": [one], "shards": its}
-            _write(folder / f"{i}-{_stem(facts.source.path)}{OF_SOURCE}", json.dumps(content, indent=1) + "\n")
+            places.write(folder / f"{i}-{_stem(facts.source.path)}{OF_SOURCE}", json.dumps(content, indent=1) + "\n")
     totals = {part: {key: sum(s[key] for s in shards if s["part"] == part) for key in _COUNTS} for part in PARTS}
     content = manifest | {"totals": totals, "sources": described, "shards": shards}
-    _write(folder / SHARDS / _NAMES, json.dumps(names))
-    _write(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+    places.write(folder / SHARDS / _NAMES, json.dumps(names))
+    places.write(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def name_shards(folder: pathlib.Path) -> None:
@@ -119,9 +120,3 @@ def _stem(path: str) -> str:
     """A name for a source that a shell takes."""
     last = pathlib.PurePosixPath(path).name.split(".")[0]
     return re.sub(r"\W+", "-", last).strip("-") or "source"
-
-
-def _write(file: pathlib.Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)

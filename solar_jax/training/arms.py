@@ -30,7 +30,7 @@ class Run:
 
     config: Config
     workdir: pathlib.Path
-    local: pathlib.Path  # for what only a disk can hold: profiles, stalls, TensorBoard's and W&B's files
+    local_folder: pathlib.Path  # for what only a disk can hold: profiles, stalls, TensorBoard's and W&B's files
     checkpoint: Checkpoint  # the base
     mesh: jax.sharding.Mesh
     rows: grain.MapDataset  # training

@@ -6,7 +6,6 @@ is by itself.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from solar_jax import retrying
+from solar_jax import places, retrying
 from solar_jax.config import CheckpointConfig
 from solar_jax.errors import UserError
 from solar_jax.model.llama import Params
@@ -247,8 +246,8 @@ class CheckpointStore:
         """Removes a checkpoint; what an interruption leaves of it has no marker, so that nothing takes it for whole."""
         try:
             if processes.is_first():
-                with contextlib.suppress(FileNotFoundError):
-                    (self._folder / str(step) / COMMITTED).unlink()
+                marker = self._folder / str(step) / COMMITTED
+                places.attempt(marker, lambda: marker.unlink(missing_ok=True))
             self._checkpointer.delete(step, missing_ok=True)
         except self._failures as e:
             self._warn(f"{self._folder / str(step)}: is not needed any more and cannot be removed: {_phrase(e)}")
@@ -281,7 +280,7 @@ class CheckpointStore:
         for step in steps:
             parts = {"params": state["params"]} if step == last else state
             try:
-                return self._load_patiently(step, parts)
+                return self._load(step, parts)
             except Damaged as e:
                 self._bad.add(step)
                 self._warn(f"{self._folder / str(step)}: is left out: {e}")
@@ -291,15 +290,6 @@ class CheckpointStore:
                 "begin again."
             )
         return None
-
-    def _load_patiently(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
-        """As `_load`; of a bucket, which may fail now and not be damaged, a few times."""
-        for attempt in range(0 if is_local(self._folder) else retrying.TRIES - 1):
-            try:
-                return self._load(step, state)
-            except Damaged:
-                time.sleep(retrying.FIRST_WAIT * 2**attempt)
-        return self._load(step, state)
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any, dict[str, Any]]:
         """The state of a step, laid out as the given abstract trees (shapes with shardings) say.

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from solar_jax import places
 from solar_jax.parallel import processes
 from solar_jax.places import is_local
 from solar_jax.training.arrays import array_paths, open_array
@@ -145,19 +146,13 @@ def _sizes(step: pathlib.Path) -> dict[str, int]:
 
 def write_seal(step: pathlib.Path, total: Sums) -> None:
     """Notes sums and sizes of a checkpoint that was found whole, beside its arrays."""
-    temporary = step / f".{SEAL}.tmp"
-    text = json.dumps({"sums": total, "files": _sizes(step)}, indent=0)
-    if not is_local(step):
-        (step / SEAL).write_text(text)
-        return
-    temporary.write_text(text)
-    os.replace(temporary, step / SEAL)
+    places.write(step / SEAL, json.dumps({"sums": total, "files": _sizes(step)}, indent=0))
 
 
 def read_seal(step: pathlib.Path) -> dict[str, Any] | None:
     """{"sums", "files"}; None where the checkpoint was never verified, as its run ended right after it."""
-    file = step / SEAL
-    return json.loads(file.read_text()) if file.exists() else None
+    text = places.read(step / SEAL)
+    return None if text is None else json.loads(text)
 
 
 def problem(step: pathlib.Path, state: dict[str, Any]) -> str | None:

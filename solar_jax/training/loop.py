@@ -157,8 +157,8 @@ class _Session:
         self._peak = chips.peak_flops(jax.devices()[0])
         self._clock = StepClock(self._last - done)
         log = config.logging
-        self._profiler = Profiler(run.local / "profiles", arm.name, log.profile_start, log.profile_steps, say)
-        self._watchdog = Watchdog(run.local / "stalls", arm.name, log.watchdog_seconds, warn)
+        self._profiler = Profiler(run.local_folder / "profiles", arm.name, log.profile_start, log.profile_steps, say)
+        self._watchdog = Watchdog(run.local_folder / "stalls", arm.name, log.watchdog_seconds, warn)
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "numbers")
         self._flying: _Flight | None = None
         self._guard = Guard(config.train, lines.read())
@@ -287,9 +287,11 @@ class _Session:
         """What fails next to a step, as the next batch may, does not cost the line of the step under way."""
         try:
             yield
-        except Exception:
-            with contextlib.suppress(Exception):  # which is the first one again, if the step itself failed
+        except Exception as e:
+            try:
                 self._land()
+            except Exception as again:
+                e.add_note(f"The step under way failed as well: {again}")
             raise
 
     def _record(self, flight: _Flight) -> None:

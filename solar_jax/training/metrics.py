@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -11,10 +10,11 @@ from typing import Any
 
 import jax
 
+from solar_jax import places
 from solar_jax.config import ModelConfig
+from solar_jax.errors import UserError
 from solar_jax.parallel import processes
 from solar_jax.places import is_local
-from solar_jax.retrying import retry
 
 _PUT_SECONDS = 30.0  # between two puts of a growing object
 
@@ -64,7 +64,7 @@ class JsonLines:
 
     def _stored(self) -> tuple[list[dict[str, Any]], bool]:
         """The whole lines of the file, and whether a crash cut the last one short."""
-        text, records = read_text(self.file) or "", []
+        text, records = places.read(self.file) or "", []
         for line in text.splitlines():
             try:
                 records.append(json.loads(line))
@@ -90,7 +90,7 @@ class JsonLines:
         if not self._local:
             self._changed = True
             if time.monotonic() - self._put_at >= _PUT_SECONDS:
-                with contextlib.suppress(Exception):  # the steps go on; `flush` tells of a bucket that stays away
+                with contextlib.suppress(UserError):  # the steps go on; `flush` tells of a bucket that stays away
                     self._put()
         elif self._torn:
             self._put()
@@ -105,56 +105,22 @@ class JsonLines:
           UserError: the bucket does not take them.
         """
         if self._writes and self._changed:
-            if self._local:
-                self._put()
-            else:
-                retry(self._put, str(self.file))
+            self._put()
 
     def _put(self) -> None:
         self._put_at = time.monotonic()  # of the try, so that a bucket that fails is not asked at every step
-        text = "".join(json.dumps(r) + "\n" for r in self._records)
-        if self._local:
-            write_text(self.file, text)
-        else:
-            self.file.write_text(text)
+        places.write(self.file, "".join(json.dumps(r) + "\n" for r in self._records))
         self._changed = self._torn = False
-
-
-def write_text(file: pathlib.Path, text: str) -> None:
-    """Replaces a file at once: a reader sees the old content or the new, never a part.
-
-    Raises:
-      UserError: the bucket does not take it.
-    """
-    if not is_local(file):  # where an object appears when it is whole
-        retry(lambda: file.write_text(text), str(file))
-        return
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
-
-
-def read_text(file: pathlib.Path) -> str | None:
-    """None where there is no such file.
-
-    Raises:
-      UserError: the bucket does not give it.
-    """
-
-    def read() -> str | None:
-        return file.read_text() if file.exists() else None
-
-    return read() if is_local(file) else retry(read, str(file))
 
 
 def read_json(file: pathlib.Path, missing: Any = None) -> Any:
     """`missing` where there is no such file."""
-    text = read_text(file)
+    text = places.read(file)
     return missing if text is None else json.loads(text)
 
 
 def write_json(file: pathlib.Path, value: Any) -> None:
-    write_text(file, json.dumps(value, indent=2) + "\n")
+    places.write(file, json.dumps(value, indent=2) + "\n")
 
 
 def duration(seconds: float) -> str:
@@ -200,7 +166,4 @@ def plot_losses(
     picture = io.BytesIO()  # since matplotlib writes to no bucket
     figure.savefig(picture, dpi=130, format="png")
     pyplot.close(figure)
-    if is_local(file):
-        file.write_bytes(picture.getvalue())
-    else:
-        retry(lambda: file.write_bytes(picture.getvalue()), str(file))
+    places.write(file, picture.getvalue())

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from solar_jax import lineage
+from solar_jax import lineage, places
 from solar_jax.config import Config, resolve
 from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.errors import UserError
@@ -21,7 +21,6 @@ from solar_jax.hf.folders import new_folder
 from solar_jax.hf.reader import Checkpoint
 from solar_jax.hf.writer import write_companions
 from solar_jax.places import is_local
-from solar_jax.retrying import retry
 from solar_jax.training import metrics
 from solar_jax.training.checkpoint import MODEL_FOLDER
 
@@ -186,8 +185,7 @@ def create(
         _fill(folder, config, checkpoint, plan, hf_config, record)
         files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         for name in sorted(files, key=lambda name: name == "config.json"):
-            content, out = (folder / name).read_bytes(), workdir / name
-            retry(lambda content=content, out=out: out.write_bytes(content), str(out))
+            places.write(workdir / name, (folder / name).read_bytes())
 
 
 def _fill(

@@ -8,7 +8,6 @@ from solar_jax import retrying
 from solar_jax.data.sources import Source, documents
 from solar_jax.errors import UserError
 from tests.data.test_readers import FORMATS, TEXTS, table
-from tests.hf.test_buckets import bucket  # noqa: F401, a fixture
 from tests.hf.test_s3 import bucket as s3_bucket  # noqa: F401
 
 
@@ -24,7 +23,7 @@ def read(url: str) -> list[str]:
 @pytest.mark.parametrize(
     "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "file.arrow", "text.array_record"]
 )
-def test_a_file_in_a_bucket_is_read_as_here(tmp_path, bucket, name):  # noqa: F811
+def test_a_file_in_a_bucket_is_read_as_here(tmp_path, bucket, name):
     FORMATS[name](tmp_path / name)
     epath.Path(f"{bucket}/files/{name}").write_bytes((tmp_path / name).read_bytes())
     found = list(documents(Source(f"{bucket}/files/{name}")))
@@ -32,7 +31,7 @@ def test_a_file_in_a_bucket_is_read_as_here(tmp_path, bucket, name):  # noqa: F8
     assert found[-1].id.startswith(f"{bucket}/files/{name}:")
 
 
-def test_a_folder_and_a_pattern_in_a_bucket_are_read_by_name(tmp_path, bucket):  # noqa: F811
+def test_a_folder_and_a_pattern_in_a_bucket_are_read_by_name(tmp_path, bucket):
     for i, name in enumerate(("train-0", "train-1", "test-0")):
         pq.write_table(table([f"{name} {i}"]), tmp_path / "a.parquet")
         epath.Path(f"{bucket}/set/data/{name}.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())

@@ -10,11 +10,10 @@ from solar_jax.data import prepared
 from solar_jax.data.prepared import is_prepared
 from solar_jax.errors import UserError
 from solar_jax.prepare import Options, prepare
-from tests.hf.test_buckets import bucket  # noqa: F401  the fixture
 from tests.preparation.test_preparing import assert_same_rows, config, jsonl, opened, random_texts
 
 
-def test_rows_in_a_bucket_are_copied_when_they_are_read_and_are_the_same(bucket, tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_rows_in_a_bucket_are_copied_when_they_are_read_and_are_the_same(bucket, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))

@@ -3,20 +3,15 @@
 import collections
 import contextlib
 import json
-import logging
 import pathlib
 import shutil
-from http import HTTPStatus
 
-import gcp_storage_emulator.server as emulator
 import jax
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from etils import epath
-from gcp_storage_emulator.exceptions import NotFound
-from gcp_storage_emulator.handlers import objects
 
 from solar_jax import convert, retrying, upscale
 from solar_jax.config import GrowthConfig
@@ -29,55 +24,7 @@ from solar_jax.source import open_checkpoint
 from solar_jax.training import arrays, importing
 from solar_jax.training.checkpoint import CheckpointStore
 
-PORT = 9023
 LIMIT = "100KB"  # several shards
-
-
-REFUSED: list[str] = []  # clients that may not write arrays
-
-
-def with_generations(handler):
-    """The emulator's handler, taught what TensorStore asks of the real one: generations and conditions on them."""
-
-    def handle(request, response, storage, *args, **kwargs):
-        name = request.params.get("object_id") or request.query.get("name", [""])[0]
-        try:
-            generation = storage.get_file_obj(request.params["bucket_name"], name)["generation"]
-        except NotFound:
-            generation = "0"
-        response["x-goog-generation"] = generation
-        agent = request.get_header("user-agent")
-        if handler is objects.insert and "/params/" in name and any(client in agent for client in REFUSED):
-            response.status = HTTPStatus.FORBIDDEN
-            return None
-        for condition, status in (("ifGenerationMatch", 412), ("ifGenerationNotMatch", 304)):
-            if (wanted := request.query.get(condition)) and (wanted[0] == generation) == (status == 304):
-                response.status = HTTPStatus(status)
-                return None
-        return handler(request, response, storage, *args, **kwargs)
-
-    return handle
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """A new bucket's URL."""
-    variables = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), f"http://127.0.0.1:{PORT}")
-    variables["NO_GCE_CHECK"] = "true"  # there is no machine of Google's to ask for credentials
-    for logger in ("gcsfs", "google.auth"):  # they look for credentials, which the emulator does without
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    taught = {f: with_generations(f) for f in (objects.insert, objects.get, objects.download)}
-    handlers = tuple(
-        (route, {method: taught.get(f, f) for method, f in methods.items()}) for route, methods in emulator.HANDLERS
-    )
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(emulator, "HANDLERS", handlers)
-        for name, value in variables.items():
-            m.setenv(name, value)
-        server = emulator.create_server("127.0.0.1", PORT, in_memory=True, default_bucket="models")
-        server.start()
-        yield "gs://models"
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -203,9 +150,10 @@ def test_an_orbax_checkpoint_whose_writing_stopped_is_none_and_is_gone_on_with(b
 
 
 @pytest.mark.parametrize("client", ["tensorstore", "gcsfs"])
-def test_an_orbax_checkpoint_that_a_bucket_refuses_is_one_sentence_and_none(bucket, source, monkeypatch, client):
+def test_an_orbax_checkpoint_that_a_bucket_refuses_is_one_sentence_and_none(emulated, source, monkeypatch, client):
+    bucket, faults = emulated
     out = epath.Path(f"{bucket}/refused {client}")
-    monkeypatch.setattr(f"{__name__}.REFUSED", [client])
+    monkeypatch.setattr(faults, "refused", client)
     with pytest.raises(UserError, match=f"gs://models/refused {client}.*: the bucket failed"):
         orbax(source, out)
     with pytest.raises(UserError):

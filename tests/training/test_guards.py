@@ -78,13 +78,6 @@ def test_a_step_that_is_left_out_leaves_every_bit_of_the_state(bad):
     assert bool(jnp.isfinite(measured["loss"])) != bad
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "corpus.txt"
-    file.write_text(" ".join(np.random.default_rng(0).choice(["depth", "up", "scaling", "grows", "a"], 3000)))
-    return file
-
-
 def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

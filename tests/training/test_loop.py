@@ -9,7 +9,6 @@ import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -60,13 +59,6 @@ def numbers(folder) -> list[dict]:
     timed = {*STEPS_SECONDS, "tokens_per_second", "mfu", "memory_peak_gib"}
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in r.items() if key not in timed} for r in lines]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "corpus.txt"
-    file.write_text(" ".join(np.random.default_rng(0).choice(["depth", "up", "scaling", "grows", "a"], 3000)))
-    return file
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,7 @@ from jax.extend.core import jaxprs_in_params
 
 from solar_jax.config import ModelConfig
 from solar_jax.model import llama
-from solar_jax.training import metrics
-from solar_jax.training.metrics import JsonLines, duration, flops_per_token, mfu, plot_losses, write_text
+from solar_jax.training.metrics import JsonLines, duration, flops_per_token, mfu, plot_losses
 from tests.parallel.test_rules import SMALL
 
 SOLAR = ModelConfig(32000, 4096, 14336, 48, 32, 8, 128)
@@ -107,19 +106,6 @@ def test_steps_that_will_be_taken_again_are_dropped_and_nothing_else(tmp_path):
     lines.keep_if(lambda r: r["step"] <= 3)
     lines.append({"step": 4, "loss": 0.0})
     assert lines.read() == [{"step": s, "loss": 1 / s} for s in (1, 2, 3)] + [{"step": 4, "loss": 0.0}]
-
-
-def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
-    file = tmp_path / "summary.json"
-    write_text(file, "old")
-
-    def crash(*_):
-        raise OSError
-
-    monkeypatch.setattr(metrics.os, "replace", crash)
-    with pytest.raises(OSError):  # noqa: PT011
-        write_text(file, "new and longer")
-    assert file.read_text() == "old"
 
 
 @pytest.mark.parametrize(
