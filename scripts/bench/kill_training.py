@@ -1,13 +1,15 @@
 """A training run killed with SIGKILL again and again, at random: in its start-up, in its steps, in its saves.
 
-    uv run --extra test python scripts/bench/kill_training.py --work DIR [--kills 50] [--seed 0]
+    uv run --extra test python scripts/bench/kill_training.py --work DIR [--kills 50] [--seed 0] [--bucket]
 
 Every start has to go on from the newest checkpoint that was whole when the process died, none of which may be lost or
 half there, and a run that got to its end has to have, bit by bit, the losses and the weights of one that nobody
-killed. The model is tiny, so that most of the time is what Python and jax take to start.
+killed. The model is tiny, so that most of the time is what Python and jax take to start. With --bucket the run is in a
+bucket of an emulator on loopback, whose every 151st request fails beside that; the run that nobody killed is local.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -16,13 +18,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+from etils import epath
+
+from solar_jax.places import is_local
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 EVERY = 5  # steps between checkpoints
 MOMENTS = ("start-up", "steps", "save")
+MARKER = "commit_success.txt"
 
 
 def make_source(folder: pathlib.Path) -> None:
@@ -47,9 +54,13 @@ def command(source: pathlib.Path, workdir: pathlib.Path) -> list[str]:
 
 def whole_steps(workdir: pathlib.Path) -> list[int]:
     """Steps of the checkpoints that have their marker, ascending."""
-    return sorted(
-        int(f.parent.name) for f in workdir.glob("checkpoints/*/commit_success.txt") if f.parent.name.isdigit()
-    )
+    return sorted(int(f.name) for f in saves(workdir) if f.name.isdigit() and (f / MARKER).exists())
+
+
+def saves(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Folders of checkpoints, whole or not."""
+    folder = workdir / "checkpoints"
+    return list(folder.iterdir()) if folder.exists() else []
 
 
 def metrics(workdir: pathlib.Path) -> list[tuple]:
@@ -67,18 +78,26 @@ def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def kill_one(process: subprocess.Popen, workdir: pathlib.Path, moment: str, rng: random.Random, startup: float) -> None:
-    """Kills a run that was just started at a moment of a kind."""
+def kill_one(
+    process: subprocess.Popen,
+    said: pathlib.Path,
+    workdir: pathlib.Path,
+    moment: str,
+    rng: random.Random,
+    startup: float,
+) -> None:
+    """Kills a run that was just started, and writes to `said`, at a moment of a kind."""
+    slower = 1 if is_local(workdir) else 8
     if moment == "start-up":
         time.sleep(rng.uniform(0, startup))
     elif moment == "steps":
-        file = workdir / "metrics.jsonl"
-        size = file.stat().st_size if file.exists() else 0
-        wait_for(process, lambda: file.exists() and file.stat().st_size > size)
-        time.sleep(rng.uniform(0, 0.6))
+        wait_for(process, lambda: "healed step " in said.read_text())
+        time.sleep(rng.uniform(0, 0.6 * slower))
     else:
-        wait_for(process, lambda: any("tmp" in f.name for f in workdir.glob("checkpoints/*")))
-        time.sleep(rng.uniform(0, 0.15))
+        whole = whole_steps(workdir)  # what the last kill left half done is not a save of this start
+        left = {f.name for f in saves(workdir)} - set(map(str, whole))
+        wait_for(process, lambda: any(f.name not in left and not (f / MARKER).exists() for f in saves(workdir)))
+        time.sleep(rng.uniform(0, 0.15 * slower))
     process.kill()
     process.wait()
 
@@ -101,21 +120,38 @@ def check_left(workdir: pathlib.Path, before: list[int]) -> list[int]:
     return steps
 
 
-def run(work: pathlib.Path, kills: int, seed: int) -> dict[str, int]:
+def run(work: pathlib.Path, kills: int, seed: int, bucket: bool = False) -> dict[str, int]:
     """Kills until `kills` are counted and the run that is under way has come to its end.
 
     Returns:
       Kills by moment, finished runs, and the most steps that one start had to take again.
     """
-    rng, counts = random.Random(seed), dict.fromkeys((*MOMENTS, "finished", "most_again"), 0)
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(work / "cache")}
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    with emulated_bucket() if bucket else contextlib.nullcontext(work) as place:
+        return kill_again_and_again(work, place / "run", kills, random.Random(seed))
+
+
+@contextlib.contextmanager
+def emulated_bucket() -> Iterator[pathlib.Path]:
+    """A bucket on loopback whose every 151st request fails."""
+    from solar_jax import places
+    from tests.bucket import serving
+
+    with serving() as (url, faults):
+        faults.every = 151
+        yield places.path(url)
+
+
+def kill_again_and_again(work: pathlib.Path, workdir: pathlib.Path, kills: int, rng: random.Random) -> dict[str, int]:
+    """See `run`; `workdir` may be a bucket's."""
+    counts = dict.fromkeys((*MOMENTS, "finished", "most_again"), 0)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(work / "cache")}
     make_source(work)
     begin = time.monotonic()
     subprocess.run(command(work, work / "whole"), cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
     startup = 0.7 * (time.monotonic() - begin)
-    expected, workdir, before = result(work / "whole"), work / "run", []
+    expected, before = result(work / "whole"), []
     while True:
         with (work / "said.txt").open("w") as out:
             process = subprocess.Popen(
@@ -123,7 +159,7 @@ def run(work: pathlib.Path, kills: int, seed: int) -> dict[str, int]:
             )  # fmt: skip
             moment = rng.choice(MOMENTS)
             if sum(counts[m] for m in MOMENTS) < kills:
-                kill_one(process, workdir, moment, rng, startup)
+                kill_one(process, work / "said.txt", workdir, moment, rng, startup)
             else:
                 process.wait()
         said = (work / "said.txt").read_text()
@@ -133,7 +169,7 @@ def run(work: pathlib.Path, kills: int, seed: int) -> dict[str, int]:
         if process.returncode == 0:
             assert result(workdir) == expected
             counts["finished"] += 1
-            shutil.rmtree(workdir)
+            epath.Path(workdir).rmtree()
             before = []
             if sum(counts[m] for m in MOMENTS) >= kills:
                 return counts
@@ -152,8 +188,9 @@ def main() -> None:
     parser.add_argument("--work", type=pathlib.Path, required=True)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bucket", action="store_true")
     args = parser.parse_args()
-    counts = run(args.work, args.kills, args.seed)
+    counts = run(args.work, args.kills, args.seed, args.bucket)
     print(f"{sum(counts[m] for m in MOMENTS)} kills: {', '.join(f'{counts[m]} in {m}' for m in MOMENTS)}")
     print(f"{counts['finished']} finished runs, each bit by bit the one that nobody killed")
     print(f"at most {counts['most_again']} steps taken again, checkpoints every {EVERY}")
