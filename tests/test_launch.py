@@ -11,15 +11,12 @@ import yaml
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "scripts" / "launch"
 COMMON = ["--project=p", "--zone=us-east5-a", "--type=v5p-128"]
-# launcher -> its own flags, and where the run's folder is on a host
-LAUNCHERS = {
-    "tpu_vm.sh": (["--workdir=gs://b/runs/my run"], "~/bucket/'runs/my run'"),
-    "xpk.sh": (["--workdir=/data/my run", "--cluster=c", "--image=r/i:1"], "'/data/my run'"),
-    "skypilot.sh": (["--workdir=gs://b/runs/my run"], "/bucket/'runs/my run'"),
-}
+WORKDIR = "gs://b/runs/my run"
+# launcher -> its own flags
+LAUNCHERS = {"tpu_vm.sh": [], "xpk.sh": ["--cluster=c", "--image=r/i:1"], "skypilot.sh": []}
 FLAGS = ["--config.train.steps=100", "--config.data.sources=/data/my text:0.5"]
 TRAIN = (
-    "python -m solar_jax.train --config configs/dus_48l.py --workdir {} "
+    "python -m solar_jax.train --config configs/dus_48l.py --workdir 'gs://b/runs/my run' "
     "--config.train.steps=100 '--config.data.sources=/data/my text:0.5'"
 )
 # https://docs.skypilot.co/en/latest/reference/yaml-spec.html
@@ -58,7 +55,8 @@ def launch(name: str, *flags: str, tools: pathlib.Path | None = None) -> subproc
 
 def commands(name: str, tools: pathlib.Path) -> list[list[str]]:
     """The commands that a dry run prints, each as a shell takes it apart."""
-    done = launch(name, *COMMON, *LAUNCHERS[name][0], "--spot", "--dry_run", "--", *FLAGS, tools=tools)
+    flags = [f"--workdir={WORKDIR}", *LAUNCHERS[name], "--spot", "--dry_run"]
+    done = launch(name, *COMMON, *flags, "--", *FLAGS, tools=tools)
     assert done.returncode == 0, done.stderr
     return [shlex.split(line[2:]) for line in done.stdout.splitlines() if line.startswith("+ ")]
 
@@ -81,11 +79,10 @@ def test_a_dry_run_starts_nothing(tools, name):
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_all_start_the_same_training_command_with_every_flag_whole(tools, name):
     (line,) = [word for command in commands(name, tools) for word in command if "solar_jax.train " in word]
-    folder = LAUNCHERS[name][1]
-    assert line.endswith(TRAIN.format(folder))
+    assert line.endswith(TRAIN)
     words = shlex.split(line[line.index("python -m") :])
     assert words[-2:] == FLAGS
-    assert words[words.index("--workdir") + 1] == folder.replace("'", "")
+    assert words[words.index("--workdir") + 1] == WORKDIR
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -95,7 +92,6 @@ def test_project_zone_slice_and_spot_reach_the_tool(tools, name):
     if name == "skypilot.sh":
         assert create[:4] == ["env", "GOOGLE_CLOUD_PROJECT=p", "sky", "jobs"]
         assert "--infra gcp/us-east5/us-east5-a --gpus tpu-v5p-128 --use-spot" in line
-        assert "--env BUCKET=gs://b" in line
     else:
         assert "--project p --zone us-east5-a" in line
         assert "--spot" in create
@@ -107,7 +103,7 @@ def test_tpu_vm_installs_and_trains_on_all_hosts_and_gives_the_slice_back(tools)
     assert found[0][:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "solar-jax"]
     assert found[0][found[0].index("--runtime-version") + 1] == "v2-alpha-tpuv5"
     on_hosts = [c for c in found if "tpu-vm" in c]
-    assert [c[4] for c in on_hosts] == ["scp", "ssh", "ssh", "ssh"]  # the commit, install, mount, train
+    assert [c[4] for c in on_hosts] == ["scp", "ssh", "ssh"]  # the commit, install, train
     assert all("--worker=all" in c for c in on_hosts)
     assert found[-1][:6] == ["gcloud", "compute", "tpus", "queued-resources", "delete", "solar-jax"]
     for command in on_hosts[1:]:
@@ -127,7 +123,7 @@ def test_a_slice_that_is_taken_away_is_asked_for_again_and_the_run_goes_on(tools
         esac
         """
     )
-    done = launch("tpu_vm.sh", *COMMON, *LAUNCHERS["tpu_vm.sh"][0], tools=tools)
+    done = launch("tpu_vm.sh", *COMMON, "--workdir=gs://b/r", tools=tools)
     assert done.returncode == 0, done.stderr
     calls = (tools.parent / "calls").read_text().splitlines()
     kinds = {"create": "'create'", "delete": "'delete'", "train": "solar_jax.train", "install": "uv pip install"}
@@ -139,7 +135,7 @@ def test_a_run_that_fails_on_healthy_machines_is_not_started_for_ever(tools):
     (tools.parent / "answer").write_text(
         'case "$*" in *describe*) echo ACTIVE ;; *solar_jax.train*) exit 1 ;; esac'
     )  # fmt: skip
-    done = launch("tpu_vm.sh", *COMMON, *LAUNCHERS["tpu_vm.sh"][0], "--attempts=2", tools=tools)
+    done = launch("tpu_vm.sh", *COMMON, "--workdir=gs://b/r", "--attempts=2", tools=tools)
     assert done.returncode == 2
     assert "failed 2 times on healthy machines" in done.stderr
     calls = (tools.parent / "calls").read_text()
@@ -159,11 +155,8 @@ def test_the_skypilot_task_has_documented_keys_and_every_env_that_is_used():
     task = yaml.safe_load((FOLDER / "skypilot.yaml").read_text())
     assert set(task) <= SKYPILOT_KEYS
     assert set(task["resources"]) <= SKYPILOT_RESOURCES
-    assert task["file_mounts"]["/bucket"] == {"source": "${BUCKET}", "mode": "MOUNT"}
-    assert set(task["envs"]) == {"BUCKET", "COMMAND"}
-    assert task["envs"]["COMMAND"].startswith(
-        "python -m solar_jax.train --config configs/dus_48l.py --workdir /bucket/"
-    )
+    assert set(task["envs"]) == {"COMMAND"}
+    assert task["envs"]["COMMAND"].startswith("python -m solar_jax.train --config configs/dus_48l.py --workdir gs://")
     assert 'eval "$COMMAND"' in task["run"]
     for part in ("setup", "run"):
         subprocess.run(["bash", "-n", "-c", task[part]], check=True)
@@ -193,7 +186,8 @@ def test_bad_flags_get_one_sentence_and_start_nothing(tools, name, flags, words)
     ("name", "flags", "words"),
     [
         ("tpu_vm.sh", ["--workdir=gs://bucket"], "must name a folder in the bucket"),
-        ("xpk.sh", ["--workdir=gs://b/r", "--cluster=c", "--image=i"], "must be a path in the pods"),
+        ("xpk.sh", ["--workdir=gs://b", "--cluster=c", "--image=i"], "must name a folder in the bucket"),
+        ("xpk.sh", ["--workdir=runs/r", "--cluster=c", "--image=i"], "must be gs://BUCKET/PATH or a path in the pods"),
         ("xpk.sh", ["--workdir=/r", "--image=i"], "--cluster is missing"),
         ("skypilot.sh", ["--workdir=/r"], "must be gs://BUCKET/PATH"),
     ],

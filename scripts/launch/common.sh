@@ -67,8 +67,14 @@ parse() {
   done
 }
 
-# The command that trains, the same everywhere; again, it goes on from the last checkpoint.
-# Its argument is the run's folder, quoted already.
+# The command that trains, the same everywhere; again, it goes on from the last checkpoint. Checkpoints pass through
+# memory that is new each time, which the C library is told to take in large pages.
 train_command() {
-  echo "python -m solar_jax.train --config $(quoted "$CONFIG") --workdir $1${TRAIN_FLAGS:+ $(quoted "${TRAIN_FLAGS[@]}")}"
+  echo "env GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m solar_jax.train" \
+    "$(quoted --config "$CONFIG" --workdir "$WORKDIR" "${TRAIN_FLAGS[@]}")"
+}
+
+# Stops where $WORKDIR names a bucket without a folder in it.
+check_bucket() {
+  [[ "$WORKDIR" != gs://* || "$WORKDIR" == gs://*/?* ]] || fail "--workdir $WORKDIR: must name a folder in the bucket."
 }

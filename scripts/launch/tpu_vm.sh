@@ -3,7 +3,7 @@
 # on all of them. When the slice is taken away it asks for another and the run goes on. Keep it running (tmux).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-WORKDIR_HELP="gs://BUCKET/PATH (mounted; a bucket with hierarchical namespace), or a path on a file share"
+WORKDIR_HELP="gs://BUCKET/PATH, or a path on a file share"
 MORE_HELP="  --runtime VER    software version of the hosts; by --type if not given
   --attempts N     how often a run that fails on healthy machines is started; 3 if not given
   --keep 1         keep the slice after the run"
@@ -63,24 +63,12 @@ install() {
     on_all "set -e; mkdir -p solar_jax; tar -xzf solar_jax.tar.gz -C solar_jax; cd solar_jax; $INSTALL"
 }
 
-mount_bucket() {
-  local bucket="${WORKDIR#gs://}"
-  on_all "set -e; command -v gcsfuse >/dev/null || sudo apt-get install --yes gcsfuse; mkdir -p ~/bucket; mountpoint -q ~/bucket || gcsfuse --implicit-dirs $(quoted "${bucket%%/*}") ~/bucket"
-}
-
 # A process that a lost connection left behind holds the chips, so it goes first.
 train() {
-  local folder
-  if [[ "$WORKDIR" == gs://*/* ]]; then
-    mount_bucket || return
-    folder="~/bucket/$(quoted "${WORKDIR#gs://*/}")"
-  else
-    folder="$(quoted "$WORKDIR")"
-  fi
-  on_all "cd ~/solar_jax; [ ! -f train.pid ] || { kill \$(cat train.pid) 2>/dev/null && sleep 20; }; echo \$\$ > train.pid; . .venv/bin/activate; exec $(train_command "$folder")"
+  on_all "cd ~/solar_jax; [ ! -f train.pid ] || { kill \$(cat train.pid) 2>/dev/null && sleep 20; }; echo \$\$ > train.pid; . .venv/bin/activate; exec $(train_command)"
 }
 
-[[ "$WORKDIR" != gs://* || "$WORKDIR" == gs://*/?* ]] || fail "--workdir $WORKDIR: must name a folder in the bucket."
+check_bucket
 failed=0
 while true; do
   obtain

@@ -3,7 +3,7 @@
 # the same command. The JobSet starts them again when a machine is lost, and the run goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-WORKDIR_HELP="a path on storage that is attached to the cluster (xpk storage attach)"
+WORKDIR_HELP="gs://BUCKET/PATH, or a path on storage that is attached to the cluster (xpk storage attach)"
 MORE_HELP="  --cluster C      GKE cluster that XPK has set up
   --image IMAGE    name to push the image under, in a registry that the cluster may read
   --slices N       slices that train together; 1 if not given
@@ -14,7 +14,9 @@ source scripts/launch/common.sh
 parse "$@"
 [ -n "$CLUSTER" ] || fail "--cluster is missing; --help lists all flags."
 [ -n "$IMAGE" ] || fail "--image is missing; --help lists all flags."
-[[ "$WORKDIR" == /* ]] || fail "--workdir $WORKDIR: must be a path in the pods, of storage attached with xpk storage."
+[[ "$WORKDIR" == /* || "$WORKDIR" == gs://* ]] ||
+  fail "--workdir $WORKDIR: must be gs://BUCKET/PATH or a path in the pods, of storage attached with xpk storage."
+check_bucket
 
 # From the commit and not from the folder, so that the image holds what is recorded and nothing else.
 ARCHIVE=/tmp/solar_jax.tar.gz
@@ -29,4 +31,4 @@ run docker push "$IMAGE"
 run xpk workload create --workload "$NAME" --cluster "$CLUSTER" --project "$PROJECT" --zone "$ZONE" \
   --tpu-type "$TYPE" --num-slices "$SLICES" --docker-image "$IMAGE" ${SPOT:+--spot} \
   --max-restarts "$RESTARTS" --restart-on-user-code-failure \
-  --command "$(train_command "$(quoted "$WORKDIR")")"
+  --command "$(train_command)"
