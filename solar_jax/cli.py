@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from logging import ERROR, LogRecord
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -30,7 +31,15 @@ def start(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None
     """
     define_flags()
     logging.set_verbosity(logging.WARNING)  # the libraries' notes on every file they touch; --verbosity=0 shows them
+    logging.get_absl_handler().addFilter(_is_news)
     app.run(lambda argv: _guarded(lambda: main(_no_rest(argv))), flags_parser=_parse)
+
+
+def _is_news(record: LogRecord) -> bool:
+    """Whether a library's note is shown: Orbax logs what goes wrong with a traceback in each of its threads, and raises
+    it as well.
+    """
+    return record.levelno != ERROR or "orbax" not in record.pathname or logging.get_verbosity() >= logging.INFO
 
 
 def define_conversion_flags() -> None:

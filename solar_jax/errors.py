@@ -1,4 +1,9 @@
-"""The one exception that a user of the commands is meant to see."""
+"""The exceptions that a user of the commands is meant to see, and other people's in a few words."""
+
+import os
+import re
+
+_PHRASE = 300  # characters
 
 
 class UserError(Exception):
@@ -15,3 +20,14 @@ class Interrupted(BaseException):
     The command ends with status 75, which is sysexits' for a failure that a second try mends. As KeyboardInterrupt it
     is no Exception, since it may come anywhere, also where any failure is tried again.
     """
+
+
+def phrase(e: BaseException) -> str:
+    """What a file system or a bucket said, on one line and without the libraries' notes to themselves."""
+    text = str(e)
+    if found := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's
+        return os.strerror(int(found[1]))
+    if isinstance(e, OSError) and e.strerror:
+        return e.strerror
+    text = re.sub(r"<head>.*?</head>|<[^<>]*>", " ", text.split(" [")[0], flags=re.DOTALL)  # a page for a browser
+    return " ".join(text.split())[:_PHRASE].rstrip(" .,") or type(e).__name__

@@ -1,5 +1,6 @@
 """Where files are: on this machine, or behind a URL (gs://, s3://, hf://); small ones read and written whole."""
 
+import logging
 import os
 import pathlib
 import typing
@@ -14,6 +15,8 @@ from solar_jax.retrying import retry
 # Objects come and go by other hands, TensorStore's and other hosts', so no listing may be remembered.
 for _protocol in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+# It logs a page and a traceback each time that a request fails for good, which we ask again or tell in a sentence.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def is_local(place: str | os.PathLike[str]) -> bool:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from solar_jax.errors import UserError
+from solar_jax.errors import UserError, phrase
 
 TRIES, FIRST_WAIT = 4, 1.0  # of one action; the wait in seconds doubles
 
@@ -22,6 +22,6 @@ def retry(action: Callable[[], Any], what: str) -> Any:
             raise
         except Exception as e:  # each cloud's client has exceptions of its own
             if attempt == TRIES - 1:
-                raise UserError(f"{what}: the bucket failed {TRIES} times ({type(e).__name__}: {e}).") from e
+                raise UserError(f"{what}: the bucket failed {TRIES} times ({phrase(e)}).") from e
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError

@@ -59,8 +59,10 @@ def whole_steps(workdir: pathlib.Path) -> list[int]:
 
 def saves(workdir: pathlib.Path) -> list[pathlib.Path]:
     """Folders of checkpoints, whole or not."""
-    folder = workdir / "checkpoints"
-    return list(folder.iterdir()) if folder.exists() else []
+    try:
+        return list((workdir / "checkpoints").iterdir())
+    except FileNotFoundError:  # as a bucket's folder is that the run has just emptied
+        return []
 
 
 def metrics(workdir: pathlib.Path) -> list[tuple]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from solar_jax.errors import UserError
+from solar_jax.errors import UserError, phrase
 
 _METADATA, _CHUNK = "/zarr.json", "/c/"  # in the keys of a store
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
@@ -97,8 +97,7 @@ def told_errors(folder: pathlib.Path) -> Iterator[None]:
         raise
     except Exception as e:  # of several types, by the kind of failure
         if "://" in os.fspath(folder) and re.search(r"(gs|s3)://|http_response_code", str(e)):
-            said = " ".join(str(e).split(" [")[0].split())  # without TensorStore's notes to itself
-            raise UserError(f"{folder}: the bucket failed ({said[:300]}).") from e
+            raise UserError(f"{folder}: the bucket failed ({phrase(e)}).") from e
         if found := re.search(r"os_error_code='(\d+)'", str(e)):
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from e
         raise

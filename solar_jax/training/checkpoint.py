@@ -6,10 +6,9 @@ is by itself.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
-import os
 import pathlib
-import re
 import shutil
 import sys
 import time
@@ -21,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from solar_jax import places, retrying
 from solar_jax.config import CheckpointConfig
-from solar_jax.errors import UserError
+from solar_jax.errors import UserError, phrase
 from solar_jax.model.llama import Params
 from solar_jax.parallel import processes
 from solar_jax.places import is_local
@@ -34,6 +33,7 @@ from solar_jax.training.rounding import as_kept, as_wanted
 FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
 PARTS = ("params", "opt_state")  # the arrays of a checkpoint; beside them is `host`, JSON
+NONE_YET = "there is no earlier checkpoint"
 _CHUNK_BYTES = 1 << 26
 
 
@@ -124,7 +124,8 @@ class CheckpointStore:
     def latest_step(self) -> int | None:
         """Of the newest checkpoint that is not known to be damaged and not under way."""
         pending = self._pending.step if self._pending else None
-        return max((s for s in self._good() if s != pending), default=None)
+        good = places.attempt(self._folder, self._good)
+        return max((s for s in good if s != pending), default=None)
 
     # ---- Writing ------------------------------------------------------------------------------------------------
 
@@ -180,12 +181,14 @@ class CheckpointStore:
         try:
             written, read, wrong = pending.checked.result()
         except Exception as e:  # of many types, by what failed
-            problem = _phrase(e)
+            problem = phrase(e)
         if not processes.agree(problem is None):
             problem = problem or "another process failed"
         elif found := integrity.differing(integrity.together(written), integrity.together(read)):
             problem = f"read back, {found}"
         if problem is not None:
+            with contextlib.suppress(Exception):
+                self._checkpointer.wait()  # which raises what went wrong again, instead of the next save
             self._discard(pending.step)
             return problem
         if not processes.agree(not wrong):
@@ -200,14 +203,17 @@ class CheckpointStore:
         total = integrity.together(written)
         if processes.is_first():
             self._seal(pending.step, total)
-        self._prune(pending.step)
+        try:
+            self._prune(pending.step)
+        except self._failures as e:
+            self._warn(f"{self._folder}: what is not needed any more cannot be looked for: {phrase(e)}")
         return None
 
     def _seal(self, step: int, total: integrity.Sums) -> None:
         try:
             integrity.write_seal(self._folder / str(step), total)
         except self._failures as e:
-            self._warn(f"{self._folder / str(step)}: is whole, but {integrity.SEAL} cannot be written: {_phrase(e)}")
+            self._warn(f"{self._folder / str(step)}: is whole, but {integrity.SEAL} cannot be written: {phrase(e)}")
 
     def save(self, step: int, **state: Any) -> None:
         """Writes a step, reads it back and returns when that is done; tried again a few times, with growing waits.
@@ -224,16 +230,21 @@ class CheckpointStore:
             if (problem := self.settle()) is None:
                 return
         raise UserError(
-            f"{self._folder / str(step)}: could not be saved in {retrying.TRIES} tries ({problem}); "
-            f"{self.last_good()}, and the same command goes on from there."
+            f"{self._folder / str(step)}: could not be saved in {retrying.TRIES} tries ({problem}); {self.goes_on()}."
         )
 
     def last_good(self) -> str:
+        """Of the run, as a phrase."""
         try:
             step = max(self._good(), default=None)
         except self._failures:
             step = self._whole
-        return "there is no earlier checkpoint" if step is None else f"the last good checkpoint is that of step {step}"
+        return NONE_YET if step is None else f"the last good checkpoint is that of step {step}"
+
+    def goes_on(self) -> str:
+        """What a run that ends here can still do, as a phrase."""
+        good = self.last_good()
+        return f"{good}, and the same command {'begins again' if good == NONE_YET else 'goes on from there'}"
 
     def _prune(self, newest_step: int) -> None:
         good = [s for s in self._good() if s <= newest_step]
@@ -250,7 +261,7 @@ class CheckpointStore:
                 places.attempt(marker, lambda: marker.unlink(missing_ok=True))
             self._checkpointer.delete(step, missing_ok=True)
         except self._failures as e:
-            self._warn(f"{self._folder / str(step)}: is not needed any more and cannot be removed: {_phrase(e)}")
+            self._warn(f"{self._folder / str(step)}: is not needed any more and cannot be removed: {phrase(e)}")
 
     def _discard(self, step: int) -> None:
         """Removes what a failed save left, under its own name and under that of one that is not whole yet."""
@@ -317,13 +328,13 @@ class CheckpointStore:
             problem = integrity.problem(folder, state)
             seal = integrity.read_seal(folder)
         except self._failures as e:
-            problem = f"it cannot be read ({_phrase(e)})"
+            problem = f"it cannot be read ({phrase(e)})"
         self._agree(problem)
         try:
             host = {"host": None} if (folder / "host").exists() else {}
             found = self._checkpointer.load_checkpointables(step, state | host)
         except (*self._failures, KeyError) as e:
-            problem = f"it cannot be read ({_phrase(e)})"
+            problem = f"it cannot be read ({phrase(e)})"
         self._agree(problem)
         if seal is not None:
             self._compare(folder, seal["sums"], {part: found[part] for part in state})
@@ -345,7 +356,7 @@ class CheckpointStore:
             read = dict.fromkeys(cast, 0) | integrity.stored_sums(folder, cast[index::count])
             found |= read
         except (OSError, ValueError) as e:
-            problem = f"it cannot be read ({_phrase(e)})"
+            problem = f"it cannot be read ({phrase(e)})"
         self._agree(problem)
         self._agree(integrity.differing(saved, integrity.together(found)))
 
@@ -363,13 +374,7 @@ class CheckpointStore:
         if processes.index_and_count()[1] == 1 and (problem := self.settle()):
             self._warn(f"{self._folder}: the last save failed: {problem}")
         self._pool.shutdown(wait=True)
-        self._checkpointer.close()
-
-
-def _phrase(e: BaseException) -> str:
-    """What a file system or a bucket said, without the libraries' notes to themselves."""
-    if found := re.search(r"os_error_code='(\d+)'", str(e)):
-        return os.strerror(int(found[1]))
-    if isinstance(e, OSError) and e.strerror:
-        return e.strerror
-    return " ".join(str(e).split(" [")[0].split())[:300] or type(e).__name__
+        try:
+            self._checkpointer.close()
+        except self._failures as e:
+            self._warn(f"{self._folder}: the last save failed: {phrase(e)}")

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -166,7 +167,8 @@ class _Session:
     def close(self) -> None:
         self._profiler.end()
         self._reader.shutdown(wait=False)
-        self._lines.flush()
+        with contextlib.suppress(UserError) if sys.exception() else contextlib.nullcontext():  # that one is told
+            self._lines.flush()
 
     def steps(self, optimizer: Any, state: Any) -> Params:
         """Takes the steps that are left; the state's memory goes to the new one.
@@ -262,9 +264,7 @@ class _Session:
             self._run.evals.flush()
             self._run.ledger.write()
         except UserError as e:
-            raise UserError(
-                f"{str(e).rstrip('.')}; {self._store.last_good()}, and the same command goes on from there."
-            ) from e
+            raise UserError(f"{str(e).rstrip('.')}; {self._store.goes_on()}.") from e
         host = {"step": step, "tokens": self._tokens(step), "rows": self._rows(step)}
         (self._store.save if at_once or failed else self._store.begin)(step, **state, host=host)
 

@@ -1,14 +1,19 @@
 """Whole runs in a bucket, against an emulator on loopback that fails when it is told to."""
 
+import asyncio
 import dataclasses
 import json
+import re
+import types
 
+import gcsfs
 import pytest
 from etils import epath
 
 from solar_jax import retrying, train
 from solar_jax.errors import UserError
 from solar_jax.source import open_checkpoint
+from solar_jax.training.checkpoint import CheckpointStore
 from tests.test_train import make_config, metrics
 
 LOSSES = ("base_loss", "zero_token_loss", "final_loss", "control_loss")
@@ -66,6 +71,37 @@ def test_a_run_in_a_bucket_that_fails_all_along_is_the_local_one(emulated, tiny,
     assert faults.counts["503"] > 10
     assert faults.counts["reset"] > 2
     assert open_checkpoint(str(folder)).cfg.num_hidden_layers == 8  # its newest checkpoint, as a model
+
+
+@pytest.mark.slow
+def test_a_bucket_that_stays_away_ends_the_run_in_one_sentence_and_costs_no_checkpoint(
+    emulated, tiny, text, local, tmp_path, monkeypatch
+):
+    url, faults = emulated
+    folder, config = epath.Path(f"{url}/away"), moved(config_of(tiny, text), text, url)
+    monkeypatch.chdir(tmp_path)
+    seal = CheckpointStore._seal
+
+    def seal_and_go(store, step, total):
+        seal(store, step, total)
+        if step == 4:
+            faults.every = 1
+
+    with monkeypatch.context() as m:
+        m.setattr(faults, "every", 0)
+        m.setattr(CheckpointStore, "_seal", seal_and_go)
+        m.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda _: asyncio.sleep(0.01)))  # not of seconds
+        with pytest.raises(UserError) as told:
+            train.run(config, folder)
+    sentence = str(told.value)
+    assert re.fullmatch(
+        rf"{folder}/(metrics|evals)\.jsonl: the bucket failed 4 times \(.*503.*\); the last good checkpoint is that of "
+        r"step 4, and the same command goes on from there\.",
+        sentence,
+    ), sentence
+    assert "4" in names(folder / "checkpoints")
+    train.run(config, folder)
+    assert_same_run(folder, local)
 
 
 @pytest.mark.slow
