@@ -77,15 +77,18 @@ def chunks(folder: pathlib.Path) -> dict[str, set[tuple[int, ...]]]:
     return found
 
 
-def open_array(folder: pathlib.Path, path: str) -> Any:
+def open_array(folder: pathlib.Path, path: str, context: ts.Context | None = None) -> Any:
     """An array to read from, by slices.
+
+    Without a `context` chunks are remembered for neighbouring slices that share one. A chunk that is not there fails
+    where it is read.
 
     Raises:
       ValueError: there is no such array, or it is damaged.
     """
-    # The cache serves neighbouring slices that share a chunk.
-    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
-    return ts.open(_array(folder, path), read=True, open=True, context=context).result()
+    context = context or ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+    spec = _array(folder, path) | {"fill_missing_data_reads": False}
+    return ts.open(spec, read=True, open=True, context=context).result()
 
 
 @contextlib.contextmanager

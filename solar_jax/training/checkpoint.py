@@ -24,7 +24,7 @@ from solar_jax.errors import UserError, phrase
 from solar_jax.model.llama import Params
 from solar_jax.parallel import processes
 from solar_jax.places import is_local
-from solar_jax.training import integrity
+from solar_jax.training import integrity, restoring
 from solar_jax.training.arrays import DATA_FILE_BYTES
 from solar_jax.training.integrity import COMMITTED
 from solar_jax.training.retention import kept
@@ -323,7 +323,7 @@ class CheckpointStore:
         folder, wanted = self._folder / str(step), state.get("opt_state")
         if wanted is not None:
             state = state | {"opt_state": as_kept(wanted, integrity.is_narrow(folder))}
-        found, problem, seal = {}, None, None
+        found, sums, host, problem, seal = {}, {}, {}, None, None
         try:
             problem = integrity.problem(folder, state)
             seal = integrity.read_seal(folder)
@@ -331,34 +331,21 @@ class CheckpointStore:
             problem = f"it cannot be read ({phrase(e)})"
         self._agree(problem)
         try:
-            host = {"host": None} if (folder / "host").exists() else {}
-            found = self._checkpointer.load_checkpointables(step, state | host)
+            if (folder / "host").exists():
+                host = self._checkpointer.load_checkpointables(step, {"host": None})
+        except (*self._failures, KeyError) as e:
+            problem = f"it cannot be read ({phrase(e)})"
+        self._agree(problem)
+        try:
+            found, sums = restoring.restore(folder, state)
         except (*self._failures, KeyError) as e:
             problem = f"it cannot be read ({phrase(e)})"
         self._agree(problem)
         if seal is not None:
-            self._compare(folder, seal["sums"], {part: found[part] for part in state})
+            self._agree(integrity.differing(seal["sums"], integrity.together(sums)))
         if wanted is not None:
             found["opt_state"] = as_wanted(found["opt_state"], wanted, step)
-        return found
-
-    def _compare(self, folder: pathlib.Path, saved: integrity.Sums, state: dict[str, Any]) -> None:
-        """Raises Damaged where restored arrays are not those of the seal, or their files, if they came as another
-        dtype.
-        """
-        as_stored = {name: dtype for name, (_, dtype) in integrity.stored_shapes(folder, state).items()}
-        views = integrity.views(state)
-        cast = [name for name, dtype in integrity.dtypes(state).items() if as_stored[name] != dtype]
-        found = integrity.sums({name: parts for name, parts in views.items() if name not in cast})
-        index, count = processes.index_and_count()
-        problem = None
-        try:
-            read = dict.fromkeys(cast, 0) | integrity.stored_sums(folder, cast[index::count])
-            found |= read
-        except (OSError, ValueError) as e:
-            problem = f"it cannot be read ({phrase(e)})"
-        self._agree(problem)
-        self._agree(integrity.differing(saved, integrity.together(found)))
+        return found | host
 
     @staticmethod
     def _agree(problem: str | None) -> None:

@@ -29,7 +29,8 @@ Sums = dict[str, int]  # "params/layers/q_proj" -> its sum, or a process's share
 Views = dict[str, list[tuple[int, np.ndarray]]]  # by the same names: (first row, what this process holds)
 
 
-def _name(path: Any) -> str:
+def name_of(path: Any) -> str:
+    """Of an array in a state's tree, e.g. "params/layers/q_proj"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -39,18 +40,13 @@ def views(state: dict[str, Any]) -> Views:
     They stay what they are when the devices' memory is given away.
     """
     return {
-        _name(path): [
+        name_of(path): [
             (shard.index[0].start or 0 if x.ndim else 0, np.asarray(shard.data))
             for shard in x.addressable_shards
             if shard.replica_id == 0
         ]
         for path, x in jax.tree.leaves_with_path(state)
     }
-
-
-def dtypes(state: dict[str, Any]) -> dict[str, str]:
-    """The dtype of every array by its name."""
-    return {_name(path): x.dtype.name for path, x in jax.tree.leaves_with_path(state)}
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
@@ -175,7 +171,7 @@ def problem(step: pathlib.Path, state: dict[str, Any]) -> str | None:
     except (ValueError, OSError, KeyError) as e:
         return f"it cannot be read ({' '.join(str(e).split())[:200]})"
     for path, expected in jax.tree.leaves_with_path(state):
-        name = _name(path)
+        name = name_of(path)
         if name not in found:
             return f"{name} is missing"
         if found[name][0] != tuple(expected.shape):
