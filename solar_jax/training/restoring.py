@@ -8,7 +8,7 @@ the array.
 import concurrent.futures
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -58,7 +58,8 @@ def _restore(step: pathlib.Path, name: str, wanted: jax.ShapeDtypeStruct, contex
     counted = _counted_here(sharding, shape)
     held = {box: _empty(tuple(s.stop - s.start for s in box), wanted.dtype) for box in devices}
     if shape:
-        total = sum(_fill(array, held, counted))
+        groups = together(list(held), array.chunk_layout.read_chunk.shape)
+        total = sum(s for group in groups for s in _fill(array, {box: held[box] for box in group}, counted))
     else:
         value = array.read().result()
         held[()][...] = value
@@ -73,12 +74,28 @@ def _restore(step: pathlib.Path, name: str, wanted: jax.ShapeDtypeStruct, contex
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays), total % 2**32
 
 
+def together(boxes: list[Box], chunk: tuple[int, ...]) -> list[list[Box]]:
+    """Which boxes of an array to read at once: each by itself, or all, where that takes fewer whole chunks.
+
+    A checkpoint of the same mesh has a chunk for each device; of another mesh several devices want parts of one.
+    """
+
+    def chunks(box: Box) -> int:
+        return math.prod(-(-s.stop // size) - s.start // size for s, size in zip(box, chunk, strict=True))
+
+    return [[box] for box in boxes] if sum(map(chunks, boxes)) <= chunks(_hull(boxes)) else [boxes]
+
+
+def _hull(boxes: Iterable[Box]) -> Box:
+    return tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*boxes, strict=True))
+
+
 def _fill(array: Any, held: dict[Box, np.ndarray], counted: set[Box]) -> Iterator[int]:
     """Reads what lies in some boxes of an array; the sums of the parts of it that are `counted`."""
-    hull = tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*held, strict=True))
+    hull = _hull(held)
     stored = array.dtype.numpy_dtype
     for rows in _row_blocks(array, hull):
-        values = None  # read once for all boxes, unless there is but one, which takes it directly
+        values = None  # for several boxes; one takes what is read directly
         for box, memory in held.items():
             here = slice(max(rows.start, box[0].start), min(rows.stop, box[0].stop))
             if here.start >= here.stop:

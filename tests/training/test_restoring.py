@@ -63,6 +63,17 @@ def test_no_byte_is_read_twice_however_many_devices_share_a_chunk(step, spec, mo
     assert sum(sizes) == sum(x.nbytes for x in jax.tree.leaves(values()) if x.ndim)
 
 
+def boxes(*ranges: tuple[int, int]) -> list[restoring.Box]:
+    return [(slice(0, 4), slice(*r), slice(0, 8)) for r in ranges]
+
+
+def test_devices_far_from_one_another_read_their_own_chunks_and_none_in_between():
+    mine = boxes((0, 2), (2, 4), (32, 34))
+    assert restoring.together(mine, (1, 2, 8)) == [[box] for box in mine]
+    assert restoring.together(mine, (1, 64, 8)) == [mine]  # as each would need the same chunk
+    assert restoring.together(boxes((0, 3), (3, 6)), (1, 2, 8)) == [boxes((0, 3), (3, 6))]  # the chunk of 2 and 3
+
+
 def test_rows_are_read_by_whole_chunks(step, monkeypatch):
     read, boxes = restoring._read, []
     monkeypatch.setattr(restoring, "_BLOCK_BYTES", 1)
