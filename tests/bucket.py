@@ -108,7 +108,7 @@ def serving() -> Iterator[tuple[str, Faults]]:
     handlers = tuple(
         (route, {method: taught.get(f, f) for method, f in methods.items()}) for route, methods in emulator.HANDLERS
     )
-    for logger in ("gcsfs", "google.auth", "gcp_storage_emulator"):  # there are no credentials, which they look for
+    for logger in ("google.auth", "gcp_storage_emulator"):  # there are no credentials, which they look for
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     variables = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), f"http://127.0.0.1:{port}")
     variables["NO_GCE_CHECK"] = "true"  # there is no machine of Google's to ask for credentials

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from solar_jax import places
+from solar_jax.errors import phrase
 from solar_jax.parallel import processes
 from solar_jax.places import is_local
 from solar_jax.training.arrays import array_paths, open_array
@@ -169,7 +170,7 @@ def problem(step: pathlib.Path, state: dict[str, Any]) -> str | None:
             return wrong
         found = stored_shapes(step, state)
     except (ValueError, OSError, KeyError) as e:
-        return f"it cannot be read ({' '.join(str(e).split())[:200]})"
+        return f"it cannot be read ({phrase(e)})"
     for path, expected in jax.tree.leaves_with_path(state):
         name = name_of(path)
         if name not in found:

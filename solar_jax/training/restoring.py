@@ -58,7 +58,7 @@ def _restore(step: pathlib.Path, name: str, wanted: jax.ShapeDtypeStruct, contex
     counted = _counted_here(sharding, shape)
     held = {box: _empty(tuple(s.stop - s.start for s in box), wanted.dtype) for box in devices}
     if shape:
-        groups = together(list(held), array.chunk_layout.read_chunk.shape)
+        groups = read_together(list(held), array.chunk_layout.read_chunk.shape)
         total = sum(s for group in groups for s in _fill(array, {box: held[box] for box in group}, counted))
     else:
         value = array.read().result()
@@ -74,7 +74,7 @@ def _restore(step: pathlib.Path, name: str, wanted: jax.ShapeDtypeStruct, contex
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays), total % 2**32
 
 
-def together(boxes: list[Box], chunk: tuple[int, ...]) -> list[list[Box]]:
+def read_together(boxes: list[Box], chunk: tuple[int, ...]) -> list[list[Box]]:
     """Which boxes of an array to read at once: each by itself, or all, where that takes fewer whole chunks.
 
     A checkpoint of the same mesh has a chunk for each device; of another mesh several devices want parts of one.
@@ -92,32 +92,33 @@ def _hull(boxes: Iterable[Box]) -> Box:
 
 def _fill(array: Any, held: dict[Box, np.ndarray], counted: set[Box]) -> Iterator[int]:
     """Reads what lies in some boxes of an array; the sums of the parts of it that are `counted`."""
-    hull = _hull(held)
-    stored = array.dtype.numpy_dtype
+    hull, stored = _hull(held), array.dtype.numpy_dtype
+    direct = len(held) == 1 and held[hull].dtype == stored
     for rows in _row_blocks(array, hull):
-        values = None  # for several boxes; one takes what is read directly
+        region = (rows, *hull[1:])
+        block = held[hull][_within(rows, hull[0])] if direct else np.empty([s.stop - s.start for s in region], stored)
+        _read(array, region, block)
         for box, memory in held.items():
             here = slice(max(rows.start, box[0].start), min(rows.stop, box[0].stop))
             if here.start >= here.stop:
                 continue
-            place = memory[here.start - box[0].start : here.stop - box[0].start]
-            if len(held) == 1 and memory.dtype == stored:
-                _read(array, (rows, *box[1:]), place)
-                part = place
-            else:
-                if values is None:
-                    values = np.empty((rows.stop - rows.start, *(s.stop - s.start for s in hull[1:])), stored)
-                    _read(array, (rows, *hull[1:]), values)
-                inner = (slice(s.start - h.start, s.stop - h.start) for s, h in zip(box[1:], hull[1:], strict=True))
-                part = values[(slice(here.start - rows.start, here.stop - rows.start), *inner)]
-                if memory.dtype == stored:  # as integers, which numpy moves faster than a bfloat16
-                    place.view(f"u{stored.itemsize}")[...] = part.view(f"u{stored.itemsize}")
-                    part = place
-                else:
-                    with np.errstate(over="ignore"):  # float16 has no room for what float32 has: it becomes inf
-                        place[...] = part
+            part = block[tuple(map(_within, (here, *box[1:]), region))]
+            place = memory[_within(here, box[0])]
+            if not direct:
+                _move(part, place)
             if box in counted:
-                yield integrity.sum_of(part, here.start)
+                yield integrity.sum_of(place if place.dtype == stored else part, here.start)
+
+
+def _within(part: slice, whole: slice) -> slice:
+    return slice(part.start - whole.start, part.stop - whole.start)
+
+
+def _move(part: np.ndarray, place: np.ndarray) -> None:
+    if part.dtype == place.dtype:  # as integers, which numpy moves faster than a bfloat16
+        part, place = (x.view(f"u{x.itemsize}") for x in (part, place))
+    with np.errstate(over="ignore"):  # float16 has no room for what float32 has: it becomes inf
+        place[...] = part
 
 
 def _row_blocks(array: Any, hull: Box) -> Iterator[slice]:

@@ -69,9 +69,9 @@ def boxes(*ranges: tuple[int, int]) -> list[restoring.Box]:
 
 def test_devices_far_from_one_another_read_their_own_chunks_and_none_in_between():
     mine = boxes((0, 2), (2, 4), (32, 34))
-    assert restoring.together(mine, (1, 2, 8)) == [[box] for box in mine]
-    assert restoring.together(mine, (1, 64, 8)) == [mine]  # as each would need the same chunk
-    assert restoring.together(boxes((0, 3), (3, 6)), (1, 2, 8)) == [boxes((0, 3), (3, 6))]  # the chunk of 2 and 3
+    assert restoring.read_together(mine, (1, 2, 8)) == [[box] for box in mine]
+    assert restoring.read_together(mine, (1, 64, 8)) == [mine]  # as each would need the same chunk
+    assert restoring.read_together(boxes((0, 3), (3, 6)), (1, 2, 8)) == [boxes((0, 3), (3, 6))]  # the chunk of 2 and 3
 
 
 def test_rows_are_read_by_whole_chunks(step, monkeypatch):
