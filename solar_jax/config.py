@@ -52,7 +52,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GrowthConfig:
-    operator: str = "dus"  # a name of growth.plan.OPERATORS, or "slices"
+    operator: str = "dus"  # a name of growth.operators.OPERATORS, or "slices"
     m: int = 8  # dus, zeroed: layers cut from each side of the seam
     a: int = 0  # block_repeat: first layer of the block
     b: int = 0  # block_repeat: first layer after the block

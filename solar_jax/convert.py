@@ -10,19 +10,19 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from solar_jax import cli, conversion
+from solar_jax.checkpoints.convert import Target, convert_checkpoint
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.cli import command
 from solar_jax.config import GrowthConfig
-from solar_jax.conversion import Target
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
+from solar_jax.growth.operators import identity, make_plan
 from solar_jax.growth.picture import picture
-from solar_jax.growth.plan import identity, make_plan
 from solar_jax.model.llama import parameter_count
-from solar_jax.source import open_checkpoint
 
 
 def define_flags() -> None:
-    cli.define_conversion_flags()
+    command.define_conversion_flags()
     flags.DEFINE_enum("to", None, ("hf", "orbax"), "The form to write.")
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     f = flags.FLAGS
     if not f.source or not f.out or not f.to:
         raise UserError("convert needs --source SRC, --out DIR and --to hf|orbax.")
-    convert(f.source, cli.target(f.to), cli.growth_from_flags(), verify=f.verify)
+    convert(f.source, command.target(f.to), command.growth_from_flags(), verify=f.verify)
 
 
 def convert(source: str, target: Target, growth: GrowthConfig | None = None, *, verify: bool = False) -> None:
@@ -46,9 +46,9 @@ def convert(source: str, target: Target, growth: GrowthConfig | None = None, *, 
     if growth is not None:
         cfg = grown_config(checkpoint.cfg, plan)
         print(picture(plan, parameter_count(checkpoint.cfg), parameter_count(cfg)), flush=True)
-    conversion.write(checkpoint, plan, target, "convert", verify=verify)
+    convert_checkpoint(checkpoint, plan, target, "convert", verify=verify)
     print(f"{target.out}: written")
 
 
 if __name__ == "__main__":
-    cli.start(main, define_flags)
+    command.start(main, define_flags)

@@ -17,22 +17,22 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax import cli
+from solar_jax.checkpoints.hf_folder import read_json
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.cli import command
+from solar_jax.cli.progress import ticking
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.plan import make_plan
-from solar_jax.hf.files import read_json
+from solar_jax.growth.operators import make_plan
+from solar_jax.hardware.chips import CHIPS
+from solar_jax.hardware.slices import Slice, described_devices, find_slice
 from solar_jax.model.llama import parameter_count
-from solar_jax.parallel.chips import CHIPS
-from solar_jax.parallel.slices import Slice, described_devices, find_slice
-from solar_jax.progress import ticking
-from solar_jax.source import open_checkpoint
-from solar_jax.training import planner
-from solar_jax.training.aot import compile_step
-from solar_jax.training.memory import GIB, Need
-from solar_jax.training.metrics import duration, flops_per_token, write_json
-from solar_jax.training.planner import Devices, Option
+from solar_jax.monitoring.metrics import duration, flops_per_token, write_json
+from solar_jax.planning import search
+from solar_jax.planning.aot import compile_step
+from solar_jax.planning.memory import GIB, Need
+from solar_jax.planning.search import Devices, Option
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what the compiler's refusal begins with
 
@@ -102,7 +102,7 @@ def plan(
     # ---- Each slice -------------------------------------------------------------------------------------------------
     rows = []
     for wanted in slices:
-        devices = planner.of_slice(wanted)
+        devices = search.of_slice(wanted)
         result = estimated(cfg, config, wanted, devices)
         if compiles and result.fits:
             result = checked(cfg, config, wanted, devices, begin + time_limit) or result
@@ -152,14 +152,14 @@ def no_compiler(wanted: Slice) -> str:
 def estimated(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices) -> Result:
     """The best way by shapes alone, and what every policy needs on its mesh, printed."""
     chip = wanted.facts
-    found = planner.options(cfg, config, devices)
+    found = search.options(cfg, config, devices)
     say(
         f"\n{wanted.name}: {wanted.chips:,} chips, a device {chip.memory:.1f} GiB and {chip.peak / 1e12:,.0f} TFLOP/s; "
         f"{len(found):,} meshes and policies"
     )
-    option, need = planner.best(cfg, found, devices)
+    option, need = search.best(cfg, found, devices)
     say(policies(cfg, option, devices))
-    fits = planner.fits(need, devices)
+    fits = search.fits(need, devices)
     say(f"{'best' if fits else 'does not fit; least'}: {option}, {need}")
     assert option.time is not None
     return Result(option, need.total, option.time.total, compiled=False, fits=fits)
@@ -169,10 +169,10 @@ def policies(cfg: ModelConfig, option: Option, devices: Devices) -> str:
     """A line for every remat policy on an option's mesh, GiB a device."""
     parts = [field.name for field in dataclasses.fields(Need)]
     lines = [f"{'remat':<12}{'HBM GiB':>9}" + "".join(f"{name:>13}" for name in parts) + f"{'step s':>9}"]
-    for other in planner.other_policies(cfg, option, devices):
-        need = planner.need(cfg, other)
+    for other in search.other_policies(cfg, option, devices):
+        need = search.need(cfg, other)
         sizes = "".join(f"{getattr(need, name) / GIB:>13.2f}" for name in parts)
-        mark = " <" if other.config == option.config else "" if planner.fits(need, devices) else " does not fit"
+        mark = " <" if other.config == option.config else "" if search.fits(need, devices) else " does not fit"
         seconds = other.time.total if other.time else 0.0
         lines.append(f"{other.config.train.remat:<12}{need.total / GIB:>9.2f}{sizes}{seconds:>9.3f}{mark}")
     return "\n".join(lines)
@@ -181,9 +181,9 @@ def policies(cfg: ModelConfig, option: Option, devices: Devices) -> str:
 def checked(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices, deadline: float) -> Result | None:
     """The best way that the TPU compiler takes, with its figures; None where time ran out first."""
     smallest = devices.memory
-    for option in planner.options(cfg, config, devices):
-        need = planner.need(cfg, option)
-        if not planner.fits(need, devices) or need.total >= smallest:
+    for option in search.options(cfg, config, devices):
+        need = search.need(cfg, option)
+        if not search.fits(need, devices) or need.total >= smallest:
             continue
         if time.monotonic() > deadline:
             say("the time limit is over: estimated, not compiled")
@@ -258,4 +258,4 @@ def table(rows: list[dict[str, Any]], tokens: float) -> str:
 
 
 if __name__ == "__main__":
-    cli.start(main, define_flags)
+    command.start(main, define_flags)

@@ -20,24 +20,24 @@ import tokenizers
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax import cli
+from solar_jax.checkpoints.checkpoint import eos_id, load_tokenizer
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.cli import command
+from solar_jax.cli.progress import byte_bar
 from solar_jax.config import Config, resolve
-from solar_jax.data import files, records
+from solar_jax.data import files
 from solar_jax.data.packing import block_characters
-from solar_jax.data.prepared import MANIFEST, is_prepared
+from solar_jax.data.prepared import engines, evaluation_sets, manifest, records
+from solar_jax.data.prepared.blocks import Work
+from solar_jax.data.prepared.build import SHARDS, write_shards
+from solar_jax.data.prepared.decontamination import Index, make_index
+from solar_jax.data.prepared.rows import MANIFEST, is_prepared
+from solar_jax.data.prepared.shards import BLOCKS_A_SHARD
 from solar_jax.data.sources import EMBEDDED, Source, parse_sources
 from solar_jax.errors import UserError
-from solar_jax.hf.folders import check_space, check_target, new_folder, partial
-from solar_jax.hf.reader import eos_id, load_tokenizer
-from solar_jax.places import is_local
-from solar_jax.preparation import engines, evaluation_sets, manifest
-from solar_jax.preparation.blocks import Work
-from solar_jax.preparation.decontamination import Index, make_index
-from solar_jax.preparation.preparing import SHARDS, write_shards
-from solar_jax.preparation.shards import BLOCKS_A_SHARD
-from solar_jax.progress import byte_bar
-from solar_jax.source import open_checkpoint
-from solar_jax.training.metrics import duration, read_json
+from solar_jax.monitoring.metrics import duration, read_json
+from solar_jax.storage.atomic_folder import check_space, check_target, new_folder, partial
+from solar_jax.storage.paths import is_local
 
 _DISK = 0.5  # bytes of rows that a byte of text may become; 0.3 is usual
 _INFLATED = 3  # bytes of text in one of a compressed file that does not tell
@@ -218,4 +218,4 @@ def _summary(made: dict[str, Any], out: pathlib.Path, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    cli.start(main, define_flags)
+    command.start(main, define_flags)

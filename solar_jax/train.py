@@ -21,31 +21,35 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax import cli, conversion
+from solar_jax.checkpoints.checkpoint import Checkpoint, eos_id, load_tokenizer
+from solar_jax.checkpoints.convert import Target, convert_checkpoint
+from solar_jax.checkpoints.hf_config import differences, grown_hf_config
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.write_hf import parse_size
+from solar_jax.cli import command
 from solar_jax.config import Config, ModelConfig, resolve
-from solar_jax.conversion import Target
 from solar_jax.data.corpus import Corpus, heldout_rows, load_corpus
 from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, training_rows
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
+from solar_jax.growth.operators import GrowthPlan, identity, make_plan
 from solar_jax.growth.picture import layer_list, picture
-from solar_jax.growth.plan import GrowthPlan, identity, make_plan
-from solar_jax.hf import buckets, families
-from solar_jax.hf.reader import Checkpoint, eos_id, load_tokenizer
-from solar_jax.hf.writer import parse_size
+from solar_jax.hardware import chips, compilation
 from solar_jax.model.llama import parameter_count
 from solar_jax.model.precision import compute_dtype
-from solar_jax.parallel import chips, processes, rules
+from solar_jax.monitoring import metrics, profiling
+from solar_jax.monitoring.goodput import Ledger, goodput_line
+from solar_jax.monitoring.trackers import Writers, check_packages
+from solar_jax.parallel import processes, rules
 from solar_jax.parallel.mesh import make_mesh
-from solar_jax.places import is_local
-from solar_jax.source import open_checkpoint
-from solar_jax.training import compilation, interruption, metrics, planner, profiling, workdir
-from solar_jax.training.arms import Arm, Run, evaluate, initial_params, say
-from solar_jax.training.clock import Ledger, goodput_line
+from solar_jax.planning import search
+from solar_jax.planning.memory import GIB, Need
+from solar_jax.storage import bucket_folder
+from solar_jax.storage.paths import is_local
+from solar_jax.training import preemption, run_folder
 from solar_jax.training.loop import train
-from solar_jax.training.memory import GIB, Need
 from solar_jax.training.optimizer import make_optimizer, trainable_layers
-from solar_jax.training.writers import Writers, check_packages
+from solar_jax.training.run import Arm, Run, evaluate, initial_params, say
 
 
 def define_flags() -> None:
@@ -65,8 +69,8 @@ def main(argv: Sequence[str]) -> None:
     if flags.FLAGS.config is None:
         raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
     config = resolve(flags.FLAGS.config)
-    with profiling.listening(), interruption.listening():
-        run(config, cli.place(flags.FLAGS.workdir or f"runs/{config.name}"), flags.FLAGS.allow_changed)
+    with profiling.listening(), preemption.listening():
+        run(config, command.place(flags.FLAGS.workdir or f"runs/{config.name}"), flags.FLAGS.allow_changed)
 
 
 def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> dict[str, Any]:
@@ -87,40 +91,40 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     compilation.use_cache(config.logging.compilation_cache)
     # ---- What is asked for: every refusal comes here, before anything is allocated or written -------------------
     check_names(config)
-    workdir.check_allowed(allowed)
-    workdir.check_place(folder)
-    devices = planner.present()
+    run_folder.check_allowed(allowed)
+    run_folder.check_place(folder)
+    devices = search.present()
     if config.model.num_hidden_layers:  # the shape is known, so what cannot fit is told without a checkpoint
         plan = make_plan(config.model.num_hidden_layers, config.growth)
-        planner.choose(grown_config(config.model, plan), config, devices)
+        search.choose(grown_config(config.model, plan), config, devices)
     checkpoint = open_checkpoint(config.source)
     check_model(config, checkpoint)
     plan = make_plan(checkpoint.cfg.num_hidden_layers, config.growth)
     trained = trainable_layers(config.train.trainable, plan)[0]
     cfg = grown_config(checkpoint.cfg, plan)
-    option, need = planner.choose(cfg, config, devices)
+    option, need = search.choose(cfg, config, devices)
     mesh = make_mesh(option.config.mesh)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
-    goes_on = workdir.check_owner(folder, config, allowed)
+    goes_on = run_folder.check_owner(folder, config, allowed)
     if summary := metrics.read_json(folder / "summary.json"):
         say(f"{folder}: this run is complete.\n{table(summary)}")
         return summary
     corpus = load_corpus(config.data, tokenizer, eos)
-    text = workdir.text_record(checkpoint, corpus)
+    text = run_folder.text_record(checkpoint, corpus)
     if goes_on:
-        workdir.check_text(folder, text, allowed)
+        run_folder.check_text(folder, text, allowed)
     passes(corpus, config.train.steps * config.train.batch_size)  # refused where a source may not be read so often
 
     # ---- What will be done ----------------------------------------------------------------------------------------
-    hf_config = families.grown_hf_config(checkpoint.hf_config, plan.source, config.export.dtype)
+    hf_config = grown_hf_config(checkpoint.hf_config, plan.source, config.export.dtype)
     heldout = heldout_rows(corpus, config.evaluation.windows)
     announce(config, folder, checkpoint, plan, trained, option, need, corpus, len(heldout), goes_on)
     processes.wait("everything is checked")
     if processes.is_first():
         if goes_on:
-            workdir.update(folder, config, text)
+            run_folder.update(folder, config, text)
         else:
-            workdir.create(folder, config, checkpoint, plan, hf_config, text)
+            run_folder.create(folder, config, checkpoint, plan, hf_config, text)
     processes.wait("the run's folder is there")
     ledger = Ledger(folder, started)
     local = folder if is_local(folder) else pathlib.Path("runs") / config.name
@@ -137,7 +141,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
         evals=metrics.JsonLines(folder / "evals.jsonl"),
         ledger=ledger,
         documents=functools.partial(batch_documents, corpus, config.seed),
-        writers=Writers(config.logging, local, config.name, ledger.first_start, workdir.config_dict(config)),
+        writers=Writers(config.logging, local, config.name, ledger.first_start, run_folder.config_dict(config)),
     )
 
     # ---- The base as it is, the grown model, and the control ------------------------------------------------------
@@ -171,7 +175,9 @@ def train_arms(shared: Run, plan: GrowthPlan) -> None:
     train(shared, healed)
     if not is_exported(folder / "hf"):
         export = Target(folder / "hf", dtype=config.export.dtype, max_shard_size=config.export.max_shard_size)
-        conversion.write(open_checkpoint(str(folder)), identity(plan.layers), export, "train", steps=config.train.steps)
+        convert_checkpoint(
+            open_checkpoint(str(folder)), identity(plan.layers), export, "train", steps=config.train.steps
+        )
     say(f"healed: written to {folder / 'hf'}")
     if config.train.control:
         # A base has no new layers and no seam, so that a control of such a run trains them all.
@@ -181,7 +187,7 @@ def train_arms(shared: Run, plan: GrowthPlan) -> None:
 
 def is_exported(hf: pathlib.Path) -> bool:
     """Whether the healed model is there: here its folder appears when it is whole, in a bucket config.json does."""
-    return hf.exists() if is_local(hf) else "config.json" in buckets.names(hf)
+    return hf.exists() if is_local(hf) else "config.json" in bucket_folder.names(hf)
 
 
 def check_names(config: Config) -> None:
@@ -193,7 +199,7 @@ def check_names(config: Config) -> None:
 
 def check_model(config: Config, checkpoint: Checkpoint) -> None:
     """Raises a UserError where the checkpoint is not what the config expects, or too short for its rows."""
-    for key, (expected, found) in families.differences(config.model, checkpoint.cfg).items():
+    for key, (expected, found) in differences(config.model, checkpoint.cfg).items():
         raise UserError(f"{checkpoint.where}: config.model.{key} expects {expected}, found {found}.")
     longest = checkpoint.cfg.max_position_embeddings
     if config.data.sequence_length > longest:
@@ -205,11 +211,11 @@ def check_model(config: Config, checkpoint: Checkpoint) -> None:
 
 def announce(
     config: Config, folder: pathlib.Path, checkpoint: Checkpoint, plan: GrowthPlan, trained: tuple[bool, ...],
-    option: planner.Option, need: Need, corpus: Corpus, windows: int, goes_on: bool,
+    option: search.Option, need: Need, corpus: Corpus, windows: int, goes_on: bool,
 ) -> None:  # fmt: skip
     """Says everything that is about to happen."""
     base, cfg = checkpoint.cfg, grown_config(checkpoint.cfg, plan)
-    say("\n".join(f"{key} = {value!r}" for key, value in workdir.flat(dataclasses.asdict(config)).items()))
+    say("\n".join(f"{key} = {value!r}" for key, value in run_folder.flat(dataclasses.asdict(config)).items()))
     say(f"\n{'Going on with' if goes_on else 'Starting'} {config.name} in {folder}")
     say(f"base      {checkpoint.where}: {base.num_hidden_layers} layers, stored as {checkpoint.dtype}")
     say(f"growth    {picture(plan, parameter_count(base), parameter_count(cfg))}")
@@ -232,7 +238,7 @@ def announce(
         say(f"padding   {batch} rows a step do not divide over the mesh: {padded - batch} empty rows are added")
     kind = jax.devices()[0].device_kind
     say(f"devices   {jax.device_count()} x {kind}, {jax.process_count()} process(es)")
-    say(f"chosen    {option}" if planner.is_open(config) else f"mesh      {option}")
+    say(f"chosen    {option}" if search.is_open(config) else f"mesh      {option}")
     say(f"memory    about {need}; a device here has {chips.memory_bytes(jax.local_devices()[0]) / GIB:.1f} GiB")
     seconds = expected_seconds(config, base, cfg, windows)
     say(f"time      about {metrics.duration(seconds)}; each step will show what is left\n")
@@ -317,4 +323,4 @@ def table(s: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    cli.start(main, define_flags)
+    command.start(main, define_flags)

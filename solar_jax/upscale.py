@@ -10,19 +10,19 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from solar_jax import cli, conversion
+from solar_jax.checkpoints.convert import Target, convert_checkpoint
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.cli import command
 from solar_jax.config import GrowthConfig
-from solar_jax.conversion import Target
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
+from solar_jax.growth.operators import make_plan
 from solar_jax.growth.picture import picture
-from solar_jax.growth.plan import make_plan
 from solar_jax.model.llama import parameter_count
-from solar_jax.source import open_checkpoint
 
 
 def define_flags() -> None:
-    cli.define_conversion_flags()
+    command.define_conversion_flags()
     flags.DEFINE_bool("dry_run", False, "Show the plan and stop.")
 
 
@@ -31,10 +31,10 @@ def main(argv: Sequence[str]) -> None:
     f = flags.FLAGS
     if not f.source or not (f.out or f.dry_run):
         raise UserError("upscale needs --source SRC and --out DIR (or --dry_run).")
-    growth = cli.growth_from_flags()
+    growth = command.growth_from_flags()
     if growth is None:
         raise UserError("upscale needs --operator NAME or --slices RANGES.")
-    upscale(f.source, growth, None if f.dry_run else cli.target("hf"), verify=f.verify)
+    upscale(f.source, growth, None if f.dry_run else command.target("hf"), verify=f.verify)
 
 
 def upscale(source: str, growth: GrowthConfig, target: Target | None, *, verify: bool = False) -> None:
@@ -49,9 +49,9 @@ def upscale(source: str, growth: GrowthConfig, target: Target | None, *, verify:
     print(picture(plan, parameter_count(checkpoint.cfg), parameter_count(cfg)), flush=True)
     if target is None:
         return
-    conversion.write(checkpoint, plan, target, "upscale", verify=verify)
+    convert_checkpoint(checkpoint, plan, target, "upscale", verify=verify)
     print(f"{target.out}: {parameter_count(cfg):,} parameters, source layers {list(plan.source)}")
 
 
 if __name__ == "__main__":
-    cli.start(main, define_flags)
+    command.start(main, define_flags)

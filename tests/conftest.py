@@ -22,8 +22,8 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from solar_jax.hf.reader import Checkpoint
-from solar_jax.source import open_checkpoint
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.open import open_checkpoint
 
 
 def pytest_unconfigure() -> None:

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 
 from solar_jax import convert
-from solar_jax.conversion import Target
+from solar_jax.checkpoints.convert import Target
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.errors import UserError
-from solar_jax.source import open_checkpoint
 from tests.conftest import hf_model, save_hf
 
 

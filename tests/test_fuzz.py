@@ -27,12 +27,12 @@ import safetensors
 import torch
 
 from solar_jax import convert
-from solar_jax.conversion import Target
+from solar_jax.checkpoints.convert import Target
 from solar_jax.errors import UserError
+from tests.checkpoints.test_gguf import write_gguf
 from tests.conftest import hf_model
 from tests.fuzz import damage as d
 from tests.fuzz import pickles as p
-from tests.hf.test_gguf import write_gguf
 
 CASES = 80  # of each kind
 SECONDS = 5.0  # that one case may take

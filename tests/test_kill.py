@@ -11,9 +11,9 @@ import time
 
 import pytest
 
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.errors import UserError
-from solar_jax.hf.folders import partial
-from solar_jax.source import open_checkpoint
+from solar_jax.storage.atomic_folder import partial
 from tests.conftest import hf_model, save_hf
 
 ROOT = pathlib.Path(__file__).parents[1]

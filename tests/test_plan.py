@@ -11,11 +11,11 @@ import pytest
 from solar_jax import plan
 from solar_jax.config import resolve
 from solar_jax.errors import UserError
+from solar_jax.hardware.slices import find_slice
 from solar_jax.model.llama import REMAT
-from solar_jax.parallel.slices import find_slice
-from solar_jax.training.metrics import flops_per_token
+from solar_jax.monitoring.metrics import flops_per_token
+from tests.planning.test_memory import GIB, SOLAR
 from tests.test_config import dus_48l
-from tests.training.test_memory import GIB, SOLAR
 
 CONTRACT = {
     "slice", "chips", "mesh", "remat", "hbm_gib", "step_seconds", "tokens_per_second_per_chip", "mfu", "compiled",

@@ -12,11 +12,11 @@ import time
 import pytest
 
 from solar_jax import train
+from solar_jax.data.prepared import engines
 from solar_jax.errors import UserError
-from solar_jax.hf.folders import partial
-from solar_jax.preparation import engines
 from solar_jax.prepare import Options, prepare
-from tests.preparation.test_preparing import config, content, jsonl, random_texts
+from solar_jax.storage.atomic_folder import partial
+from tests.data.prepared.test_build import config, content, jsonl, random_texts
 from tests.test_train import make_config, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -26,7 +26,7 @@ RUN = """
 import sys
 from solar_jax import cli, prepare
 from solar_jax.data import packing
-from solar_jax.preparation import shards
+from solar_jax.data.prepared import shards
 packing._BLOCK_CHARACTERS, packing._ROWS_A_BLOCK, shards.BLOCKS_A_SHARD = 20000, 1, 4
 if __name__ == "__main__":
     prepare._WORTH_A_PROCESS = int(sys.argv.pop(1))

@@ -13,14 +13,14 @@ import safetensors.numpy
 import torch
 import transformers
 
+from solar_jax.checkpoints.checkpoint import eos_id, load_params, load_tokenizer
+from solar_jax.checkpoints.convert import Target
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import DataConfig, GrowthConfig
-from solar_jax.conversion import Target
 from solar_jax.convert import convert
 from solar_jax.data.corpus import heldout_rows, load_corpus
-from solar_jax.growth.plan import make_plan
-from solar_jax.hf.reader import eos_id, load_params, load_tokenizer
+from solar_jax.growth.operators import make_plan
 from solar_jax.model import llama
-from solar_jax.source import open_checkpoint
 from solar_jax.training.objectives import next_token_loss
 from solar_jax.upscale import upscale
 

@@ -16,13 +16,13 @@ import torch
 import transformers
 
 from solar_jax import train
+from solar_jax.checkpoints.checkpoint import load_params
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import Config, MeshConfig, defaults, resolve
 from solar_jax.errors import UserError
-from solar_jax.hf.reader import load_params
 from solar_jax.model import llama
-from solar_jax.source import open_checkpoint
-from solar_jax.training import loop, workdir
-from solar_jax.training.checkpoint import newest
+from solar_jax.orbax_store.store import newest
+from solar_jax.training import loop, run_folder
 from tests.conftest import byte_tokenizer, hf_model, save_hf
 
 REPO = pathlib.Path(__file__).parents[1]
@@ -304,11 +304,11 @@ def test_a_run_of_an_older_version_is_known_by_what_its_keys_meant(finished, tmp
     old["train"]["compute_dtype"] = "float32"
     del old["logging"]["watchdog_seconds"]  # a key that came later
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert workdir.check_owner(tmp_path, config)
+    assert run_folder.check_owner(tmp_path, config)
     old["train"]["compute_dtype"] = "bfloat16"
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match=r"whose config\.train\.precision is 'mixed' where this one's is 'float32'"):
-        workdir.check_owner(tmp_path, config)
+        run_folder.check_owner(tmp_path, config)
 
 
 def test_a_folder_that_holds_another_run_is_left_alone(finished, tmp_path):
@@ -355,10 +355,10 @@ def test_a_run_goes_on_with_what_was_allowed_to_change_and_with_nothing_else(fin
 def test_a_run_does_not_go_on_with_another_tokenizer_unless_it_is_allowed(tmp_path):
     record = {"tokenizer": "0" * 64, "train source 0": {"rows": 2, "tokens": 64, "hash": "1" * 64}}
     (tmp_path / "data.json").write_text(json.dumps(record))
-    workdir.check_text(tmp_path, record)
+    run_folder.check_text(tmp_path, record)
     with pytest.raises(UserError, match=r"another tokenizer .* SHA-256 000000000000... where this one's is 222222"):
-        workdir.check_text(tmp_path, record | {"tokenizer": "2" * 64}, ["data"])
-    workdir.check_text(tmp_path, record | {"tokenizer": "2" * 64}, ["tokenizer"])
+        run_folder.check_text(tmp_path, record | {"tokenizer": "2" * 64}, ["data"])
+    run_folder.check_text(tmp_path, record | {"tokenizer": "2" * 64}, ["tokenizer"])
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -13,12 +13,13 @@ import safetensors.torch
 import torch
 import transformers
 
-from solar_jax import cli, upscale
+from solar_jax import upscale
+from solar_jax.checkpoints.convert import Target
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.cli import command
 from solar_jax.config import GrowthConfig
-from solar_jax.conversion import Target
 from solar_jax.errors import UserError
-from solar_jax.growth.plan import make_plan
-from solar_jax.source import open_checkpoint
+from solar_jax.growth.operators import make_plan
 from tests.conftest import TINY, hf_model, save_hf
 
 LAYERS = TINY["num_hidden_layers"]
@@ -145,23 +146,23 @@ def test_a_dry_run_shows_the_map_and_writes_nothing(tmp_path, tiny, capsys, monk
 
 def test_the_flags_name_one_growth_and_only_one():
     numbers = {"m": 3}
-    assert cli.growth_config("dus", None, numbers) == GrowthConfig("dus", m=3)
-    assert cli.growth_config(None, "0:2,1:3", numbers) == GrowthConfig("slices", m=3, slices="0:2,1:3")
-    assert cli.growth_config("slices", "0:2", {}) == GrowthConfig("slices", slices="0:2")
-    assert cli.growth_config(None, None, numbers) is None
+    assert command.growth_config("dus", None, numbers) == GrowthConfig("dus", m=3)
+    assert command.growth_config(None, "0:2,1:3", numbers) == GrowthConfig("slices", m=3, slices="0:2,1:3")
+    assert command.growth_config("slices", "0:2", {}) == GrowthConfig("slices", slices="0:2")
+    assert command.growth_config(None, None, numbers) is None
     with pytest.raises(UserError, match="--slices and --operator=dus exclude"):
-        cli.growth_config("dus", "0:2", numbers)
+        command.growth_config("dus", "0:2", numbers)
 
 
 @pytest.mark.parametrize("out", ["gs://", "gs://bucket", "s3://bucket/", "s3:///folder", "az://bucket/folder"])
 def test_a_url_of_no_folder_in_a_bucket_is_no_place_to_write_to(out):
     with pytest.raises(UserError, match="expected a local folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"):
-        cli.place(out)
+        command.place(out)
 
 
 def test_a_place_is_local_or_in_a_bucket():
-    assert str(cli.place("gs://bucket/a/b")) == "gs://bucket/a/b"
-    assert cli.place("~/x") == pathlib.Path.home() / "x"
+    assert str(command.place("gs://bucket/a/b")) == "gs://bucket/a/b"
+    assert command.place("~/x") == pathlib.Path.home() / "x"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@
 
 Needs the extra `tpu` (libtpu) and no TPU; `--peer` the python of an environment with maxtext[tpu]==0.2.5. Both programs
 are compiled for the same devices, rows and options, one after the other. Their step times are read by the same reader,
-`solar_jax/training/roofline.py`, from what the compiler writes next to each operation; of the compilations the CPU time
+`solar_jax/training/hlo_cost.py`, from what the compiler writes next to each operation; of the compilations the CPU time
 is told.
 """
 
@@ -29,12 +29,12 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the peer has its own
 
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.plan import make_plan
-from solar_jax.parallel.chips import compiler_options
-from solar_jax.parallel.slices import Slice, described_devices, find_slice
-from solar_jax.training import roofline
-from solar_jax.training.aot import compile_step
-from solar_jax.training.metrics import flops_per_token
+from solar_jax.growth.operators import make_plan
+from solar_jax.hardware.chips import compiler_options
+from solar_jax.hardware.slices import Slice, described_devices, find_slice
+from solar_jax.monitoring.metrics import flops_per_token
+from solar_jax.planning import hlo_cost
+from solar_jax.planning.aot import compile_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
@@ -48,7 +48,7 @@ class Result:
     seconds: float  # CPU time of tracing and compilation
     arguments: int
     temporaries: int
-    program: roofline.Program
+    program: hlo_cost.Program
     text: str
 
 
@@ -90,7 +90,7 @@ def peers(python: str, cfg: ModelConfig, args: argparse.Namespace, wanted: Slice
         if done.returncode:
             raise SystemExit(f"MaxText failed:\n{done.stderr[-3000:]}")
         found, text = json.loads(done.stdout.splitlines()[-1]), out.read_text()
-    program = roofline.read(text, wanted.facts)
+    program = hlo_cost.read(text, wanted.facts)
     return Result(f"MaxText {remat}", found["seconds"], found["arguments"], found["temporaries"], program, text)
 
 

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from solar_jax.config import CheckpointConfig
-from solar_jax.training.checkpoint import FOLDER, CheckpointStore
+from solar_jax.orbax_store.store import FOLDER, CheckpointStore
 
 PIECE = 1 << 26
 

@@ -14,7 +14,7 @@ import pathlib
 import runpy
 import sys
 
-import turns
+import interleaved
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOLERANCE = 1e-4  # nats, of the first step's loss: later ones also differ by what Adam makes of rounding
@@ -26,11 +26,11 @@ def work(steps: int):  # -> programs.Work; what it imports is for the programs' 
     import numpy as np
     from programs import Work
 
+    from solar_jax.checkpoints.checkpoint import eos_id, load_tokenizer
+    from solar_jax.checkpoints.open import open_checkpoint
     from solar_jax.config import resolve
     from solar_jax.data.corpus import load_corpus
     from solar_jax.data.pipeline import training_rows
-    from solar_jax.hf.reader import eos_id, load_tokenizer
-    from solar_jax.source import open_checkpoint
 
     config = resolve(runpy.run_path(str(ROOT / "configs" / "dus_48l.py"))["get_config"]("smollm2"))
     checkpoint = open_checkpoint(config.source)
@@ -46,12 +46,12 @@ def serve(program: str, steps: int, options: str) -> None:
 
     if program == "solar_jax":
         chosen = dict(o.split("=", 1) for o in options.split(",") if o)
-        turns.serve(*ours(work(steps), chosen))
+        interleaved.serve(*ours(work(steps), chosen))
     else:
         import torch
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        turns.serve(*theirs(work(steps), "eager" if program == "eager" else "sdpa", program == "compile", "cpu"))
+        interleaved.serve(*theirs(work(steps), "eager" if program == "eager" else "sdpa", program == "compile", "cpu"))
 
 
 def main() -> None:
@@ -67,14 +67,14 @@ def main() -> None:
     if args.program:
         return serve(args.program, args.warmup + args.repeats, args.options)
 
-    def start(name: str, program: str) -> turns.Program:
+    def start(name: str, program: str) -> interleaved.Program:
         command = [sys.executable, __file__, "--program", program, "--options", args.options]
         command += [f"--warmup={args.warmup}", f"--repeats={args.repeats}"]
-        return turns.Program(name, command, {"JAX_PLATFORMS": "cpu"})
+        return interleaved.Program(name, command, {"JAX_PLATFORMS": "cpu"})
 
     one = start("solar_jax", "solar_jax")
     peers = [start(f"torch {peer}", peer) for peer in args.peers.split(",")]
-    rounds = turns.alternate([one, *peers], args.warmup, args.repeats, args.patience)
+    rounds = interleaved.alternate([one, *peers], args.warmup, args.repeats, args.patience)
     print(f"\nmedians of {args.repeats}, 4 x 256 tokens, {os.cpu_count()} CPUs")
     for p in (one, *peers):
         wall, cpu, others = (p.median(key, rounds) for key in ("wall", "cpu", "others"))
@@ -83,7 +83,10 @@ def main() -> None:
     ratio = one.median("wall", rounds) / best.median("wall", rounds)
     first = abs(one.turns[0]["loss"] - best.turns[0]["loss"])
     print(f"solar_jax takes {ratio:.2f} times {best.name}'s")
-    print(f"losses differ by {first:.1e} in the first step, by at most {turns.loss_difference(one, best):.1e} in any")
+    print(
+        f"losses differ by {first:.1e} in the first step, "
+        f"by at most {interleaved.loss_difference(one, best):.1e} in any"
+    )
     if args.profile:
         for p in (one, best):
             print(f"\n{p.name}, one step more\n{p.profile()}")

@@ -14,7 +14,7 @@ import statistics
 import sys
 from typing import Any
 
-import turns
+import interleaved
 
 COMMON = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
@@ -50,9 +50,9 @@ def random_checkpoint(hf_config: dict[str, Any]):  # -> Checkpoint; its import i
 
     import numpy as np
 
-    from solar_jax.hf.families import model_config
-    from solar_jax.hf.reader import Checkpoint
-    from solar_jax.hf.tensors import hf_shape, hf_tensors
+    from solar_jax.checkpoints.checkpoint import Checkpoint
+    from solar_jax.checkpoints.hf_config import model_config
+    from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
 
     cfg = model_config(hf_config, "the shape")
     shape_of = {name: hf_shape(path, cfg) for name, path, _ in hf_tensors(cfg)}
@@ -96,18 +96,18 @@ def serve(program: str, shape: str, device: str) -> None:
 
         if device == "cuda" and jax.devices()[0].platform != "gpu":
             raise SystemExit("error: jax finds no GPU here; it needs the CUDA packages (pip install 'jax[cuda13]').")
-        turns.serve(*ours(work(shape)), jax.devices()[0].device_kind)
+        interleaved.serve(*ours(work(shape)), jax.devices()[0].device_kind)
     else:
-        turns.serve(*theirs(work(shape), "sdpa", True, device))
+        interleaved.serve(*theirs(work(shape), "sdpa", True, device))
 
 
 def report(shape: str, spent: dict[str, list[float]], kind: str) -> None:
     """The table: medians, tokens/s, MFU."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # the GPU is the programs'
-    from solar_jax.hf.families import model_config
+    from solar_jax.checkpoints.hf_config import model_config
+    from solar_jax.hardware.chips import GPU_PEAK_FLOPS
     from solar_jax.model.llama import parameter_count
-    from solar_jax.parallel.chips import GPU_PEAK_FLOPS
-    from solar_jax.training.metrics import flops_per_token, mfu
+    from solar_jax.monitoring.metrics import flops_per_token, mfu
 
     keys, rows, length, _ = SHAPES[shape]
     cfg = model_config(COMMON | keys, "the shape")
@@ -147,7 +147,7 @@ def main() -> None:
     for number in range(args.rounds):
         for name in PROGRAMS[:: 1 if number % 2 == 0 else -1]:
             command = [sys.executable, __file__, f"--program={name}", f"--shape={shape}", f"--device={args.device}"]
-            program = turns.Program(name, command, environment[name])
+            program = interleaved.Program(name, command, environment[name])
             steps = [program.turn() for _ in range(args.warmup + args.steps)]
             first[name], kind = steps[0]["loss"], program.about or kind
             if args.profile and number == args.rounds - 1:

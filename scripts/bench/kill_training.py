@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from solar_jax.places import is_local
+from solar_jax.storage.paths import is_local
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -110,15 +110,15 @@ def check_left(workdir: pathlib.Path, before: list[int]) -> list[int]:
     Returns:
       Their steps.
     """
-    from solar_jax.training import integrity
+    from solar_jax.orbax_store import checksums
 
     steps = whole_steps(workdir)
     assert not before or (steps and steps[-1] >= before[-1]), f"checkpoint {before[-1]} was lost, there are {steps}"
     for step in steps[-1:]:
         folder = workdir / "checkpoints" / str(step)
-        names = integrity.stored_shapes(folder, ("params", "opt_state"))
-        found, seal = integrity.stored_sums(folder, names), integrity.read_seal(folder)
-        assert seal is None or integrity.differing(seal["sums"], found) is None, folder
+        names = checksums.stored_shapes(folder, ("params", "opt_state"))
+        found, seal = checksums.stored_sums(folder, names), checksums.read_seal(folder)
+        assert seal is None or checksums.differing(seal["sums"], found) is None, folder
     return steps
 
 
@@ -137,12 +137,12 @@ def run(work: pathlib.Path, kills: int, seed: int, bucket: bool = False) -> dict
 @contextlib.contextmanager
 def emulated_bucket() -> Iterator[pathlib.Path]:
     """A bucket on loopback whose every 151st request fails."""
-    from solar_jax import places
+    from solar_jax.storage import paths
     from tests.bucket import serving
 
     with serving() as (url, faults):
         faults.every = 151
-        yield places.path(url)
+        yield paths.path(url)
 
 
 def kill_again_and_again(work: pathlib.Path, workdir: pathlib.Path, kills: int, rng: random.Random) -> dict[str, int]:

@@ -22,8 +22,8 @@ import time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from solar_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from solar_jax.parallel.slices import Slice, find_slice
-from solar_jax.training import aot, planner
+from solar_jax.hardware.slices import Slice, find_slice
+from solar_jax.planning import aot, search
 
 GIB = 2**30
 MODELS = {
@@ -70,7 +70,7 @@ def run_of(combination: tuple) -> tuple[ModelConfig, Config, Slice]:
 
 def predicted(cfg: ModelConfig, config: Config, wanted: Slice) -> float:
     """Bytes a device, by the planner."""
-    return planner.need(cfg, planner.options(cfg, config, planner.of_slice(wanted))[0]).total
+    return search.need(cfg, search.options(cfg, config, search.of_slice(wanted))[0]).total
 
 
 def allotted(index: int) -> float:

@@ -17,17 +17,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from solar_jax.checkpoints.checkpoint import Checkpoint, eos_id, load_params, load_tokenizer
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import Config, resolve
 from solar_jax.data.corpus import heldout_rows, load_corpus
 from solar_jax.data.pipeline import Batch, heldout_batches, training_batch, training_rows
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.plan import GrowthPlan, make_plan
-from solar_jax.hf.reader import Checkpoint, eos_id, load_params, load_tokenizer
+from solar_jax.growth.operators import GrowthPlan, make_plan
 from solar_jax.model.llama import parameter_count
 from solar_jax.model.precision import PRECISIONS
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
-from solar_jax.source import open_checkpoint
 from solar_jax.training.optimizer import DIRECTIONS, make_optimizer
 from solar_jax.training.step import abstract_state, make_eval_step, make_train_step, mean_loss, state_shardings
 

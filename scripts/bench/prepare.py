@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from solar_jax.data.packing import blocks, pack
+from solar_jax.data.prepared import engines
+from solar_jax.data.prepared.blocks import Block, Work
 from solar_jax.data.sources import Document, documents, parse_sources
-from solar_jax.preparation import engines
-from solar_jax.preparation.blocks import Block, Work
 
 _SETTLE = 6  # seconds in which worker processes start
 
@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("--source", default="smollm2", help="whose tokenizer")
     args = parser.parse_args()
     # Here, since worker processes import this file and have no use for JAX.
-    from solar_jax.hf.reader import eos_id, load_tokenizer
-    from solar_jax.source import open_checkpoint
+    from solar_jax.checkpoints.checkpoint import eos_id, load_tokenizer
+    from solar_jax.checkpoints.open import open_checkpoint
 
     checkpoint = open_checkpoint(args.source)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)

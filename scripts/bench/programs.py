@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from solar_jax.checkpoints.checkpoint import Checkpoint, load_params
 from solar_jax.config import Config
-from solar_jax.hf.reader import Checkpoint, load_params
+from solar_jax.hardware import chips
 from solar_jax.model import llama
 from solar_jax.model.precision import compute_dtype, precision
-from solar_jax.parallel import chips, rules
+from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.training.optimizer import learning_rate, make_optimizer
 from solar_jax.training.step import make_train_step, state_shardings

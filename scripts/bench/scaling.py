@@ -3,8 +3,8 @@
     python scripts/bench/scaling.py --slices v5p-32,v5p-128,v5p-512,v5p-2048,2xv5p-2048 --batch 4 --length 4096
 
 Needs the extra `tpu` (libtpu) and no TPU; a 48-layer step compiles in minutes. Of each program
-`solar_jax/training/roofline.py` reads step time, MFU and the bytes that a chip moves within its slice and to other
-slices; what the links and the network give a chip stands in `solar_jax/parallel/chips.py`.
+`solar_jax/planning/hlo_cost.py` reads step time, MFU and the bytes that a chip moves within its slice and to other
+slices; what the links and the network give a chip stands in `solar_jax/hardware/chips.py`.
 """
 
 import argparse
@@ -18,10 +18,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from aot import GIB, recipe
 
 from solar_jax.config import Config, ModelConfig
+from solar_jax.hardware.slices import find_slice
+from solar_jax.monitoring.metrics import flops_per_token
 from solar_jax.parallel.mesh import AXES, mesh_shape
-from solar_jax.parallel.slices import find_slice
-from solar_jax.training.aot import Compiled, compile_step
-from solar_jax.training.metrics import flops_per_token
+from solar_jax.planning.aot import Compiled, compile_step
 
 HEAD = f"{'slice':>12} {'chips':>6}  {'mesh':24} {'GiB a device':>13} {'step s':>14} {'MFU %':>11} {'GB a chip':>15}\n"
 HEAD += f"{'':44} {'args':>6} {'temp':>6} {'overl. serial':>14} {'':>11} {'links network':>15}"

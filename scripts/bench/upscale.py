@@ -21,11 +21,11 @@ import time
 import ml_dtypes
 import numpy as np
 
+from solar_jax.checkpoints.checkpoint import check_tensors, row_blocks
+from solar_jax.checkpoints.hf_folder import open_folder
+from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
 from solar_jax.errors import UserError
-from solar_jax.hf.files import open_folder
-from solar_jax.hf.reader import check_tensors, row_blocks
-from solar_jax.hf.safetensors import Piece, write
-from solar_jax.hf.tensors import hf_shape, hf_tensors
+from solar_jax.formats.safetensors import Piece, write
 
 CONFIG = {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
@@ -45,7 +45,7 @@ dtype: bfloat16
 
 def make_source(folder: pathlib.Path) -> None:
     """A Mistral-7B of random weights: 14.5 GB of bfloat16 in three files."""
-    from solar_jax.hf.families import model_config
+    from solar_jax.checkpoints.hf_config import model_config
 
     cfg = model_config(CONFIG, "config.json")
     folder.mkdir(parents=True)

@@ -8,7 +8,7 @@ import tokenizers
 
 from solar_jax.config import DataConfig
 from solar_jax.data.packing import Row, Rows, pack
-from solar_jax.data.prepared import PreparedRows, is_prepared, open_prepared
+from solar_jax.data.prepared.rows import PreparedRows, is_prepared, open_prepared
 from solar_jax.data.sources import Document, Source, parse_sources, part, split
 from solar_jax.errors import UserError
 

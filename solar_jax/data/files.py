@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import fsspec.core
 
 from solar_jax.errors import UserError
-from solar_jax.places import is_local
-from solar_jax.retrying import retry
+from solar_jax.storage.paths import is_local
+from solar_jax.storage.retry import retry
 
 # A folder that has files of one of these kinds is a data set in that form; what else lies there is not text of it.
 DATASETS = (".parquet", ".arrow", ".array_record")

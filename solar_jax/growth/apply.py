@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from solar_jax.config import ModelConfig
-from solar_jax.growth.plan import GrowthPlan
+from solar_jax.growth.operators import GrowthPlan
 from solar_jax.model.llama import Params
 
 # The arrays by which a layer adds to the residual stream; scaled to 0, the layer passes its input on.

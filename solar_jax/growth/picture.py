@@ -1,6 +1,6 @@
 """A growth plan drawn in text: which source layer stands where, and what the seams are."""
 
-from solar_jax.growth.plan import GrowthPlan
+from solar_jax.growth.operators import GrowthPlan
 
 _MOST_BARS = 12  # with more runs than this a bar for each would hide the pattern; then a grid of numbers is drawn
 

@@ -13,7 +13,7 @@ from solar_jax.errors import UserError
 class Precision:
     """Dtypes. Norm scales, biases, softmax, loss and rotary angles are float32 whatever it says.
 
-    Weights and moments in bfloat16 are rounded stochastically after each step (training.rounding).
+    Weights and moments in bfloat16 are rounded stochastically after each step (training.stochastic_rounding).
     """
 
     weights: str  # the matrices that training moves

@@ -16,19 +16,21 @@ import numpy as np
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Feed
 from solar_jax.errors import Interrupted, UserError
+from solar_jax.hardware import chips
+from solar_jax.hardware.compilation import cache_hits
 from solar_jax.model.llama import Params
-from solar_jax.parallel import chips, rules
-from solar_jax.training import interruption, metrics
-from solar_jax.training.arms import Arm, Run, arm_mask, evaluate, heldout_losses, initial_params, say, warn
-from solar_jax.training.checkpoint import CheckpointStore
-from solar_jax.training.clock import StepClock, StepTime, step_note
-from solar_jax.training.compilation import cache_hits
+from solar_jax.monitoring import metrics
+from solar_jax.monitoring.goodput import StepClock, StepTime, step_note
+from solar_jax.monitoring.profiling import Profiler
+from solar_jax.monitoring.watchdog import Watchdog
+from solar_jax.orbax_store.store import CheckpointStore
+from solar_jax.parallel import rules
+from solar_jax.training import preemption
 from solar_jax.training.guards import Guard, NotFinite, Spike, storable
 from solar_jax.training.optimizer import learning_rate, make_optimizer
 from solar_jax.training.prefetch import Prefetcher
-from solar_jax.training.profiling import Profiler
+from solar_jax.training.run import Arm, Run, arm_mask, evaluate, heldout_losses, initial_params, say, warn
 from solar_jax.training.step import abstract_state, make_train_step, state_shardings
-from solar_jax.training.watchdog import Watchdog
 
 ROLLBACKS = 3  # to one checkpoint
 DOCUMENTS = 20  # named when a step goes wrong
@@ -182,7 +184,7 @@ class _Session:
         feed = Feed(run.rows, self._start.rows, size, padded, sharding, config.data.workers)
         with contextlib.closing(feed), Prefetcher(lambda step: feed(step - first), first, self._last) as batches:
             compiled = self._compile(optimizer, state, batches)
-            with interruption.in_steps(), self._watchdog, self._landing_on_error():
+            with preemption.in_steps(), self._watchdog, self._landing_on_error():
                 self._clock.resume()
                 for step in range(self._start.step + 1, self._last + 1):
                     if self._profiler.opens(step):
@@ -232,7 +234,7 @@ class _Session:
     def _after(self, step: int, state: Any) -> None:
         """What is due after a step; all of it needs the step to be done."""
         config = self._run.config
-        last, asked = step == self._last, interruption.asked()
+        last, asked = step == self._last, preemption.asked()
         evaluates = last or (config.evaluation.every and step % config.evaluation.every == 0)
         saves = last or asked or step % config.checkpoint.every == 0 or self._store.failed
         closes = self._profiler.closes(step)

@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from solar_jax.config import Config, OptimizerConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.plan import GrowthPlan
+from solar_jax.growth.operators import GrowthPlan
 from solar_jax.model.llama import LAYER_AXES, Params, is_vector
 from solar_jax.model.precision import precision
 from solar_jax.parallel import rules
-from solar_jax.training.rounding import narrow
+from solar_jax.training.stochastic_rounding import narrow
 
 
 def _cosine(peak: float, last: float, steps: int, decay_fraction: float) -> optax.Schedule:

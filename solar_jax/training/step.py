@@ -12,20 +12,15 @@ from jax.sharding import AbstractMesh, Mesh
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
+from solar_jax.hardware import chips
 from solar_jax.model import llama
-from solar_jax.model.attention import (
-    Attend,
-    attention_mask,
-    attention_of_rows,
-    library_attention,
-    sharded_attention,
-)
+from solar_jax.model.attention import Attend, attention_mask, attention_of_rows, library_attention, sharded_attention
 from solar_jax.model.flash import LANES, flash_attention, needed_memory
 from solar_jax.model.llama import Params
 from solar_jax.model.precision import compute_dtype, precision
 from solar_jax.model.quantised import quantised_einsum
 from solar_jax.model.splash import splash_attention
-from solar_jax.parallel import chips, rules
+from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import axis_size, platform
 from solar_jax.training.objectives import head_loss
 from solar_jax.training.optimizer import masked

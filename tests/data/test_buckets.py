@@ -4,16 +4,16 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from solar_jax import retrying
 from solar_jax.data.sources import Source, documents
 from solar_jax.errors import UserError
+from solar_jax.storage import retry
 from tests.data.test_readers import FORMATS, TEXTS, table
-from tests.hf.test_s3 import bucket as s3_bucket  # noqa: F401
+from tests.storage.test_s3 import bucket as s3_bucket  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
 
 
 def read(url: str) -> list[str]:

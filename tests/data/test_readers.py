@@ -14,9 +14,9 @@ import pytest
 from array_record.python import array_record_module
 from fsspec.implementations.memory import MemoryFileSystem
 
-from solar_jax import retrying
 from solar_jax.data.sources import Source, documents, parse_sources
 from solar_jax.errors import UserError
+from solar_jax.storage import retry
 
 TEXTS = ["first\nof two lines", "zweite: äöü", *(f"document {i} with some words" for i in range(300)), "日本語"]
 JSONL = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -142,7 +142,7 @@ def test_in_a_folder_of_parquet_files_nothing_else_is_text(tmp_path):
 @pytest.fixture
 def memory(monkeypatch):
     """fsspec's file system in memory, empty."""
-    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.0)
     there = fsspec.filesystem("memory")
     there.rm("/", recursive=True) if there.ls("/") else None
     yield there

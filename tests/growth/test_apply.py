@@ -10,7 +10,7 @@ import pytest
 
 from solar_jax.config import GrowthConfig, ModelConfig
 from solar_jax.growth.apply import grow, grown_config
-from solar_jax.growth.plan import OPERATORS, GrowthPlan, identity, make_plan
+from solar_jax.growth.operators import OPERATORS, GrowthPlan, identity, make_plan
 from solar_jax.model import llama
 from solar_jax.parallel import rules
 from tests.parallel.test_mesh import mesh_of

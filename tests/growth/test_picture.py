@@ -5,8 +5,8 @@ import re
 import pytest
 
 from solar_jax.config import GrowthConfig
+from solar_jax.growth.operators import identity, make_plan
 from solar_jax.growth.picture import layer_list, picture
-from solar_jax.growth.plan import identity, make_plan
 
 
 def test_the_papers_growth_is_drawn_with_counts_map_and_seam():

@@ -5,13 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solar_jax.model.attention import (
-    attention,
-    attention_mask,
-    attention_of_rows,
-    library_attention,
-    rotated_attention,
-)
+from solar_jax.model.attention import attention, attention_mask, attention_of_rows, library_attention, rotated_attention
 
 B, T, N, K, H = 3, 10, 6, 2, 8
 SEGMENTS = np.array([[0] * 10, [0] * 4 + [1] * 6, [0] * 9 + [1]])

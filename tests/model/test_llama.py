@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
+from solar_jax.checkpoints.checkpoint import load_params, load_tokenizer
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import ModelConfig
-from solar_jax.hf.reader import load_params, load_tokenizer
 from solar_jax.model import llama
-from solar_jax.source import open_checkpoint
 from tests.conftest import hf_model, save_hf
 
 TOLERANCE = 1e-4  # absolute, float32 logits

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from solar_jax.config import Config, GrowthConfig, ModelConfig, OptimizerConfig
 from solar_jax.growth.apply import grow
-from solar_jax.growth.plan import make_plan
+from solar_jax.growth.operators import make_plan
 from solar_jax.model import llama
 from solar_jax.parallel import rules
 from solar_jax.training.optimizer import make_optimizer

@@ -7,8 +7,8 @@ import pytest
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from solar_jax.checkpoints.hf_config import model_config
 from solar_jax.config import ModelConfig
-from solar_jax.hf.families import model_config
 from solar_jax.model.rope import rope_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -10,10 +10,11 @@ import gcsfs
 import pytest
 from etils import epath
 
-from solar_jax import retrying, train
+from solar_jax import train
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.errors import UserError
-from solar_jax.source import open_checkpoint
-from solar_jax.training.checkpoint import CheckpointStore
+from solar_jax.orbax_store.store import CheckpointStore
+from solar_jax.storage import retry
 from tests.test_train import make_config, metrics
 
 LOSSES = ("base_loss", "zero_token_loss", "final_loss", "control_loss")
@@ -21,7 +22,7 @@ LOSSES = ("base_loss", "zero_token_loss", "final_loss", "control_loss")
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.05)
 
 
 def names(folder) -> list[str]:

@@ -14,17 +14,19 @@ import pytest
 
 from solar_jax import train
 from solar_jax.config import GrowthConfig, LoggingConfig
-from solar_jax.growth.plan import make_plan
+from solar_jax.growth.operators import make_plan
+from solar_jax.hardware import compilation
 from solar_jax.model import llama
-from solar_jax.training import compilation, loop, profiling
+from solar_jax.monitoring import profiling
+from solar_jax.training import loop
 from solar_jax.training.objectives import next_token_loss
 from solar_jax.training.optimizer import make_optimizer, trainable_layers, trainable_mask
 from solar_jax.training.step import make_train_step
+from tests.monitoring.test_trackers import events
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.test_train import make_config
 from tests.training.test_step import FAST_COMPILE, config, initial, make_batch
-from tests.training.test_writers import events
 
 
 @pytest.mark.parametrize(("name", "layers"), [("new", [2]), ("seam", [1, 2])])

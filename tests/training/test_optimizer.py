@@ -14,7 +14,7 @@ import torch
 from solar_jax.config import Config, GrowthConfig, ModelConfig, OptimizerConfig, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.plan import identity, make_plan
+from solar_jax.growth.operators import identity, make_plan
 from solar_jax.model import llama
 from solar_jax.training.optimizer import (
     DIRECTIONS,

@@ -18,14 +18,14 @@ import pytest
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
+from solar_jax.checkpoints.checkpoint import load_params
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
-from solar_jax.hf.reader import load_params
 from solar_jax.model import llama
 from solar_jax.parallel import rules
-from solar_jax.source import open_checkpoint
-from solar_jax.training import roofline
+from solar_jax.planning import hlo_cost
 from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.step import (
     State,
@@ -207,13 +207,13 @@ def test_a_window_over_a_split_row_gives_the_loss_of_one_device(shape):
 
 def crossing_bytes(hlo: str, slice_of: Callable[[int], int]) -> int:
     """Of results of collectives between devices of several slices, each as often as the loops around it turn."""
-    computations, entry = roofline._computations(hlo)
+    computations, entry = hlo_cost._computations(hlo)
     total = 0
-    for line, times, _ in roofline._executed(computations, entry, 1):
-        if not (found := roofline._COLLECTIVE.search(line)):
+    for line, times, _ in hlo_cost._executed(computations, entry, 1):
+        if not (found := hlo_cost._COLLECTIVE.search(line)):
             continue
         if any(len({slice_of(d) for d in group}) > 1 for group in device_groups(line)):
-            total += times * sum(roofline._bytes(found[1]))
+            total += times * sum(hlo_cost._bytes(found[1]))
     return total
 
 

@@ -1,0 +1,21 @@
+"""A step's time from the text of a program that the TPU compiler has optimised; see `solar_jax/training/hlo_cost.py`.
+
+    python scripts/bench/hlo_cost.py HLO.txt --chip v5p --tokens 16384 --flops 1.12e15
+
+Any program's text will do, a peer's too.
+"""
+
+import argparse
+import pathlib
+
+from solar_jax.hardware.chips import CHIPS
+from solar_jax.planning import hlo_cost
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A step's time from optimised TPU HLO text.")
+    parser.add_argument("hlo", type=pathlib.Path)
+    parser.add_argument("--chip", choices=CHIPS, required=True)
+    parser.add_argument("--tokens", type=float, required=True, help="a device and step")
+    parser.add_argument("--flops", type=float, required=True, help="model FLOPs a device and step")
+    args = parser.parse_args()
+    print(hlo_cost.read(args.hlo.read_text(), CHIPS[args.chip]).report(args.tokens, args.flops))

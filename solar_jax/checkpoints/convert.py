@@ -1,0 +1,127 @@
+"""A checkpoint made from another: streamed into a new folder, with its lineage, and a certificate when asked for."""
+
+import contextlib
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from solar_jax.checkpoints import lineage, write_orbax
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.hf_config import grown_hf_config
+from solar_jax.checkpoints.hf_folder import LINEAGE
+from solar_jax.checkpoints.verify import certificate
+from solar_jax.checkpoints.write_hf import WRITERS, parse_size, pieces, write_companions, write_model
+from solar_jax.cli.progress import byte_bar
+from solar_jax.errors import UserError
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.operators import GrowthPlan
+from solar_jax.model.llama import parameter_count
+from solar_jax.orbax_store.store import MODEL_FOLDER
+from solar_jax.parallel import processes
+from solar_jax.storage.atomic_folder import check_space, check_target, new_folder, partial
+from solar_jax.storage.bucket_folder import bucket_folder, check_bucket
+from solar_jax.storage.paths import is_local
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to write, and how."""
+
+    out: pathlib.Path
+    form: str = "hf"  # "hf" or "orbax"
+    dtype: str | None = None  # of all weights; each as stored if None
+    max_shard_size: str = "5GB"  # hf: bytes of weights in one file
+    overwrite: bool = False  # replace a checkpoint that stands at `out`
+
+
+def convert_checkpoint(
+    c: Checkpoint, plan: GrowthPlan, target: Target, made_by: str, *, verify: bool = False, **more: Any
+) -> None:
+    """Writes `c`, grown by `plan`, to the target; the folder appears when it is whole.
+
+    On several processes each writes its own share.
+
+    Args:
+      c: the base.
+      plan: made for its layers.
+      target: where to and in which form.
+      made_by: the command, for the lineage.
+      verify: compare the result with its source and add certificate.json.
+      more: for the lineage too.
+
+    Raises:
+      UserError: the target is taken or too small, or the result is not what it must be; no folder appears then.
+    """
+    limit = parse_size(target.max_shard_size)
+    hf = target.form == "hf"
+    total = (
+        sum(p.nbytes for p in pieces(c, plan, target.dtype)) if hf else write_orbax.total_bytes(c, plan, target.dtype)
+    )
+    local = is_local(target.out)
+    index, count = processes.index_and_count()
+    if index == 0:
+        if local:
+            check_target(target.out, target.overwrite)
+            check_space(target.out, total)
+        else:
+            check_bucket(target.out, target.overwrite)
+            if hf:  # whose shards are made here and then sent
+                check_space(pathlib.Path(tempfile.gettempdir()), min(total, WRITERS * limit))
+        dtype = target.dtype or c.common_dtype or "its several dtypes"
+        count_text = f"{parameter_count(grown_config(c.cfg, plan)):,}"
+        print(f"writing {c.where}, {plan.operator}, {plan.layers} layers, {count_text} parameters, ", end="")
+        print(f"as {target.form}, {dtype}, {total / 1e9:.2f} GB, to {target.out}", flush=True)
+    job = {
+        "source": lineage.identity(c), "form": target.form, "dtype": target.dtype, "limit": limit,
+        "plan": dataclasses.asdict(plan), "versions": lineage.versions(), "processes": count,
+    }  # fmt: skip
+    record = lineage.record(c, plan, made_by, form=target.form, dtype=target.dtype or c.common_dtype, **more)
+    with _shared_folder(target, job) as (folder, has, put):
+        model = folder if hf else folder / MODEL_FOLDER
+        with byte_bar(total, target.out.name) as progress:
+            if hf:
+                write_model(
+                    folder, c, plan, dtype=target.dtype, max_shard_size=limit, progress=progress,
+                    process=(index, count), has=has, put=put,
+                )  # fmt: skip
+            else:
+                # A bucket's arrays go where they belong as they are made: no copy of them lies here.
+                write_orbax.write_params(folder if local else target.out, c, plan, target.dtype, progress)
+                model.mkdir(exist_ok=True)
+                config = grown_hf_config(c.hf_config, plan.source, target.dtype or c.common_dtype)
+                write_companions(model, config, c.companions)
+        if index == 0:
+            lineage.write(model, record, LINEAGE)
+        if verify and local:
+            processes.wait(f"{target.out} is written")
+            if index == 0:
+                certificate.write(c, plan, folder, model, target.out, target.dtype)
+    if verify and not local and index == 0:
+        model = target.out if hf else target.out / MODEL_FOLDER
+        try:
+            certificate.write(c, plan, target.out, model, target.out, target.dtype)
+        except UserError:
+            (model / "config.json").unlink()  # it is no checkpoint without
+            raise
+
+
+@contextlib.contextmanager
+def _shared_folder(target: Target, job: dict[str, Any]) -> Iterator[tuple[pathlib.Path, Any, Any]]:
+    """The folder to fill, `new_folder` of the first process for all of them, and `write_model`'s `has` and `put`."""
+    index, _ = processes.index_and_count()
+    has = put = None
+    with contextlib.ExitStack() as stack:
+        if not is_local(target.out):
+            folder, has, put = stack.enter_context(
+                bucket_folder(target.out, overwrite=target.overwrite, job=job, first=index == 0)
+            )
+        elif index == 0:
+            folder = stack.enter_context(new_folder(target.out, overwrite=target.overwrite, job=job))
+        else:
+            folder = partial(target.out.parent.resolve() / target.out.name)
+        processes.wait(f"{target.out} is there to be filled")
+        yield folder, has, put
+        processes.wait(f"{target.out} is filled")
+    processes.wait(f"{target.out} has its name")

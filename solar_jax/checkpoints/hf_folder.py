@@ -1,0 +1,209 @@
+"""Checkpoint files, opened and checked without reading a weight: a folder of safetensors or .bin files, or GGUF."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from solar_jax.checkpoints import gguf
+from solar_jax.checkpoints.checkpoint import Checkpoint, some
+from solar_jax.checkpoints.hf_config import model_config
+from solar_jax.errors import UserError
+from solar_jax.formats import safetensors, torch_zip
+from solar_jax.formats.safetensors import MOST_NAME, Entry, short
+from solar_jax.storage.paths import is_local
+
+INDEX = "model.safetensors.index.json"
+LINEAGE = "lineage.json"
+CERTIFICATE = "certificate.json"
+# How weights are stored, best first: (one file or several, the index that lists them, the reader of a file's header).
+FORMATS = (
+    ("*.safetensors", INDEX, safetensors.read_header),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json", torch_zip.read_header),
+)
+# What does not travel from a checkpoint to what is made from it: weights in any form, and what speaks of them alone.
+LEFT_BEHIND = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.index.json",
+    "config.json", LINEAGE, CERTIFICATE, "README.md", ".*", "training_args*", "trainer_state.json", "optimizer*",
+    "*_results.json", "consolidated*", "params.json",  # the last two are Mistral's and Meta's own form of the model
+)  # fmt: skip
+_MOST_SMALL_BYTES = 1 << 28  # of a tokenizer, a template, or JSON
+_MOST_DEPTH = 200
+
+
+def open_gguf(path: pathlib.Path) -> Checkpoint:
+    file = gguf.open_gguf(path)
+    hf_config = gguf.hf_config(file)
+    return Checkpoint(
+        where=str(path),
+        hf_config=hf_config,
+        cfg=model_config(hf_config, str(path)),
+        companions=gguf.tokenizer_files(file) | {"generation_config.json": _generation_config(hf_config)},
+        shape_of={name: file.shape(name) for name in file.tensors},
+        dtype_of=dict.fromkeys(file.tensors, np.dtype(np.float32)),
+        read=file.read,
+        files=(path,),
+    )
+
+
+def _generation_config(hf_config: dict[str, Any]) -> bytes:
+    ids = {k: v for k, v in hf_config.items() if k.endswith("_token_id")}
+    return json.dumps(ids, indent=2).encode()
+
+
+def open_folder(folder: pathlib.Path) -> Checkpoint:
+    hf_config = read_json(inside(folder, "config.json"))
+    entries = _entries(folder)
+    for name, entry in entries.items():
+        if entry.code not in safetensors.DTYPES and not name.endswith(".rotary_emb.inv_freq"):
+            known = ", ".join(safetensors.DTYPES)
+            raise UserError(f"{entry.file}: {name} must be one of {known}, found {entry.code}.")
+    return Checkpoint(
+        where=str(folder),
+        hf_config=hf_config,
+        cfg=model_config(hf_config, str(folder / "config.json")),
+        companions=companions(folder),
+        shape_of={name: entry.shape for name, entry in entries.items()},
+        dtype_of={name: safetensors.DTYPES.get(e.code, np.dtype(np.float32)) for name, e in entries.items()},
+        read=lambda name, rows=slice(None): safetensors.read(name, entries[name], rows),
+        entry_of=entries,
+        files=tuple(sorted({entry.file for entry in entries.values()})),
+        lineage=lineage(folder),
+    )
+
+
+def lineage(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The content of a checkpoint's lineage.json, where it has one."""
+    return read_json(inside(folder, LINEAGE)) if (folder / LINEAGE).is_file() else None
+
+
+def companions(folder: pathlib.Path) -> dict[str, bytes]:
+    """The files of a checkpoint that belong to every model made from it: tokenizer, templates, generation config."""
+    found = {}
+    try:
+        for path in sorted(_walk(folder)):
+            name = path.relative_to(folder).as_posix()
+            if any(pathlib.PurePath(path.name).match(pattern) for pattern in LEFT_BEHIND):
+                continue
+            found[name] = _small(inside(folder, name))
+    except OSError as e:
+        raise UserError(f"{e.filename or folder}: cannot be read: {e.strerror}.") from e
+    return found
+
+
+def _small(file: pathlib.Path) -> bytes:
+    """The content of a file that is no weights."""
+    size = safetensors.byte_size(file)
+    if size > _MOST_SMALL_BYTES:
+        raise UserError(f"{file}: is too large ({size} bytes) for anything but weights.")
+    return file.read_bytes()
+
+
+def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Files of a folder, and of the one kind of subfolder that checkpoints have beside weights."""
+    for path in folder.iterdir():
+        if path.is_file():
+            yield path
+        elif path.name == "additional_chat_templates" and path.is_dir():
+            yield from (p for p in path.iterdir() if p.is_file())
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      UserError: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(_small(file).decode())
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read: {e.strerror}.") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{file}: is not JSON: {e}.") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: must hold a JSON object, found {type(value).__name__}.")
+    if not _shallow(value):
+        raise UserError(f"{file}: nests values more than {_MOST_DEPTH} deep.")
+    return value
+
+
+def _shallow(value: Any) -> bool:
+    """Whether a JSON value can be printed and written without running out of stack."""
+    level = [value]
+    for _ in range(_MOST_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [x for values in inner for x in values]
+    return not level
+
+
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """A file of a folder, which no link takes out of it.
+
+    The hub's cache alone may: its snapshots consist of links into `blobs` of the same repository.
+
+    Raises:
+      UserError: it lies elsewhere, or is no regular file.
+    """
+    path = folder / name
+    if not is_local(path):
+        return path
+    try:
+        real, root = path.resolve(), folder.resolve()
+        odd = path.exists() and not path.is_file()  # a pipe would be waited for
+    except (OSError, RuntimeError) as e:  # a name that is too long, links in a circle
+        raise UserError(f"{path}: cannot be read: {e}.") from e
+    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    if not any(real.is_relative_to(a) for a in allowed):
+        raise UserError(f"{path}: must lie in its folder, found a link to {real}.")
+    if odd:
+        raise UserError(f"{path}: must be a file.")
+    return path
+
+
+def _entries(folder: pathlib.Path) -> dict[str, Entry]:
+    """Every tensor of a folder's weights, in one file or in those that the index lists."""
+    for pattern, index, read_header in FORMATS:
+        if (folder / index).exists():
+            return _indexed(folder, index, read_header)
+        files = sorted(f for f in folder.glob(pattern) if not f.name.startswith("consolidated"))
+        if len(files) == 1:
+            entries = read_header(inside(folder, files[0].name))
+            if not entries:
+                raise UserError(f"{files[0]}: holds no tensors.")
+            return entries
+        if files:
+            raise UserError(f"{folder}: expected one {pattern} file, or several with {index}, found {len(files)}.")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a checkpoint's folder.")
+    raise UserError(f"{folder}: expected weights as one .safetensors file, or several with {INDEX}, found none.")
+
+
+def _is_name(file: Any) -> bool:
+    """Whether it can name a file, and one that lies in no other folder."""
+    if not isinstance(file, str) or not file.isprintable() or len(file.encode()) > 255:
+        return False
+    return pathlib.PurePath(file).name == file and file not in ("", "..")
+
+
+def _indexed(folder: pathlib.Path, index: str, read_header: Any) -> dict[str, Entry]:
+    weight_map = read_json(inside(folder, index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / index}: weight_map must map tensors to files, found {type(weight_map).__name__}.")
+    headers, entries, elsewhere = {}, {}, set()
+    for name, file in weight_map.items():
+        if not name.isprintable() or len(name) > MOST_NAME:
+            raise UserError(f"{folder / index}: a tensor's name must be printable and short, found {short(name)}.")
+        if not _is_name(file):
+            raise UserError(f"{folder / index}: {name} must lie in a file of this folder, found {short(file)}.")
+        if file not in headers:
+            headers[file] = read_header(inside(folder, file))
+        if name not in headers[file]:
+            raise UserError(f"{folder / file}: the tensor {name}, which {index} places there, is missing.")
+        entries[name] = headers[file][name]
+    for file, header in headers.items():
+        elsewhere |= {name for name in header if weight_map.get(name) != file}
+    if elsewhere:
+        raise UserError(f"{folder / index}: does not list {some(elsewhere)} where its files hold them.")
+    return entries

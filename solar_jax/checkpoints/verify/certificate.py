@@ -1,0 +1,320 @@
+"""certificate.json: that a conversion's result is what its source and plan say, tensor by tensor and by its logits.
+
+The result is opened as any checkpoint and compared with the source through a second path: hashes of all bytes,
+tensors recomputed in numpy (`recompute`), and logits of both, streamed (`streamed_logits`). Damaged results go
+through the same comparison of logits, which must refuse them.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import itertools
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from solar_jax.checkpoints import lineage
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.hf_folder import CERTIFICATE
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tensor_table import TENSORS, hf_tensors
+from solar_jax.checkpoints.verify.recompute import Stored, check_tensors, grown_tensor, total_bytes
+from solar_jax.checkpoints.verify.streamed_logits import Distance, Layer, Model, Run, Step, compare, stream
+from solar_jax.cli.progress import byte_bar
+from solar_jax.config import ModelConfig
+from solar_jax.errors import UserError
+from solar_jax.growth.operators import GrowthPlan
+from solar_jax.model.llama import shapes
+
+TOLERANCE = 1e-4  # of float32 logits, absolute, where no number was changed
+SHORT, LONG = (3, 7), 512  # prompts: so many of so many tokens, and one long one
+CONTROL = 64  # tokens of each prompt that damaged results are run on
+SEED = 231215166  # of the tokens
+_ROTARY = 10.0  # the damaged rotary base, as a multiple
+_FAR = 10.0  # where a cast moves logits: a damaged result's mean KL is more than so many times the result's own
+
+NOT_CHECKED = (
+    "Logits of another implementation, such as transformers: both sides were computed by this program's own model.",
+    "The readers of files: source and result were read by the same code, but for GGUF's blocks.",
+    "What the tokenizer does; its files and the other companions are byte for byte those of the source.",
+    "How far a cast may move logits: that is measured and not judged.",
+    "Arithmetic in bfloat16, or on another device than the one named under logits.",
+    f"Positions past {LONG}, packed documents, and prompts other than random tokens.",
+    f"Damaged results beyond the first {CONTROL} tokens of each prompt.",
+    "That the source is right, or that the result is any good before it is trained.",
+    "That files stay as they are: lineage and certificate are not signed.",
+)
+
+
+def write(
+    c: Checkpoint, plan: GrowthPlan, folder: pathlib.Path, model: pathlib.Path, out: pathlib.Path, dtype: str | None
+) -> None:
+    """Certifies what was made of `c` by `plan` and puts certificate.json beside its config.
+
+    Args:
+      c: the base.
+      plan: made for its layers.
+      folder: the result, as SRC names it.
+      model: where in it config.json lies.
+      out: the folder's name to be.
+      dtype: that was asked for; None for each tensor's own.
+
+    Raises:
+      UserError: a check failed; nothing is written then.
+    """
+    certificate = certify(c, plan, folder, out=out, dtype=dtype)
+    print("\n".join(summary(certificate)), flush=True)
+    if wrong := failures(certificate):
+        raise UserError(f"{out}: " + "; ".join(wrong) + ".")
+    lineage.write(model, certificate, CERTIFICATE)
+
+
+def certify(
+    c: Checkpoint, plan: GrowthPlan, folder: pathlib.Path, *, out: pathlib.Path | None = None, dtype: str | None = None
+) -> dict[str, Any]:
+    """The content of certificate.json; what its logits say is judged by `failures`.
+
+    Raises:
+      UserError: the config, a companion or a tensor is not what it must be.
+    """
+    opened = open_checkpoint(str(folder))
+    identity = lineage.identity(opened) | {"where": str(out or folder)}
+    result = dataclasses.replace(opened, where=str(out or folder))
+    changed = _check_config(c, plan, result, dtype)
+    companions = _check_companions(c, result)
+    stored = Stored(c)
+    with byte_bar(total_bytes(stored, plan, result), "certificate") as progress:
+        tensors = check_tensors(stored, plan, result, dtype, progress)
+    exact = all(record.get("max_abs_difference", 0.0) == 0.0 for record in tensors.values())
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "source": lineage.identity(c),
+        "result": identity,
+        "operator": plan.operator,
+        "config_changed": changed,
+        "companions_sha256": companions,
+        **_logits(stored, plan, result, exact),
+        "layer_map": _layer_map(plan, result, tensors),
+        "tensors": tensors,
+        "not_checked": list(NOT_CHECKED),
+        "versions": lineage.versions(),
+    }
+
+
+def _check_config(c: Checkpoint, plan: GrowthPlan, result: Checkpoint, dtype: str | None) -> dict[str, Any]:
+    """config.json's keys that differ from the source's, which growth and dtype alone may change."""
+    must: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in c.hf_config.items()}
+    must["num_hidden_layers"] = (plan.layers,)
+    if isinstance(types := c.hf_config.get("layer_types"), list):
+        must["layer_types"] = ([types[i] for i in plan.source],)
+    for key in ("dtype", "torch_dtype"):
+        stored = dtype or result.common_dtype
+        if key in result.hf_config and (stored or key not in c.hf_config):
+            must[key] = (stored,) if dtype else (stored, c.hf_config.get(key))
+    changed = {}
+    for key in sorted({*must, *result.hf_config}):
+        found, allowed = result.hf_config.get(key), must.get(key, (None,))
+        if not any(found == value and type(found) is type(value) for value in allowed):
+            raise UserError(f"{result.where}: config.json's {key} must be {allowed[0]!r}, found {found!r}.")
+        if found != c.hf_config.get(key):
+            changed[key] = [c.hf_config.get(key), found]
+    return changed
+
+
+def _check_companions(c: Checkpoint, result: Checkpoint) -> dict[str, str]:
+    """SHA-256 of each tokenizer, template and generation file, all the source's byte for byte."""
+    found = result.companions
+    for name in sorted({*found, *c.companions}):
+        if name not in found:
+            raise UserError(f"{result.where}: {name} of {c.where} is missing.")
+        if found[name] != c.companions.get(name):
+            raise UserError(f"{result.where}: {name} is not, byte for byte, that of {c.where}.")
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+
+
+def _layer_map(plan: GrowthPlan, result: Checkpoint, tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    equal = [True] * plan.layers
+    for name, _, layer in hf_tensors(result.cfg):
+        if layer is not None:
+            equal[layer] &= tensors[name]["bitwise_equal"]
+    return [
+        {
+            "layer": i,
+            "source": source,
+            "partner": None if partner == source else partner,
+            "scale": scale,
+            "equals_source": same,
+        }
+        for i, (source, partner, scale, same) in enumerate(
+            zip(plan.source, plan.partner, plan.scale, equal, strict=True)
+        )
+    ]
+
+
+def prompts(vocab_size: int, max_positions: int) -> list[np.ndarray]:
+    """Token ids [3, 7] and [1, 512], or as many as the model has positions for; the same ones every time."""
+    stream_of_ids = np.random.Generator(np.random.PCG64(SEED))
+    return [stream_of_ids.integers(0, vocab_size, (n, min(t, max_positions))) for n, t in (SHORT, (1, LONG))]
+
+
+def kept_layers(plan: GrowthPlan) -> list[int] | None:
+    """The layers that are the base's own where all others add nothing; None where the plan changes outputs."""
+    kept = [i for i, scale in enumerate(plan.scale) if scale != 0]
+    as_base = all(plan.scale[i] == 1 and plan.partner[i] == plan.source[i] for i in kept)
+    return kept if as_base and [plan.source[i] for i in kept] == list(range(plan.base_layers)) else None
+
+
+def _logits(stored: Stored, plan: GrowthPlan, result: Checkpoint, exact: bool) -> dict[str, Any]:
+    """The sections `logits` and `negative_control`.
+
+    Args:
+      stored: the base.
+      plan: made for its layers.
+      result: what was made of it.
+      exact: whether every number that was cast is still the same, so that logits must be too.
+    """
+    grown = Model(
+        dataclasses.replace(stored.c.cfg, num_hidden_layers=plan.layers),
+        lambda path, layer, rows: grown_tensor(stored, plan, path, layer, rows),
+    )
+    made = Model(result.cfg, lambda path, layer, rows: result.read(TENSORS[path].hf.format(layer), rows))
+    tokens = prompts(stored.c.cfg.vocab_size, stored.c.cfg.max_position_embeddings)
+
+    given = [(t, grown.embed(t)) for t in tokens]
+    reference, kept = Run(grown, given), kept_layers(plan)
+    base = reference if kept is None or len(kept) == plan.layers else Run(grown, given)
+    steps = [
+        Step(_loader(grown, i), (reference,) if base is reference or i not in (kept or ()) else (reference, base))
+        for i in range(plan.layers)
+    ]
+
+    given = [(t, made.embed(t)) for t in tokens]
+    first = [(t[:, :CONTROL], x[:, :CONTROL]) for t, x in given]
+    own = Run(made, given)
+    rotary = Run(made, first, dataclasses.replace(made.cfg, rope_theta=made.cfg.rope_theta * _ROTARY))
+    damaged = Run(made, first)
+    what, steps_of_result = _damage(made, plan, (own, rotary), damaged)
+    steps += steps_of_result
+    with byte_bar(len(steps) * _layer_bytes(result.cfg), "logits") as progress:
+        stream(steps, progress)
+
+    places = np.split(np.arange(sum(t.size for t in tokens)), np.cumsum([t.size for t in tokens])[:-1])
+    places = [place.reshape(t.shape) for place, t in zip(places, tokens, strict=True)]  # of each token in a Distance
+    seen = np.concatenate([place[:, :CONTROL].reshape(-1) for place in places])
+    pairs: list[tuple[Run, Run, np.ndarray | slice]] = [
+        (reference, own, slice(None)), (reference, rotary, seen), (reference, damaged, seen), (base, own, slice(None)),
+    ]  # fmt: skip
+    distance, by_rotary, by_damage, to_base = compare(pairs)
+    return {
+        "logits": {
+            "of": "float32 logits of the source, grown by the plan, and of the result",
+            "computed_on": jax.local_devices()[0].platform,
+            "tolerance": TOLERANCE if exact else None,
+            "tokens": f"numpy Generator(PCG64({SEED})).integers(0, vocab_size): {SHORT}, then (1, {LONG})",
+            "prompts": [
+                {"length": len(ids), "tokens": " ".join(map(str, ids)), **distance.over(place)}
+                for t, p in zip(tokens, places, strict=True)
+                for ids, place in zip(t, p, strict=True)
+            ],
+            "equals_base": None if kept is None else to_base.over(slice(None))["max_abs_difference"],
+        },
+        "negative_control": [
+            _control(f"rotary base times {_ROTARY:g}", by_rotary, distance, seen, exact),
+            _control(what, by_damage, distance, seen, exact),
+        ],
+    }
+
+
+def _layer_bytes(cfg: ModelConfig) -> int:
+    """Of one layer as `Model.layer` holds it, float32."""
+    return 4 * sum(math.prod(s.shape[1:]) for s in jax.tree.leaves(shapes(cfg)["layers"]))
+
+
+def _loader(model: Model, layer: int) -> Callable[[], Layer]:
+    return lambda: model.layer(layer)
+
+
+def different_neighbours(plan: GrowthPlan) -> tuple[int, int] | None:
+    """The first two layers that differ and have nothing but layers that add nothing between them."""
+    adding = [i for i, scale in enumerate(plan.scale) if scale != 0]
+    for i, j in itertools.pairwise(adding):
+        if {plan.source[i], plan.partner[i]} != {plan.source[j], plan.partner[j]}:
+            return i, j
+    return None
+
+
+def _damage(model: Model, plan: GrowthPlan, whole: tuple[Run, ...], damaged: Run) -> tuple[str, list[Step]]:
+    """What is done to `damaged`, and the steps that take it and the `whole` runs through the model."""
+    pair = different_neighbours(plan)
+    if pair is None:
+
+        def interleaved() -> Layer:
+            layer = model.layer(0)
+            q = layer["q_proj"]
+            pairs = q.reshape(*q.shape[:-1], 2, q.shape[-1] // 2).swapaxes(-1, -2)
+            return layer | {"q_proj": pairs.reshape(q.shape)}
+
+        steps = [Step(_loader(model, i), (*whole, damaged) if i else whole) for i in range(plan.layers)]
+        return "rows of layer 0's q_proj interleaved", [Step(interleaved, (damaged,)), *steps]
+    i, j = pair
+    steps = []
+    for k in range(plan.layers):
+        steps.append(Step(_loader(model, k), whole if i <= k < j else (*whole, damaged)))
+        if k == j:
+            steps += [Step(_loader(model, other), (damaged,)) for other in (*range(i + 1, j), i)]
+    return f"layers {i} and {j} swapped", steps
+
+
+def _control(what: str, found: Distance, honest: Distance, seen: np.ndarray, exact: bool) -> dict[str, Any]:
+    """A damaged result's figures, and whether the check that the result must pass refuses it."""
+    figures = found.over(slice(None))
+    key = "max_abs_difference" if exact else "mean_kl"
+    threshold = TOLERANCE if exact else _FAR * honest.over(seen)["mean_kl"]
+    detected = not figures[key] <= threshold
+    return {"damage": what, **figures, "judged_by": key, "threshold": threshold, "detected": detected}
+
+
+def failures(certificate: dict[str, Any]) -> list[str]:
+    """What the logits say against the result, each as a part of a sentence."""
+    logits, wrong = certificate["logits"], []
+    tolerance = logits["tolerance"]
+    for i, prompt in enumerate(logits["prompts"]):
+        difference = prompt["max_abs_difference"]
+        if not np.isfinite([difference, prompt["mean_kl"]]).all():
+            wrong.append(f"logits of prompt {i} are not finite")
+        elif tolerance is not None and difference > tolerance:
+            wrong.append(f"logits of prompt {i} must be within {tolerance:g} of the source's, found {difference:.2g}")
+    if tolerance is not None and not (logits["equals_base"] or 0.0) <= tolerance:
+        wrong.append(f"logits must be within {tolerance:g} of the base's, found {logits['equals_base']:.2g}")
+    if not wrong:
+        for control in certificate["negative_control"]:
+            if not control["detected"]:
+                figure = f"{control['judged_by']} {control[control['judged_by']]:.2g}"
+                wrong.append(
+                    f"the logits cannot tell a damaged result ({control['damage']}: {figure}) from a sound one"
+                )
+    return wrong
+
+
+def summary(certificate: dict[str, Any]) -> Sequence[str]:
+    """Four lines for a person."""
+    tensors, logits = certificate["tensors"].values(), certificate["logits"]
+    result, source = certificate["result"]["where"], certificate["source"]["where"]
+    equal = sum(record["bitwise_equal"] for record in tensors)
+    worst = max(logits["prompts"], key=lambda p: p["max_abs_difference"])
+    bound = "a cast moves them" if logits["tolerance"] is None else f"at most {logits['tolerance']:g}"
+    base = "" if logits["equals_base"] is None else f"; from the base's {logits['equals_base']:.2g}"
+    controls = [
+        f"{control['damage']} {control['max_abs_difference']:.2g} {'refused' if control['detected'] else 'NOT SEEN'}"
+        for control in certificate["negative_control"]
+    ]
+    return (
+        f"certificate of {result}, {certificate['operator']} of {source}",
+        f"  tensors: {equal} of {len(tensors)} bit by bit the source's, {len(tensors) - equal} as computed again",
+        f"  logits: up to {worst['max_abs_difference']:.2g} from the source's ({bound}){base}",
+        f"  damaged on purpose: {', '.join(controls)}",
+    )

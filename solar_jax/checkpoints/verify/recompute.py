@@ -1,0 +1,285 @@
+"""What the tensors of a conversion must be, worked out a second time: numpy on bits, apart from the code that converts.
+
+The rules of growth are written down again here, by the tensors' HF names: a slip in one of the two places shows.
+"""
+
+import functools
+import hashlib
+import math
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import gguf
+import numpy as np
+
+from solar_jax.checkpoints.checkpoint import Checkpoint, numpy_dtype, row_blocks, row_unit
+from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors
+from solar_jax.errors import UserError
+from solar_jax.growth.operators import GrowthPlan
+
+# The tensors by which a layer adds to the residual stream: those that a plan scales.
+_ADDING = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
+_THREADS = 2  # tensors hashed at a time
+_PIECE = 1 << 20  # elements that are recomputed at a time
+
+
+def widen(x: np.ndarray) -> np.ndarray:
+    """float32, bfloat16 or float16 as float32, exactly."""
+    if x.dtype.name == "bfloat16":
+        return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return x.astype(np.float32, copy=False)
+
+
+def narrow(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """float32 to the nearest number of `dtype`, ties to the even one."""
+    if dtype.name != "bfloat16":
+        with np.errstate(over="ignore", invalid="ignore"):
+            return x.astype(dtype, copy=False)
+    bits = x.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    quiet_nan = ((bits >> 16) & 0x8000 | 0x7FC0).astype(np.uint16)
+    return np.where(np.isnan(x), quiet_nan, rounded).view(dtype)
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """The bytes of an array, flat."""
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+
+
+def _halves(x: np.ndarray) -> np.ndarray:
+    """Bytes [..., 2k], as float16, as float32 [..., k]."""
+    return np.ascontiguousarray(x).view(np.float16).astype(np.float32)
+
+
+def _q8_0(x: np.ndarray) -> np.ndarray:
+    """Blocks [n, 34]: a scale and 32 int8."""
+    return _halves(x[:, :2]) * np.ascontiguousarray(x[:, 2:]).view(np.int8)
+
+
+def _nibbles(x: np.ndarray) -> np.ndarray:
+    """Bytes [n, 16] to [n, 32]: first all the low ones, then the high ones."""
+    return np.concatenate((x & 15, x >> 4), axis=1).astype(np.float32)
+
+
+# GGUF type -> (bytes a block, a block's bytes [n, .] to float32 [n, .]); other types are left to the gguf package.
+_DEQUANTISED: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
+    "F32": (4, lambda x: x.view(np.float32)),
+    "F16": (2, _halves),
+    "BF16": (2, lambda x: (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)),
+    "Q8_0": (34, _q8_0),
+    "Q4_0": (18, lambda x: _halves(x[:, :2]) * (_nibbles(x[:, 2:]) - 8)),
+    "Q4_1": (20, lambda x: _halves(x[:, :2]) * _nibbles(x[:, 4:]) + _halves(x[:, 2:4])),
+}
+_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # the dtypes whose bytes these are
+
+
+class Stored:
+    """The tensors of a source by HF name: the bytes that lie in its file, and the numbers that they stand for."""
+
+    def __init__(self, c: Checkpoint):
+        self.c = c
+        self._gguf: dict[str, Any] = {}
+        self._interleaved = ()  # what llama.cpp's converter stores with rotary pairs side by side
+        if len(c.files) == 1 and _starts_with(c.files[0], b"GGUF"):
+            reader = gguf.GGUFReader(c.files[0])
+            by_name = {t.name: t for t in reader.tensors}
+            for name, path, layer in hf_tensors(c.cfg):
+                self._gguf[name] = by_name[TENSORS[path].gguf.format("" if layer is None else layer)]
+            if reader.fields["general.architecture"].contents() == "llama":
+                self._interleaved = tuple(name for name in self._gguf if re.search(r"\.self_attn\.[qk]_proj\.", name))
+
+    def raw(self, name: str, rows: slice) -> np.ndarray:
+        """Rows of a tensor as bytes; of GGUF those of the file, else in HF's layout."""
+        return bits(self._packed(name, rows) if name in self._gguf else self.c.read(name, rows))
+
+    def nbytes(self, name: str) -> int:
+        if name in self._gguf:
+            return int(self._gguf[name].n_bytes)
+        return math.prod(self.c.shape_of[name]) * self.c.dtype_of[name].itemsize
+
+    def made(self, name: str) -> str:
+        """How the numbers come from the bytes, where they are not simply those; else empty."""
+        if name not in self._gguf:
+            return ""
+        kind, stored = self._gguf[name].tensor_type.name, self.c.dtype_of[name]
+        how = "" if _PLAIN.get(kind) == stored.name else f"dequantised {kind}"
+        if kind not in _DEQUANTISED:
+            how += " by the gguf package"
+        return ", ".join(filter(None, (how, "rotary pairs reordered" if name in self._interleaved else "")))
+
+    def values(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Rows of a tensor in HF's layout and the checkpoint's dtype; whole heads where the rows are heads."""
+        if name not in self._gguf:
+            return self.c.read(name, rows)
+        data, kind = self._packed(name, rows), self._gguf[name].tensor_type
+        if kind.name in _DEQUANTISED:
+            size, dequantise = _DEQUANTISED[kind.name]
+            x = dequantise(bits(data).reshape(-1, size))
+        else:
+            x = gguf.quants.dequantize(data, kind).astype(np.float32, copy=False)
+        x = narrow(x.reshape(-1, *self.c.shape_of[name][1:]), self.c.dtype_of[name])
+        if name not in self._interleaved:
+            return x
+        # Row 2i + p of a head in the file is row i + p H/2 in HF's: the rotary pairs lie side by side there.
+        half = self.c.cfg.head_dim // 2
+        order = np.arange(2 * half).reshape(half, 2).T.reshape(-1)
+        heads = np.arange(0, len(x), 2 * half)[:, None]
+        return x[(heads + order).reshape(-1)]
+
+    def _packed(self, name: str, rows: slice) -> np.ndarray:
+        """Rows as they lie in a GGUF file; all there is of a vector, whose blocks run along its only axis."""
+        data = self._gguf[name].data
+        return data if len(self.c.shape_of[name]) == 1 else data[rows]
+
+
+def _starts_with(file: pathlib.Path, magic: bytes) -> bool:
+    with file.open("rb") as f:
+        return f.read(len(magic)) == magic
+
+
+def source_names(plan: GrowthPlan, path: str, layer: int | None) -> list[str]:
+    """The base's tensors that a tensor of the grown model is made of."""
+    if layer is None:
+        return [TENSORS[path].hf]
+    return [TENSORS[path].hf.format(i) for i in dict.fromkeys((plan.source[layer], plan.partner[layer]))]
+
+
+def grown(parts: Sequence[np.ndarray], scale: float) -> np.ndarray:
+    """The mean of one or two arrays, times `scale`, each step rounded to the first one's dtype; as float32."""
+    dtype = parts[0].dtype
+    x = widen(parts[0])
+    if len(parts) == 2:
+        x = widen(narrow((x + widen(parts[1])) / np.float32(2), dtype))
+    if scale != 1.0:
+        x = widen(narrow(x * widen(narrow(np.array([scale], np.float32), dtype)), dtype))
+    return x
+
+
+def grown_tensor(stored: Stored, plan: GrowthPlan, path: str, layer: int | None, rows: slice) -> np.ndarray:
+    """Rows of a tensor of the grown model, float32 in HF's layout, from the base alone."""
+    parts = [np.ascontiguousarray(stored.values(name, rows)) for name in source_names(plan, path, layer)]
+    out = np.empty(parts[0].shape, np.float32)
+    flat, scale = [part.reshape(-1) for part in parts], _scale(plan, path, layer)
+    for start in range(0, out.size, _PIECE):  # a mean takes several times its own memory
+        piece = slice(start, start + _PIECE)
+        out.reshape(-1)[piece] = grown([part[piece] for part in flat], scale)
+    return out
+
+
+def _scale(plan: GrowthPlan, path: str, layer: int | None) -> float:
+    return plan.scale[layer] if layer is not None and TENSORS[path].hf.endswith(_ADDING) else 1.0
+
+
+def total_bytes(stored: Stored, plan: GrowthPlan, result: Checkpoint) -> int:
+    """What `check_tensors` hashes."""
+    used = {name for _, path, layer in hf_tensors(result.cfg) for name in source_names(plan, path, layer)}
+    made = [(result.shape_of[name], result.dtype_of[name]) for name, _, _ in hf_tensors(result.cfg)]
+    return sum(map(stored.nbytes, used)) + sum(math.prod(shape) * dtype.itemsize for shape, dtype in made)
+
+
+def check_tensors(
+    stored: Stored, plan: GrowthPlan, result: Checkpoint, dtype: str | None, progress: Callable[[int], None]
+) -> dict[str, dict[str, Any]]:
+    """Every tensor of the result hashed, and compared with what the source says that it must be.
+
+    Args:
+      stored: the base.
+      plan: made for its layers.
+      result: what was made of it.
+      dtype: that was asked for; None for each tensor's own.
+      progress: told the bytes hashed since the last call.
+
+    Returns:
+      By HF name: source tensors, dtypes, hashes, how it was made, and how far it is from the source.
+
+    Raises:
+      UserError: a tensor is not what it must be.
+    """
+    tensors = list(hf_tensors(result.cfg))
+    used = {name: path for _, path, layer in tensors for name in source_names(plan, path, layer)}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            hashes = pool.map(lambda item: _sha256(stored, item[0], item[1], progress), used.items())
+            sha256 = dict(zip(used, hashes, strict=True))
+            check = functools.partial(_check, stored, plan, result, dtype, sha256, progress)
+            return dict(pool.map(check, tensors))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest |a - b|; infinite where one alone is, but not where both are the same infinity or NaN."""
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(a - b)
+    return float(np.max(gap, initial=0.0, where=~np.isnan(gap)))
+
+
+def _sha256(stored: Stored, name: str, path: str, progress: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    for rows in row_blocks(stored.c.shape_of[name], row_unit(path, stored.c.cfg)):
+        block = stored.raw(name, rows)
+        digest.update(block.data)
+        progress(block.size)
+    return digest.hexdigest()
+
+
+def _check(
+    stored: Stored,
+    plan: GrowthPlan,
+    result: Checkpoint,
+    dtype: str | None,
+    sha256: dict[str, str],
+    progress: Callable[[int], None],
+    tensor: tuple[str, str, int | None],
+) -> tuple[str, dict[str, Any]]:
+    """(HF name, record) of one tensor."""
+    name, path, layer = tensor
+    c, sources, scale = stored.c, source_names(plan, path, layer), _scale(plan, path, layer)
+    before, after = c.dtype_of[sources[0]], result.dtype_of[name]
+    allowed = {numpy_dtype(dtype)} if dtype else {before, np.dtype(np.float32)}  # a stack of several dtypes is float32
+    if after not in allowed:
+        expected = " or ".join(sorted(d.name for d in allowed))
+        raise UserError(f"{result.where}: {name} must be {expected}, found {after.name}.")
+    made = [stored.made(source) for source in sources[:1]]
+    if len(sources) == 2:
+        assert layer is not None
+        made.append(f"mean of layers {plan.source[layer]} and {plan.partner[layer]}")
+    made += [f"scaled by {scale}"] if scale != 1.0 else []
+    made += [f"cast {before.name}->{after.name}"] if after != before else []
+    digest, equal, difference = hashlib.sha256(), True, 0.0
+    computed = any(made)
+    for rows in row_blocks(hf_shape(path, c.cfg), row_unit(path, c.cfg)):
+        found = np.ascontiguousarray(result.read(name, rows)).reshape(-1)
+        digest.update(found.view(np.uint8).data)
+        if computed:
+            parts = [np.ascontiguousarray(stored.values(source, rows)).reshape(-1) for source in sources]
+            for start in range(0, found.size, _PIECE):
+                piece = slice(start, start + _PIECE)
+                x = grown([part[piece] for part in parts], scale)
+                equal &= np.array_equal(bits(narrow(x, after)), bits(found[piece]))
+                if after != before:
+                    difference = max(difference, _distance(widen(found[piece]), x))
+        progress(found.nbytes)
+    same = [digest.hexdigest()] == [sha256[source] for source in sources]
+    if computed and not equal:
+        raise UserError(f"{result.where}: {name} is not {', '.join(filter(None, made))} of {' and '.join(sources)}.")
+    if not computed and not same:
+        raise UserError(f"{result.where}: {name} must be bit by bit {sources[0]} of {c.where}, but differs.")
+    if not np.isfinite(difference):
+        raise UserError(f"{result.where}: {name} has numbers that {after.name} has no room for.")
+    record: dict[str, Any] = {
+        "source": sources,
+        "dtype": after.name,
+        "sha256": digest.hexdigest(),
+        "source_sha256": [sha256[source] for source in sources],
+        "bitwise_equal": same,
+        "made": ", ".join(filter(None, made)) or "copied",
+    }
+    if computed:
+        record["equals_recomputation"] = equal
+    if after != before:
+        record["max_abs_difference"] = difference
+    return name, record

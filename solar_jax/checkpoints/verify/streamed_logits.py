@@ -1,0 +1,206 @@
+"""Logits of models that do not fit into memory: a layer at a time, several runs side by side.
+
+The maths is the model's own. A run is a batch of prompts on its way through a model. What two runs end with is
+compared in blocks of the vocabulary, so that [tokens, V] is never held.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from solar_jax.checkpoints.checkpoint import row_blocks
+from solar_jax.checkpoints.tensor_table import from_hf, hf_shape
+from solar_jax.config import ModelConfig
+from solar_jax.model.attention import attention_mask
+from solar_jax.model.llama import Block, identity, layer_axes, rms_norm
+from solar_jax.model.rope import rope_angles
+
+# (path, layer or None, rows of the file's first axis) -> float array in HF's layout, as `checkpoints.views.grown_rows`
+ReadRows = Callable[[str, int | None, slice], np.ndarray]
+Layer = dict[str, jax.Array]  # the arrays of `layer_axes`, float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model's weights where they lie."""
+
+    cfg: ModelConfig
+    read: ReadRows
+
+    def embed(self, tokens: np.ndarray) -> np.ndarray:
+        """float32 [B, T, D] of tokens [B, T]; the table is read once, block by block."""
+        out = np.empty((*tokens.shape, self.cfg.hidden_size), np.float32)
+        for rows in row_blocks(hf_shape("embed", self.cfg)):
+            here = (rows.start <= tokens) & (tokens < rows.stop)
+            if here.any():
+                out[here] = self.read("embed", None, rows)[tokens[here] - rows.start]
+        return out
+
+    def layer(self, layer: int) -> Layer:
+        """One layer as the model takes it."""
+        plain = dataclasses.replace(self.cfg, num_hidden_layers=1)
+        return {
+            name: _as_ours(np.ascontiguousarray(self.read(f"layers/{name}", layer, slice(None))), name, plain)
+            for name in layer_axes(self.cfg)
+        }
+
+    def head(self, rows: slice) -> np.ndarray:
+        """[rows of V, D] of what makes logits of hidden states."""
+        return self.read("embed" if self.cfg.tie_word_embeddings else "lm_head", None, rows)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _as_ours(x: jax.Array, name: str, cfg: ModelConfig) -> jax.Array:
+    """A whole tensor in HF's layout as our array, float32; compiled, since numpy is slow to transpose."""
+    moved: Any = from_hf  # reshapes and transposes, which arrays of both kinds have
+    return moved(x, f"layers/{name}", cfg).astype(jnp.float32)
+
+
+class Run:
+    """Prompts at some depth of a model; `step` takes them a layer further."""
+
+    def __init__(self, model: Model, prompts: Sequence[tuple[np.ndarray, np.ndarray]], cfg: ModelConfig | None = None):
+        """Args:
+        model: whose layers it will pass.
+        prompts: (tokens [B, T], their embeddings [B, T, D]).
+        cfg: what the layers compute with, if not what the model says.
+        """
+        self.model, self.cfg = model, cfg or model.cfg
+        self.x = [jnp.asarray(x) for _, x in prompts]
+        self._graph = _block_graph(dataclasses.replace(self.cfg, num_hidden_layers=1))
+        self._places = []
+        for tokens, _ in prompts:
+            length = tokens.shape[1]
+            rope = rope_angles(jnp.arange(length)[None], self.cfg)
+            self._places.append((rope, attention_mask(length, None, self.cfg.sliding_window)))
+
+    def step(self, layer: Layer) -> None:
+        self.x = [_block(self._graph, layer, x, *p) for x, p in zip(self.x, self._places, strict=True)]
+        jax.block_until_ready(self.x)  # or the next layer is read while this one is still held
+
+    def hidden(self) -> jax.Array:
+        """The final norm's output [P, D] at all P positions, prompt after prompt."""
+        scale = jnp.asarray(self.model.read("final_norm", None, slice(None)).astype(np.float32))
+        flat = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in self.x])
+        return rms_norm(flat, scale, self.cfg.rms_norm_eps)
+
+
+@functools.cache
+def _block_graph(cfg: ModelConfig) -> nnx.GraphDef:
+    """A decoder layer without its arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Block(cfg, nnx.Rngs(0))))[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _block(graph: nnx.GraphDef, layer: Layer, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array):
+    """[B, T, D] -> [B, T, D]."""
+    return nnx.merge(graph, layer)(x, rope, mask, identity)
+
+
+@jax.jit
+def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
+    """Hidden states [P, D] and rows of the head [v, D] to float32 [P, v]."""
+    return jnp.einsum("pd,vd->pv", x, head.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A layer, loaded when its turn comes, and the runs that pass it."""
+
+    load: Callable[[], Layer]
+    runs: tuple[Run, ...]
+
+
+def stream(steps: Sequence[Step], progress: Callable[[int], None] = lambda n: None) -> None:
+    """Takes the runs through the layers, one of which is in memory at a time; tells the bytes of each that is done."""
+    for step in steps:
+        layer = step.load()
+        for run in step.runs:
+            run.step(layer)
+        progress(sum(x.nbytes for x in layer.values()))
+        del layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Distance:
+    """How far two runs' logits lie apart at each of P positions."""
+
+    max_abs: np.ndarray  # [P], over the vocabulary
+    kl: np.ndarray  # [P], of the second's distribution from the first's, nats
+    same_top: np.ndarray  # [P] booleans
+
+    def over(self, positions: slice | np.ndarray) -> dict[str, float]:
+        """The largest difference, mean KL and the share of equal top tokens, of some positions."""
+        return {
+            "max_abs_difference": float(self.max_abs[positions].max()),
+            "mean_kl": float(self.kl[positions].mean()),
+            "top1_agreement": float(self.same_top[positions].mean()),
+        }
+
+
+def logits(run: Run) -> np.ndarray:
+    """float32 [P, V] of a run that has passed its layers; for vocabularies that can be held."""
+    x = run.hidden()
+    blocks = row_blocks((run.cfg.vocab_size, run.cfg.hidden_size))
+    return np.concatenate([np.asarray(_logits(x, run.model.head(rows))) for rows in blocks], axis=1)
+
+
+def compare(pairs: Sequence[tuple[Run, Run, np.ndarray | slice]]) -> list[Distance]:
+    """The distances of pairs of runs that have passed their layers.
+
+    Args:
+      pairs: (first, second, positions of the first [P] that the second's are).
+    """
+    runs = list(dict.fromkeys(run for first, second, _ in pairs for run in (first, second)))
+    models = list({id(run.model): run.model for run in runs}.values())
+    hidden = {run: run.hidden() for run in runs}
+    sums = [_Sums(len(hidden[second])) for _, second, _ in pairs]
+    for rows in row_blocks((runs[0].cfg.vocab_size, runs[0].cfg.hidden_size)):
+        found: dict[Run, np.ndarray] = {}
+        for model in models:
+            head = jnp.asarray(model.head(rows))
+            found |= {run: np.asarray(_logits(hidden[run], head)) for run in runs if run.model is model}
+            del head
+        for (first, second, positions), total in zip(pairs, sums, strict=True):
+            total.add(rows.start, found[first][positions], found[second])
+    return [total.distance() for total in sums]
+
+
+class _Sums:
+    """What is kept of the blocks of a vocabulary that were seen: sums relative to the largest logit so far."""
+
+    def __init__(self, length: int):
+        self.max_abs = np.zeros(length)
+        self.top = np.full((2, length), -np.inf)  # the largest logit of either
+        self.best = np.zeros((2, length), np.int64)  # where it stands
+        self.mass = np.zeros((2, length))  # sum of exp(logit - top)
+        self.cross = np.zeros(length)  # sum of exp(first - top) (first - second)
+
+    def add(self, start: int, first: np.ndarray, second: np.ndarray) -> None:
+        """Logits [P, v] of the tokens from `start`, in float64 from here on."""
+        a, b = first.astype(np.float64), second.astype(np.float64)
+        gap = a - b
+        self.max_abs = np.maximum(self.max_abs, np.abs(gap).max(axis=1))
+        for i, x in enumerate((a, b)):
+            best = x.argmax(axis=1)
+            highest = np.maximum(self.top[i], x.max(axis=1))
+            self.best[i] = np.where(x[np.arange(len(x)), best] > self.top[i], start + best, self.best[i])
+            shrink = np.exp(self.top[i] - highest)
+            x -= highest[:, None]
+            np.exp(x, out=x)
+            self.mass[i] = self.mass[i] * shrink + x.sum(axis=1)
+            if i == 0:
+                self.cross = self.cross * shrink + (x * gap).sum(axis=1)
+            self.top[i] = highest
+
+    def distance(self) -> Distance:
+        log_mass = self.top + np.log(self.mass)
+        kl = self.cross / self.mass[0] - log_mass[0] + log_mass[1]
+        # Rounding alone takes it below zero; NaN stays.
+        return Distance(self.max_abs, np.maximum(kl, 0.0), self.best[0] == self.best[1])

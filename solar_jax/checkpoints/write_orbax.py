@@ -1,0 +1,150 @@
+"""A checkpoint of any source written as one of ours, block by block: no stacked array is ever held."""
+
+import collections
+import concurrent.futures
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from solar_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    grown_rows,
+    numpy_dtype,
+    places,
+    row_blocks,
+    row_unit,
+    source_name,
+)
+from solar_jax.checkpoints.tensor_table import TENSORS, from_hf, hf_shape, paths
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.operators import GrowthPlan
+from solar_jax.model.llama import Params, shapes, sizes
+from solar_jax.orbax_store.arrays import BlockWriter, array_paths, chunks, open_array, told_errors
+from solar_jax.orbax_store.store import FOLDER
+from solar_jax.orbax_store.streamed import write_streamed
+from solar_jax.parallel import processes
+
+Chunks = set[tuple[int, ...]]  # positions in an array's grid
+_WORKERS = 2  # blocks read and transposed at a time
+_AHEAD = 3  # blocks that wait for the writer
+
+
+def array_dtypes(c: Checkpoint, plan: GrowthPlan, dtype: str | None) -> dict[str, np.dtype]:
+    """The dtype of every array by path: `dtype`, or the one of its tensors, float32 where they have several."""
+
+    def one(path: str) -> np.dtype:
+        layers = range(plan.layers) if path.startswith("layers/") else (None,)
+        found = {c.dtype_of[source_name(path, layer, plan)] for layer in layers}
+        return numpy_dtype(dtype) if dtype else found.pop() if len(found) == 1 else np.dtype(np.float32)
+
+    return {path: one(path) for path in paths(c.cfg)}
+
+
+def total_bytes(c: Checkpoint, plan: GrowthPlan, dtype: str | None) -> int:
+    """Of the arrays that `write_params` writes."""
+    dtypes, cfg = array_dtypes(c, plan, dtype), grown_config(c.cfg, plan)
+    return sum(s.size * dtypes["/".join(k.key for k in p)].itemsize for p, s in jax.tree.leaves_with_path(shapes(cfg)))
+
+
+def write_params(
+    workdir: pathlib.Path, c: Checkpoint, plan: GrowthPlan, dtype: str | None, progress: Callable[[int], None]
+) -> None:
+    """Writes the checkpoint of step 0 under `workdir`, grown by `plan`; of several processes each its share of layers.
+
+    Args:
+      workdir: the folder above `checkpoints/`, local or a bucket's; empty or as an earlier run of this job left it.
+      c: the base.
+      plan: made for its layers.
+      dtype: of all arrays; as stored if None.
+      progress: told the bytes written since its last call.
+    """
+    dtypes, cfg = array_dtypes(c, plan, dtype), grown_config(c.cfg, plan)
+    shape = {"/".join(k.key for k in p): s.shape for p, s in jax.tree.leaves_with_path(shapes(cfg))}
+    tree: Params = {"layers": {}}
+    for path, d in dtypes.items():
+        group, _, leaf = path.rpartition("/")
+        (tree[group] if group else tree)[leaf] = d
+
+    folder = workdir / FOLDER / "0" / "params"
+
+    def write_arrays(writer: BlockWriter) -> None:
+        try:
+            if processes.is_first():
+                begun = {path: open_array(folder, path).shape for path in array_paths(folder)}
+                for path in dtypes:  # in whose places Orbax left empty ones of another shape
+                    _array(writer, c, path, shape[path], dtypes[path], fresh=begun.get(path) != shape[path])
+            processes.wait("the arrays are there to be filled")
+            stored = chunks(folder)
+            for path in dtypes:
+                array = _array(writer, c, path, shape[path], dtypes[path], fresh=False)
+                _write_array(writer, array, stored[path], c, plan, path)
+            writer.flush()
+        finally:
+            writer.abandon()  # where one failed, those that are on their way
+
+    with told_errors(workdir):
+        write_streamed(workdir, tree, write_arrays, progress)
+    processes.wait("the arrays are filled")
+
+
+def _array(writer: BlockWriter, c: Checkpoint, path: str, shape: tuple[int, ...], dtype: np.dtype, fresh: bool) -> Any:
+    """An array on disk, in chunks of one block of a layer's file."""
+    row, unit = TENSORS[path], row_unit(path, c.cfg)
+    block = next(row_blocks(hf_shape(path, c.cfg), unit))
+    chunk = [sizes(c.cfg)[letter] for letter in row.axes]
+    chunk[_rows_axis(path)] = (block.stop - block.start) // unit
+    return writer.create(path, shape, dtype, (1, *chunk) if path.startswith("layers/") else tuple(chunk), fresh)
+
+
+def _rows_axis(path: str) -> int:
+    """The axis of our layer's array along which the file's rows run."""
+    return TENSORS[path].axes.index(TENSORS[path].hf_axes[0][0])
+
+
+def _write_array(writer: BlockWriter, array: Any, stored: Chunks, c: Checkpoint, plan: GrowthPlan, path: str) -> None:
+    """One array of the state, its distinct layers each read once and written to every place that they have.
+
+    Layers whose chunks are all stored already are left as they are.
+    """
+    unit, axis, dtype = row_unit(path, c.cfg), _rows_axis(path), array.dtype.numpy_dtype
+    blocks = list(row_blocks(hf_shape(path, c.cfg), unit))
+    index, count = processes.index_and_count()
+
+    def prepare(item: tuple[list[int | None], slice]) -> tuple[list[int | None], slice, np.ndarray]:
+        layers, rows = item
+        with np.errstate(over="ignore"):  # float16 has no room for what float32 has: it becomes inf
+            x = grown_rows(c, plan, path, layers[0], rows).astype(dtype, copy=False)
+        # As plain integers: numpy moves those several times faster than the bfloat16 that it does not know.
+        x = from_hf(x.view(f"u{dtype.itemsize}"), path, c.cfg)
+        return layers, rows, np.ascontiguousarray(x).view(dtype)
+
+    def positions(layer: int | None) -> Chunks:
+        """Of the chunks of one layer in the array's grid."""
+        at = [0] * len(TENSORS[path].axes)
+        return {(*(() if layer is None else (layer,)), *at[:axis], i, *at[axis + 1 :]) for i in range(len(blocks))}
+
+    for layers in places(plan, path)[index::count]:
+        if all(stored >= positions(layer) for layer in layers):
+            writer.skip(len(layers) * math.prod(hf_shape(path, c.cfg)) * dtype.itemsize)
+            continue
+        for group, rows, block in _ahead(prepare, [(layers, rows) for rows in blocks]):
+            at: list[Any] = [slice(None)] * len(TENSORS[path].axes)
+            at[axis] = slice(rows.start // unit, rows.stop // unit)
+            for layer in group:
+                writer.write(array, tuple(at) if layer is None else (layer, *at), block)
+
+
+def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """`map` in threads, a bounded number of results ahead."""
+    with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+        waiting: collections.deque[Any] = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,108 @@
+"""The unit of work of a preparation: a block of documents in, the records of its rows out, on whatever machine.
+
+Blocks follow from the order of the documents alone, so that the rows are the same for any number of workers.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import tokenizers
+
+from solar_jax.data.packing import cut_rows, pack, tokenise
+from solar_jax.data.prepared import records
+from solar_jax.data.prepared.decontamination import Index, Match
+from solar_jax.data.sources import Document
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What every block needs, for another process or machine to have."""
+
+    tokenizer: str  # tokenizer.json
+    eos: int
+    length: int  # T
+    packing: str
+    dtype: str  # of stored tokens
+    evaluations: Index | None  # what no training document may hold a piece of
+
+    def __call__(self, block: "Block") -> "Packed":
+        return _packed(self, block)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Consecutive documents of a source's training or held-out part."""
+
+    name: str  # of that part
+    searched: bool  # for pieces of evaluation sets
+    documents: list[Document]
+    places: np.ndarray  # [documents, 2] int64: number of the file, and record
+    digest: bytes  # of all that
+    read: int  # bytes of text, with those of documents that were dropped before
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    name: str
+    read: int
+    documents: int  # that are left
+    tokens: int  # of the documents, their ends counted
+    targets: int  # of weight above 0, in rows
+    rows: list[bytes]  # records; of concat the parent makes them
+    stream: records.Pieces | None  # of concat: the documents' tokens, sizes and places
+    matches: list[Match]  # documents that were left out
+
+
+def _packed(work: Work, block: Block) -> Packed:
+    documents, places, matches = block.documents, block.places, []
+    if work.evaluations is not None and block.searched:
+        found = [work.evaluations.matches(d) for d in documents]
+        kept = [i for i, match in enumerate(found) if match is None]
+        matches = [match for match in found if match is not None]
+        documents, places = [documents[i] for i in kept], places[kept]
+    tokenizer = _tokenizer(work.tokenizer)
+    if work.packing == "concat":
+        runs = tokenise([d.text for d in documents], tokenizer, work.eos)
+        sizes = np.array([len(run) for run in runs], np.int64)
+        tokens = np.concatenate(runs).astype(work.dtype) if runs else np.empty(0, work.dtype)
+        stream = tokens, sizes, places
+        return Packed(block.name, block.read, len(documents), len(tokens), 0, [], stream, matches)
+    rows = pack(documents, tokenizer, work.eos, work.length, packing=work.packing)
+    made = []
+    for i in range(len(rows)):
+        tokens, sizes, owners = rows.pieces(i)
+        made.append(records.encode((tokens, sizes, places[owners]), work.dtype))
+    return Packed(block.name, block.read, len(documents), len(rows.stream), rows.tokens, made, None, matches)
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(text: str) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(text)
+
+
+class Concat:
+    """Streams of blocks, one after another, cut every T."""
+
+    def __init__(self, length: int, dtype: str):
+        self._length, self._dtype = length, dtype
+        self.left = np.empty(0, dtype), np.empty(0, np.int64), np.empty((0, 2), np.int64)
+
+    def __call__(self, stream: records.Pieces) -> tuple[list[bytes], int]:
+        """The records that a block completes, and their targets of weight above 0 where documents are masked."""
+        tokens, sizes, places = (np.concatenate(both) for both in zip(self.left, stream, strict=True))
+        starts = np.cumsum([0, *sizes], dtype=np.int64)
+        _, cuts, owners, counts = cut_rows("concat", starts, 0, self._length)
+        made, piece = [], 0
+        for row, count in enumerate(counts):
+            of = slice(piece, piece + count)
+            window = tokens[row * self._length : (row + 1) * self._length + 1]
+            made.append(records.encode((window, cuts[of], places[owners[of]]), self._dtype))
+            piece += count
+        begin = len(counts) * self._length
+        first = int(np.searchsorted(starts, begin, side="right")) - 1 if len(sizes) else 0
+        rest = sizes[first:].copy()
+        if len(rest):
+            rest[0] -= begin - starts[first]
+        self.left = tokens[begin:], rest, places[first:]
+        return made, int((cuts - 1).sum())

@@ -1,0 +1,154 @@
+"""Sources to prepared shards: documents read in order, duplicates dropped, blocks worked on anywhere, rows written.
+
+The order of the documents decides everything: which are duplicates, which block one belongs to, and so each byte.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from solar_jax.config import DataConfig
+from solar_jax.data.packing import block_characters
+from solar_jax.data.prepared import records
+from solar_jax.data.prepared.blocks import Block, Work
+from solar_jax.data.prepared.engines import ENGINES
+from solar_jax.data.prepared.shards import Shards
+from solar_jax.data.sources import Document, Source, documents, parse_sources, split
+
+PARTS = ("train", "heldout")
+SHARDS = "shards"  # the folder of shards that have no final number yet
+DUPLICATES = "duplicates.jsonl"
+
+
+@dataclasses.dataclass
+class SourceFacts:
+    """What was read of a source, and the shards that were made of it."""
+
+    source: Source
+    holdout: str  # the rule that its documents were held out by
+    files: dict[str, int] = dataclasses.field(default_factory=dict)  # name -> number, by their first documents
+    documents: int = 0
+    bytes: int = 0  # of UTF-8 text
+    duplicates: int = 0
+    shards: dict[str, Shards] = dataclasses.field(default_factory=dict)  # of each part
+
+
+def write_shards(
+    cfg: DataConfig, work: Work, folder: pathlib.Path, *, dedup: bool, engine: str, workers: int,
+    progress: Callable[[int], None],
+) -> list[SourceFacts]:  # fmt: skip
+    """Fills `folder` with the shards of every source; those that an earlier run finished are kept.
+
+    Args:
+      cfg: the sources and how their rows are to be.
+      work: what is done with a block.
+      folder: gets a folder of shards, and the report of duplicates.
+      dedup: drop documents whose text came before, in whatever source.
+      engine: a name of `ENGINES`.
+      workers: of the engine.
+      progress: is told bytes of text that are done.
+
+    Raises:
+      UserError: a source is missing, damaged, or not what an interrupted run read.
+    """
+    (folder / SHARDS).mkdir(exist_ok=True)
+    found: list[SourceFacts] = []
+    writers: dict[str, Shards] = {}
+
+    with (folder / DUPLICATES).open("w") if dedup else contextlib.nullcontext() as report:
+        seen = _Seen(report) if dedup else None
+
+        def jobs() -> Iterator[Block]:
+            for index, source in enumerate(parse_sources(cfg.sources, cfg.text_key)):
+                facts = SourceFacts(source, "")
+                found.append(facts)
+                for part in PARTS:
+                    name = f"{index}-{part}"
+                    facts.shards[part] = writers[name] = Shards(
+                        folder / SHARDS, name, cfg.packing, cfg.sequence_length, work.dtype
+                    )
+                for block in _blocks(index, source, cfg, facts, seen):
+                    if writers[block.name].needs(block, block.digest):
+                        yield block
+                    else:
+                        progress(block.read)
+
+        for packed in ENGINES[engine](work, jobs(), workers):
+            writers[packed.name].add(packed)
+            progress(packed.read)
+    for shards in writers.values():
+        shards.close()
+    if not dedup:
+        (folder / DUPLICATES).unlink(missing_ok=True)
+    return found
+
+
+class _Seen:
+    """The hashes of all texts so far, with the id of the first document of each: some 250 bytes a document."""
+
+    def __init__(self, report: Any):
+        self._first: dict[bytes, str] = {}
+        self._report = report
+
+    def __call__(self, document: Document, digest: bytes) -> bool:
+        if (first := self._first.setdefault(digest, document.id)) is document.id:
+            return False
+        self._report.write(json.dumps({"document": document.id, "same_as": first}) + "\n")
+        return True
+
+
+@dataclasses.dataclass
+class _Open:
+    """A block that more documents are coming for."""
+
+    documents: list[Document] = dataclasses.field(default_factory=list)
+    places: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    digest: Any = dataclasses.field(default_factory=lambda: hashlib.blake2b(digest_size=16))
+    characters: int = 0
+    read: int = 0
+
+    def add(self, document: Document, place: tuple[int, int], digest: bytes) -> None:
+        self.documents.append(document)
+        self.places.append(place)
+        self.digest.update(digest + struct.pack("<qqq", *place, len(document.text)))
+        self.characters += len(document.text)
+
+    def close(self, index: int, part: str) -> Block:
+        places = np.array(self.places, np.int64).reshape(-1, 2)
+        # What is held out is not trained on, and may well be an evaluation set's.
+        return Block(f"{index}-{part}", part == "train", self.documents, places, self.digest.digest(), self.read)
+
+
+def _blocks(index: int, source: Source, cfg: DataConfig, facts: SourceFacts, seen: _Seen | None) -> Iterator[Block]:
+    """The blocks of a source, each when its last document is read."""
+    how = split(source, cfg.holdout_every, cfg.holdout)
+    facts.holdout = how.rule
+    enough, blocks = block_characters(cfg.sequence_length), {part: _Open() for part in PARTS}
+    for number, document in enumerate(documents(source)):
+        data = document.text.encode()
+        digest = hashlib.blake2b(data, digest_size=16).digest()
+        facts.documents += 1
+        facts.bytes += len(data)
+        blocks["train"].read += len(data)
+        if seen is not None and seen(document, digest):
+            facts.duplicates += 1
+            continue
+        file, record = records.place(document.id)
+        place = facts.files.setdefault(file, len(facts.files)), record
+        for part, its in zip(PARTS, how.parts(number, document), strict=True):
+            if its is None:
+                continue
+            blocks[part].add(its, place, digest)
+            if blocks[part].characters >= enough:
+                yield blocks[part].close(index, part)
+                blocks[part] = _Open()
+    for part in PARTS:
+        if blocks[part].documents:
+            yield blocks[part].close(index, part)

@@ -1,0 +1,212 @@
+"""Folders that `prepare` wrote: manifest.json and ArrayRecord files of packed rows, opened for random access.
+
+A folder may hold several sources; each then has a manifest of its own beside manifest.json, which may be named in the
+folder's place, so that every source can have its weight.
+
+ArrayRecord reads local files alone. Of a folder in a bucket the manifest is read there, and a file of rows is copied
+to this machine's temporary folder when a row of it is asked for first; the copies stay for the next run.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any, SupportsIndex
+
+import numpy as np
+import tokenizers
+from etils import epath
+
+from solar_jax.config import DataConfig
+from solar_jax.data.packing import Row, unpack
+from solar_jax.data.prepared import records
+from solar_jax.errors import UserError
+from solar_jax.storage import paths
+from solar_jax.storage.paths import is_local
+from solar_jax.storage.retry import retry
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+OF_SOURCE = ".manifest.json"  # how the manifest of one of several sources ends
+_OPEN_FILES = 256  # at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRows:
+    """Random access to the training or held-out rows of a prepared folder; row i is a pure function of i."""
+
+    folder: str
+    packing: str
+    length: int  # T
+    mask_documents: bool
+    dtype: str  # of stored tokens
+    shards: tuple[tuple[str, int], ...]  # name and rows of each
+    files: tuple[tuple[str, ...], ...]  # of each shard's source, the names that records hold the numbers of
+    targets: int  # as the manifest counts them
+    key: str  # a hash of the manifest, by which a bucket's copies are told apart
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def __getitem__(self, index: SupportsIndex) -> Row:
+        _, (tokens, sizes, _) = self._pieces(int(index))
+        return unpack(self.packing, tokens, sizes, self.length, self.mask_documents)
+
+    @property
+    def tokens(self) -> int:
+        """Targets of weight above 0 in all rows."""
+        return self.targets if self.mask_documents else len(self) * self.length
+
+    def documents(self, index: int) -> list[str]:
+        """The ids of the documents in a row, in the row's order."""
+        shard, (_, _, places) = self._pieces(index)
+        names = (records.name(self.files[shard][file], record) for file, record in places.tolist())
+        return list(dict.fromkeys(names))
+
+    @functools.cached_property
+    def _firsts(self) -> np.ndarray:
+        return np.cumsum([0, *(rows for _, rows in self.shards)])
+
+    def _pieces(self, index: int) -> tuple[int, records.Pieces]:
+        """The shard of a row, and what is stored of it."""
+        row = range(len(self))[index]
+        shard = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        file, rows = self.shards[shard]
+        record = row - int(self._firsts[shard])
+        try:
+            found = _reader(self.folder, file, rows, self.key).read([record])[0]
+            return shard, records.decode(found, self.dtype)
+        except (RuntimeError, ValueError, IndexError) as e:
+            sentence = " ".join(str(e).split())
+            raise UserError(f"{self.folder}/{file}: row {record} is damaged: {sentence}.") from e
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    train: PreparedRows
+    heldout: PreparedRows
+    manifest: dict[str, Any]
+
+
+def is_prepared(path: str) -> bool:
+    """Whether a path of config.data.sources is a folder that `prepare` wrote, or the manifest of a source there.
+
+    Raises:
+      UserError: a bucket is not reached.
+    """
+    if is_local(path):
+        return _manifest(path).exists()
+    if not path.startswith(("gs://", "s3://")):
+        return False
+
+    def exists() -> bool:
+        try:
+            return _manifest(path).exists()
+        except ImportError:  # whoever reads what is there says so
+            return False
+
+    return retry(exists, path)
+
+
+def open_prepared(path: str, tokenizer: tokenizers.Tokenizer, eos: int, cfg: DataConfig) -> Prepared:
+    """The rows of a prepared folder. What is held out was decided when it was prepared.
+
+    Raises:
+      UserError: it is damaged, or was prepared with another tokenizer, sequence length or packing.
+    """
+    file = _manifest(path)
+    text, manifest = _read(file)
+    for what, found, expected in (
+        ("format", manifest["format"], FORMAT),
+        ("config.data.sequence_length", manifest["sequence_length"], cfg.sequence_length),
+        ("config.data.packing", manifest["packing"], cfg.packing),
+    ):
+        if found != expected:
+            raise UserError(f"{path}: was prepared with {what}={found!r}, but this run has {expected!r}.")
+    ours = records.tokenizer_hash(tokenizer, eos)
+    if manifest["tokenizer"]["hash"] != ours:
+        raise UserError(
+            f"{path}: was prepared with another tokenizer, that of {manifest['tokenizer']['source']} (hash "
+            f"{manifest['tokenizer']['hash'][:12]}) by tokenizers {manifest['tokenizer']['version']}, but this run's "
+            f"has {ours[:12]} by tokenizers {tokenizers.__version__}."
+        )
+    parts = {}
+    for part in ("train", "heldout"):
+        shards = [s for s in manifest["shards"] if s["part"] == part]
+        _check_files(file.parent, shards)
+        parts[part] = PreparedRows(
+            folder=str(file.parent),
+            packing=cfg.packing,
+            length=cfg.sequence_length,
+            mask_documents=cfg.mask_documents,
+            dtype=manifest["token_dtype"],
+            shards=tuple((s["file"], s["rows"]) for s in shards),
+            files=tuple(tuple(manifest["sources"][s["source"]]["files"]) for s in shards),
+            targets=sum(s["tokens"] for s in shards),
+            key=hashlib.sha256(text.encode()).hexdigest()[:16],
+        )
+    return Prepared(parts["train"], parts["heldout"], manifest)
+
+
+def _manifest(path: str) -> pathlib.Path:
+    place = paths.path(path)
+    return place if place.name.endswith(OF_SOURCE) or place.name == MANIFEST else place / MANIFEST
+
+
+def _read(file: pathlib.Path) -> tuple[str, dict[str, Any]]:
+    try:
+        text = paths.attempt(file, file.read_text)
+        manifest = json.loads(text)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file}: cannot be read: {e}.") from e
+    needed = ("format", "tokenizer", "sequence_length", "packing", "token_dtype", "sources", "shards")
+    missing = [key for key in needed if not isinstance(manifest, dict) or key not in manifest]
+    if missing:
+        raise UserError(f"{file}: must be the manifest of prepared data, found no {', '.join(missing)} in it.")
+    return text, manifest
+
+
+def _check_files(folder: pathlib.Path, shards: list[dict[str, Any]]) -> None:
+    listed: list[pathlib.Path] = retry(lambda: list(folder.iterdir()), str(folder))
+    there = {file.name: file for file in listed}
+    for shard in shards:
+        file = there.get(shard["file"])
+        if file is None:
+            raise UserError(f"{folder / shard['file']}: is missing; {MANIFEST} lists it with {shard['rows']} rows.")
+        if is_local(file) and (size := file.stat().st_size) != shard["bytes"]:
+            raise UserError(f"{file}: must have {shard['bytes']} bytes as {MANIFEST} says, found {size}.")
+
+
+@functools.lru_cache(maxsize=_OPEN_FILES)
+def _reader(folder: str, file: str, rows: int, key: str) -> Any:
+    path = f"{folder}/{file}"
+    found = records.reader(path if is_local(path) else _copy(path, key))
+    if found.num_records() != rows:
+        raise UserError(f"{path}: must have {rows} rows as {MANIFEST} says, found {found.num_records()}.")
+    return found
+
+
+def _copy(url: str, key: str) -> str:
+    """The local copy of an object, which appears when it is whole."""
+    source = epath.Path(url)
+    target = pathlib.Path(tempfile.gettempdir(), f"solar_jax_prepared_{os.getuid()}", key, source.name)
+    if target.exists():
+        return str(target)
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def copy() -> None:
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
+            try:
+                with source.open("rb") as f:
+                    shutil.copyfileobj(f, out, 1 << 24)
+                out.close()
+                os.replace(out.name, target)
+            finally:
+                pathlib.Path(out.name).unlink(missing_ok=True)
+
+    retry(copy, url)
+    return str(target)

@@ -1,0 +1,262 @@
+"""The safetensors format: tensors as byte ranges of a file, and files written from byte ranges or arrays.
+
+A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}} and the data. It is small
+enough to handle ourselves, which keeps bfloat16 exact, checks every range, and lets bytes that do not change go from
+file to file without passing through this process.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from solar_jax.errors import UserError
+from solar_jax.storage.paths import is_local
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_MOST_AXES, _MOST_ELEMENTS, MOST_NAME = 64, 1 << 63, 1000  # so that products and messages stay small
+_COPY_BYTES = 1 << 26  # a kernel copy at a time, between two reports of progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies."""
+
+    file: pathlib.Path
+    code: str  # the file's dtype name
+    shape: tuple[int, ...]
+    start: int  # byte in the file
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor to write: the bytes of an existing file, or blocks of its first axis in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    content: Entry | Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(file: pathlib.Path) -> dict[str, Entry]:
+    """Every tensor of a file, its range checked against the file's size and the other tensors' ranges.
+
+    Raises:
+      UserError: the file is not safetensors, is cut short, or its header contradicts itself.
+    """
+    try:
+        size = byte_size(file)
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
+                raise UserError(
+                    f"{file}: a header of {length} bytes does not fit a file of {size} bytes; is it cut short?"
+                )
+            header = json.loads(f.read(length), object_pairs_hook=_unique)
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read: {e.strerror}.") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{file}: the header is not JSON: {e}.") from e
+    if not isinstance(header, dict):
+        raise UserError(f"{file}: the header must be a JSON object, found {type(header).__name__}.")
+    entries = {
+        name: _entry(file, name, info, 8 + length, size) for name, info in header.items() if name != "__metadata__"
+    }
+    check_disjoint(entries)
+    return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object none of whose keys comes twice."""
+    out: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in out:
+            raise ValueError(f"{short(name)} comes twice")
+        out[name] = value
+    return out
+
+
+def short(value: Any) -> str:
+    """A value of a file as text on one line of a message, whatever it is."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "endless nesting"
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _entry(file: pathlib.Path, name: str, info: Any, data: int, size: int) -> Entry:
+    """One tensor of a header whose data begin at byte `data` of a file of `size` bytes, checked."""
+    if not name.isprintable() or len(name) > MOST_NAME:
+        raise UserError(f"{file}: a tensor's name must be printable and short, found {short(name)}.")
+    try:
+        code, shape, (start, stop) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        sound = re.fullmatch(r"\w{1,20}", code, re.ASCII) and len(shape) <= _MOST_AXES
+        if not sound or not all(type(n) is int and 0 <= n < _MOST_ELEMENTS for n in shape):
+            raise ValueError
+        if not all(type(n) is int and n >= 0 for n in (start, stop)):
+            raise ValueError
+    except (TypeError, KeyError, ValueError) as e:
+        raise UserError(f"{file}: the header's entry of {name} is malformed: {short(info)}.") from e
+    start, stop = data + start, data + stop
+    if not start <= stop <= size:
+        raise UserError(
+            f"{file}: {name} should lie in bytes {start}..{stop}, but the file ends at {size}; is it cut short?"
+        )
+    if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != stop - start:
+        raise UserError(f"{file}: {name} of {code} {shape} does not take {stop - start} bytes.")
+    return Entry(file, code, shape, start, stop)
+
+
+def check_disjoint(entries: dict[str, Entry]) -> None:
+    """Raises a UserError where two tensors of a file share bytes, which no writer of the format does."""
+    ordered = sorted((e.start, e.stop, name) for name, e in entries.items() if e.start < e.stop)
+    for (_, stop, name), (start, _, following) in itertools.pairwise(ordered):
+        if start < stop:
+            raise UserError(f"{entries[name].file}: {name} and {following} share bytes {start}..{stop}.")
+
+
+def read(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
+    """The tensor, or rows of its first axis; reads those bytes alone.
+
+    Raises:
+      UserError: the dtype is not float32, bfloat16 or float16, or the file has become shorter.
+    """
+    if entry.code not in DTYPES:
+        raise UserError(f"{entry.file}: {name} must be one of {', '.join(DTYPES)}, found {entry.code}.")
+    start, stop, shape = entry.start, entry.stop, entry.shape
+    if rows != slice(None):
+        first, last, _ = rows.indices(shape[0])
+        width = (stop - start) // shape[0]
+        start, stop, shape = start + first * width, start + last * width, (last - first, *shape[1:])
+    out = np.empty(shape, DTYPES[entry.code])
+    buffer = memoryview(out.reshape(-1).view(np.uint8))
+    try:
+        # Unbuffered where the file is local: the bytes go from the page cache into the array and nowhere else.
+        with open(entry.file, "rb", buffering=0) if is_local(entry.file) else entry.file.open("rb") as f:
+            f.seek(start)
+            done = 0
+            while done < len(buffer):
+                n = f.readinto(buffer[done:])  # type: ignore[attr-defined]
+                if not n:
+                    raise UserError(f"{entry.file}: ends before byte {stop} of {name}; was it changed meanwhile?")
+                done += n
+    except OSError as e:
+        raise UserError(f"{entry.file}: {name} cannot be read: {e.strerror}.") from e
+    return out
+
+
+def byte_size(file: pathlib.Path) -> int:
+    """Of a local file or an object in a bucket."""
+    found: Any = file.stat()
+    return found.st_size if is_local(file) else found.length
+
+
+def write(file: pathlib.Path, pieces: Sequence[Piece], progress: Callable[[int], None] = lambda n: None) -> None:
+    """Writes tensors in order, holding one block at a time; the file is on disk when this returns.
+
+    Args:
+      file: the target; overwritten.
+      pieces: the tensors.
+      progress: told the bytes written since the last call.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for piece in pieces:
+        stop = offset + piece.nbytes
+        header[piece.name] = {
+            "dtype": CODES[piece.dtype],
+            "shape": list(piece.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    blob = json.dumps(header, separators=(",", ":")).encode()
+    blob += b" " * (-len(blob) % 8)
+    with open(file, "wb", buffering=0) as out:
+        _write_all(out, len(blob).to_bytes(8, "little") + blob)
+        for piece in pieces:
+            if isinstance(piece.content, Entry):
+                _copy(piece.content, out, progress)
+                continue
+            written = 0
+            for block in piece.content():
+                data = np.ascontiguousarray(block, piece.dtype).reshape(-1).view(np.uint8)
+                _write_all(out, data.data)
+                written += data.size
+                progress(data.size)
+            if written != piece.nbytes:
+                raise ValueError(f"{piece.name} has {written} bytes, the header says {piece.nbytes}.")
+        os.fsync(out.fileno())
+
+
+def _write_all(out: BinaryIO, data: Any) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[out.write(view) :]
+
+
+def _copy(entry: Entry, out: BinaryIO, progress: Callable[[int], None]) -> None:
+    """Appends a byte range of another file; the kernel copies, or where it can, shares the blocks."""
+    with contextlib.ExitStack() as stack:
+        try:
+            source = stack.enter_context(open(entry.file, "rb", buffering=0))
+        except OSError as e:
+            raise UserError(f"{entry.file}: cannot be read: {e.strerror}.") from e
+        at = entry.start
+        for n in _kernel_copy(source.fileno(), out.fileno(), entry):
+            at += n
+            progress(n)
+        if at != entry.stop:
+            raise UserError(
+                f"{entry.file}: ends at byte {at} where {entry.stop} was expected; was it changed meanwhile?"
+            )
+
+
+def _kernel_copy(source: int, out: int, entry: Entry) -> Iterator[int]:
+    """Copies the range to the end of `out`; yields the sizes as it goes and ends early where the source does."""
+    copy = _copy_file_range if hasattr(os, "copy_file_range") else _sendfile
+    at = entry.start
+    while at < entry.stop:
+        count = min(entry.stop - at, _COPY_BYTES)
+        try:
+            n = copy(source, out, at, count)
+        except OSError:
+            if copy is _sendfile:
+                raise
+            copy = _sendfile  # between file systems, or one that has no copies of its own
+            continue
+        if n == 0:
+            if copy is _sendfile:
+                return
+            copy = _sendfile  # some file systems say 0 where they mean that they cannot
+            continue
+        at += n
+        yield n
+
+
+def _copy_file_range(source: int, out: int, at: int, count: int) -> int:
+    return os.copy_file_range(source, out, count, at)
+
+
+def _sendfile(source: int, out: int, at: int, count: int) -> int:
+    return os.sendfile(out, source, at, count)

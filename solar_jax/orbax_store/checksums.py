@@ -1,0 +1,201 @@
+"""Whether a checkpoint is what was saved: sums of the bits on the devices, read back from the files, kept beside them.
+
+A sum is that of an array's bits as unsigned integers of their own width, each row of the leading axis times an odd
+number of its own, modulo 2 ** 32. It depends on no mesh and no host count, so that each host adds up what it holds.
+It finds any single changed, lost or zeroed element and rows in another order, and was not made against an adversary.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from solar_jax.errors import phrase
+from solar_jax.orbax_store.arrays import array_paths, open_array
+from solar_jax.parallel import processes
+from solar_jax.storage import paths
+from solar_jax.storage.paths import is_local
+
+COMMITTED = "commit_success.txt"  # Orbax writes it last
+SEAL = "verified.json"  # we write it when the checkpoint was read back
+_NOT_FINITE = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}  # exponent bits, all set
+_BLOCK_BYTES = 1 << 26
+
+Sums = dict[str, int]  # "params/layers/q_proj" -> its sum, or a process's share of it
+Views = dict[str, list[tuple[int, np.ndarray]]]  # by the same names: (first row, what this process holds)
+
+
+def name_of(path: Any) -> str:
+    """Of an array in a state's tree, e.g. "params/layers/q_proj"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def views(state: dict[str, Any]) -> Views:
+    """The host's copies of the parts of a state's arrays that this process has to count, each once over all processes.
+
+    They stay what they are when the devices' memory is given away.
+    """
+    return {
+        name_of(path): [
+            (shard.index[0].start or 0 if x.ndim else 0, np.asarray(shard.data))
+            for shard in x.addressable_shards
+            if shard.replica_id == 0
+        ]
+        for path, x in jax.tree.leaves_with_path(state)
+    }
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    """[rows, the rest] as unsigned integers."""
+    rows = x.shape[0] if x.ndim else 1
+    return np.ascontiguousarray(x).reshape(rows, -1).view(f"u{x.dtype.itemsize}")
+
+
+def sum_of(x: np.ndarray, first_row: int = 0) -> int:
+    """The sum of part of an array, from a row of its leading axis on."""
+    rows = _bits(x).sum(axis=1, dtype=np.uint32)
+    weights = 2 * np.arange(first_row, first_row + len(rows), dtype=np.uint32) + 1
+    return int((rows * weights).sum(dtype=np.uint32))
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    mask = _NOT_FINITE.get(x.dtype.name)
+    return mask is None or not any(((row & mask) == mask).any() for row in _bits(x))
+
+
+def sums(parts: Views) -> Sums:
+    """This process's shares."""
+    return {name: sum(sum_of(x, row) for row, x in pieces) % 2**32 for name, pieces in parts.items()}
+
+
+def not_finite(parts: Views) -> list[str]:
+    """Names of the parameters that hold a NaN or an infinity in this process's part."""
+    params = {name: pieces for name, pieces in parts.items() if name.startswith("params/")}
+    return [name for name, pieces in params.items() if not all(_is_finite(x) for _, x in pieces)]
+
+
+def stored_sums(step: pathlib.Path, names: Iterable[str]) -> Sums:
+    """Sums of the arrays of a checkpoint as its files have them; all of their bytes are read.
+
+    Raises:
+      ValueError, OSError: they cannot be read.
+    """
+    return {name: _stored_sum(step, name) for name in names}
+
+
+def _stored_sum(step: pathlib.Path, name: str) -> int:
+    folder, _, path = name.partition("/")
+    array = open_array(step / folder, path)
+    if not array.ndim:
+        return sum_of(array.read().result())
+    # Rows of a layer of several chunks are read at once; rows of an array without layers, a block of them.
+    row_bytes = max(1, math.prod(array.shape[1:]) * array.dtype.numpy_dtype.itemsize)
+    chunk = array.chunk_layout.read_chunk.shape[0]
+    rows = max(chunk, _BLOCK_BYTES // row_bytes // chunk * chunk)
+    total = 0
+    for row in range(0, array.shape[0], rows):
+        total += sum_of(array[row : min(row + rows, array.shape[0])].read().result(), row)
+    return total % 2**32
+
+
+def stored_shapes(step: pathlib.Path, parts: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """(shape, dtype) by name of every array in some of a checkpoint's parts, as their metadata says."""
+    found = {}
+    for part in parts:
+        for path in array_paths(step / part):
+            array = open_array(step / part, path)
+            found[f"{part}/{path}"] = (tuple(array.shape), array.dtype.name)
+    return found
+
+
+def is_narrow(step: pathlib.Path) -> bool:
+    """Whether a checkpoint's optimiser state is of a policy that rounds (`training.stochastic_rounding.Narrow`)."""
+    try:
+        return any(path.startswith("inner/") for path in array_paths(step / "opt_state"))
+    except (ValueError, OSError):
+        return False
+
+
+def _sizes(step: pathlib.Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint but for the seal, by its path within it."""
+    if is_local(step):
+        return {
+            str((pathlib.Path(root) / name).relative_to(step)): (pathlib.Path(root) / name).stat().st_size
+            for root, _, names in os.walk(step)
+            for name in names
+            if name != SEAL
+        }
+    found: dict[str, int] = {}
+    folders = [step]
+    while folders:  # folder by folder, since etils takes no ** in a bucket
+        for f in folders.pop().iterdir():
+            if f.is_dir():
+                folders.append(f)
+            elif f.name != SEAL:
+                found[f.as_posix().removeprefix(f"{step.as_posix()}/")] = f.stat().length  # type: ignore[attr-defined]
+    return found
+
+
+def write_seal(step: pathlib.Path, total: Sums) -> None:
+    """Notes sums and sizes of a checkpoint that was found whole, beside its arrays."""
+    paths.write(step / SEAL, json.dumps({"sums": total, "files": _sizes(step)}, indent=0))
+
+
+def read_seal(step: pathlib.Path) -> dict[str, Any] | None:
+    """{"sums", "files"}; None where the checkpoint was never verified, as its run ended right after it."""
+    text = paths.read(step / SEAL)
+    return None if text is None else json.loads(text)
+
+
+def problem(step: pathlib.Path, state: dict[str, Any]) -> str | None:
+    """What is wrong with a checkpoint by its marker, its files' names and sizes and its arrays' metadata.
+
+    Args:
+      step: its folder.
+      state: what it should hold, by part ("params", "opt_state"): trees of abstract arrays. Dtypes may be others.
+
+    Returns:
+      A phrase, or None if nothing was found; the bytes of the arrays are not read.
+    """
+    if not (step / COMMITTED).exists():
+        return "it has no commit marker, so that its writing or its removal was interrupted"
+    try:
+        seal = read_seal(step)
+        if seal is not None and (wrong := _missing(seal["files"], _sizes(step))):
+            return wrong
+        found = stored_shapes(step, state)
+    except (ValueError, OSError, KeyError) as e:
+        return f"it cannot be read ({phrase(e)})"
+    for path, expected in jax.tree.leaves_with_path(state):
+        name = name_of(path)
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != tuple(expected.shape):
+            return f"{name} has shape {list(found[name][0])}, expected {list(expected.shape)}"
+    return None
+
+
+def _missing(expected: dict[str, int], found: dict[str, int]) -> str | None:
+    for file, size in expected.items():
+        if file not in found:
+            return f"its file {file} is missing"
+        if found[file] != size:
+            return f"its file {file} has {found[file]:,} bytes, expected {size:,}"
+    return None
+
+
+def differing(expected: Sums, found: Sums) -> str | None:
+    """The first array whose sum is not what was saved, as a phrase."""
+    wrong = [name for name, value in found.items() if expected.get(name) != value]
+    return f"the bytes of {wrong[0]} are not those that were saved" if wrong else None
+
+
+def together(share: Sums) -> Sums:
+    """The sums over all processes, which have to call with the same names."""
+    added = processes.added(np.array(list(share.values()), np.uint32))
+    return dict(zip(share, map(int, added), strict=True))

@@ -1,0 +1,83 @@
+"""The training step compiled for a TPU slice that is not there: exact memory, and time by the compiler's figures."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from solar_jax.config import Config, ModelConfig
+from solar_jax.hardware import chips
+from solar_jax.hardware.slices import Slice, described_devices
+from solar_jax.parallel import rules
+from solar_jax.parallel.mesh import make_mesh
+from solar_jax.planning import hlo_cost
+from solar_jax.training.optimizer import make_optimizer
+from solar_jax.training.step import abstract_state, make_train_step, state_shardings
+
+BATCH_TYPES = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A step as one device of the slice runs it; sizes in bytes."""
+
+    arguments: int
+    temporaries: int
+    total: int  # all that the compiler allots, which is what it holds against the chip's memory
+    traced_seconds: float
+    compiled_seconds: float
+    text: str  # optimised HLO
+    program: hlo_cost.Program  # as the roofline model reads it
+
+
+def lower_step(cfg: ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The step of a run on a mesh of any devices, nothing allocated.
+
+    Args:
+      cfg: the grown model.
+      config: the run.
+      mesh: of devices of one kind, there or described.
+    """
+    optimizer = make_optimizer(config, mesh=mesh)
+    state = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh))
+    rows = rules.padded_rows(config.train.batch_size, mesh, config.train.accumulation)
+    shape, sharding = (rows, config.data.sequence_length), rules.batch_sharding(mesh)
+    batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, dtype in BATCH_TYPES.items()}
+    platform = mesh.devices.flat[0].platform
+    return make_train_step(cfg, config, optimizer, mesh).trace(state, batch).lower(lowering_platforms=(platform,))
+
+
+def compile_step(cfg: ModelConfig, config: Config, wanted: Slice, options: Mapping[str, str] | None = None) -> Compiled:
+    """Compiles the step of a run for all devices of a slice, as the run itself would.
+
+    Args:
+      cfg: the grown model.
+      config: the run; its mesh has to fit the slice.
+      wanted: the slice.
+      options: compiler options in place of the chip's own.
+
+    Raises:
+      UserError: no TPU compiler is installed, or the mesh or the config does not fit.
+      jax.errors.JaxRuntimeError: the compiler refuses; "RESOURCE_EXHAUSTED" where memory is too small.
+    """
+    devices = described_devices(wanted)
+    begin = time.perf_counter()
+    lowered = lower_step(cfg, config, make_mesh(config.mesh, devices))
+    traced = time.perf_counter() - begin
+    begin = time.perf_counter()
+    compiled = lowered.compile(dict(chips.compiler_options(devices[0]) if options is None else options) or None)
+    seconds = time.perf_counter() - begin
+    m, text = compiled.memory_analysis(), compiled.as_text()
+    assert m is not None
+    assert text is not None
+    return Compiled(
+        arguments=m.argument_size_in_bytes,
+        temporaries=m.temp_size_in_bytes,
+        total=m.total_allocation_bytes,
+        traced_seconds=traced,
+        compiled_seconds=seconds,
+        text=text,
+        program=hlo_cost.read(text, wanted.facts),
+    )

@@ -1,0 +1,183 @@
+"""A step's time from the text of a program that the TPU compiler has optimised: a model, to compare programs by.
+
+The compiler writes the cycles that it expects of an operation next to it. What is added up, each operation as often
+as the loops around it turn:
+
+  compute  those cycles, at the chip's clock
+  kernels  attention kernels, which have none: their FLOPs, half of them masked, at half of the chip's peak
+  comm     bytes of collectives over the links of all axes; an all-reduce moves its bytes twice, unless it stands for a
+           reduce-scatter: the compiler names that fusion of an all-reduce and a slice "all-reduce-scatter"
+  host     bytes copied to and from host memory, at 16 GB/s
+  network  bytes to other slices, over a chip's share of its host's network; the compiler writes them as sends
+
+"overlapped" takes compute + kernels, comm and host to run at once, "serial" one after the other. The network is added
+to both: what slices exchange is the sum of their gradients, which is there after the last layer and needed next.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from solar_jax.hardware.chips import Chip
+
+HOST = 1.6e10  # bytes/s
+KERNEL_RATE = 0.5  # of the peak, that attention kernels are taken to run at
+# Forward FLOPs are 2 matmuls of [T, H] x [H, T], half of them masked; kernels of a backward pass in units of that.
+KERNELS = ((r"fwd", 1.0), (r"dkv.*fused|fused.*dkv", 2.5), (r"dq", 1.5), (r"", 2.0))
+
+_WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_WIDTHS |= {"f8e4m3fn": 1, "f8e5m2": 1}
+_ARRAY = re.compile(r"\b(" + "|".join(_WIDTHS) + r")\[([0-9,]*)\]")
+_COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_BRANCH = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)")
+_CALL = re.compile(r" (?:call|async-start)\(.*(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
+_DONE = re.compile(r"%async-collective-done[\w.\-]* =")
+_FUSED = re.compile(r"calls=%?([\w.\-]+)")
+_CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
+_SEND = re.compile(r"= \((.*?)\) send\(.*xla_megascale_runtime")
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}')
+_HOST_COPY = re.compile(r" (copy-start|copy|dynamic-update-slice|dynamic-slice)\(")
+
+
+def _arrays(text: str) -> list[tuple[str, list[int]]]:
+    """The (type, shape) of every array that is written in `text`."""
+    return [(t, [int(d) for d in dims.split(",") if d]) for t, dims in _ARRAY.findall(text)]
+
+
+def _bytes(text: str) -> list[int]:
+    return [math.prod(shape) * _WIDTHS[t] for t, shape in _arrays(text)]
+
+
+@dataclasses.dataclass
+class Program:
+    """What one step does on one chip."""
+
+    chip: Chip
+    cycles: float = 0.0
+    kernel_flops: float = 0.0
+    moved: Counter[str] = dataclasses.field(default_factory=Counter)  # bytes by kind of collective
+    host: float = 0.0  # bytes
+    network: float = 0.0  # bytes
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)  # how often each runs
+    unknown: set[str] = dataclasses.field(default_factory=set)  # kernels that have no cost here
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part."""
+        return {
+            "compute": self.cycles / self.chip.clock,
+            "kernels": self.kernel_flops / (KERNEL_RATE * self.chip.peak),
+            "comm": sum(self.moved.values()) / self.chip.links,
+            "host": self.host / HOST,
+            "network": self.network / self.chip.network,
+        }
+
+    def seconds(self) -> tuple[float, float]:
+        """(overlapped, serial) step time."""
+        p = self.parts()
+        return max(p["compute"] + p["kernels"], p["comm"], p["host"]) + p["network"], sum(p.values())
+
+    def report(self, tokens: float, flops: float) -> str:
+        """For a person; `tokens` and model `flops` are those of one chip and step."""
+        lines = [f"kernels without a cost, so not comparable: {', '.join(self.unknown)}"] if self.unknown else []
+        lines.append("parts " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.parts().items()))
+        moved = self.moved | ({"to other slices": self.network} if self.network else {})
+        lines.append("moved " + ", ".join(f"{kind} {count / 1e9:.1f} GB" for kind, count in moved.items()))
+        for name, seconds in zip(("overlapped", "serial"), self.seconds(), strict=True):
+            mfu = 100 * flops / seconds / self.chip.peak
+            lines.append(f"{name:10} step {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s a chip, MFU {mfu:.1f} %")
+        return "\n".join(lines)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and the name of the one that is run."""
+    found: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        head = None if line.startswith(" ") else re.match(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
+        if head:
+            name = head[2]
+            found[name] = []
+            entry = name if head[1] else entry
+        elif line.rstrip() == "}":
+            name = ""
+        elif name:
+            found[name].append(line)
+    return found, entry
+
+
+def _executed(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int, str]]:
+    """(operation, how often it runs, the computation that it stands in)."""
+    for line in computations[name]:
+        if loop := _WHILE.search(line):
+            limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(loop[1], [])))
+            yield from _executed(computations, loop[2], times * max(map(int, limits), default=1))
+            continue
+        for branch in _BRANCH.findall(line):
+            yield from _executed(computations, branch, times)
+        yield line, times, name
+        inner = _FUSED.search(line) if " fusion(" in line and "kCustom" in line and not _CYCLES.search(line) else None
+        if _DONE.search(line):  # its start has been counted, and both are written with the collective in them
+            inner = None
+        for called in (inner, _CALL.search(line)):
+            if called and called[1] in computations:
+                yield from _executed(computations, called[1], times)
+
+
+def _kernel(program: Program, line: str, times: int) -> None:
+    """Adds an attention kernel's FLOPs, from the largest of its operands: [..., T, H], leading axes rows and heads."""
+    found = re.search(r"%([\w\-]+)", line)
+    name = found[1] if found else "?"
+    if not re.search("splash|flash|attention", name):
+        program.unknown.add(name)
+        return
+    operands = line.split("operand_layout_constraints")[-1]
+    shapes = [shape for t, shape in _arrays(operands) if t == "bf16" and len(shape) >= 3]  # one row has no axis
+    *rows, length, width = max(shapes, key=lambda s: math.prod(s[:-2]))
+    keys = max(s[-2] for s in shapes)  # more than queries where a row is split over chips
+    factor = next(f for pattern, f in KERNELS if re.search(pattern, name))
+    program.kernel_flops += times * factor * 2 * math.prod(rows) * length * keys * width
+    program.kernels[name] += times
+
+
+def _collective(program: Program, line: str, times: int, where: str) -> None:
+    found = _COLLECTIVE.search(line)
+    if not found:
+        return
+    kind, sizes = found[2], _bytes(found[1])
+    size = max(sizes) if kind == "all-gather" and found[3] else sum(sizes)
+    if kind == "reduce-scatter":  # its operands, not its smaller result
+        size = sum(_bytes(line.split("(", 1)[1].split(")")[0])) or size
+    if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    program.moved[kind] += size * times * (2 if kind == "all-reduce" else 1)
+
+
+def _network(program: Program, line: str, times: int) -> None:
+    """Adds what a chip sends to other slices: of a sum over n of them (n - 1) / n twice, as in any all-reduce."""
+    found = _SEND.search(line)
+    if not found:
+        return
+    target = _SLICES.search(line)
+    parts = [list(map(int, part.split(":"))) for part in target[1].split(",")] if target else [[0, 1]]
+    slices = sum(part[-1] - part[0] + 1 for part in parts)
+    ways = 2 * (slices - 1) / slices if 'transfer_type="ALL_REDUCE"' in line else slices - 1
+    program.network += times * ways * _bytes(found[1])[0]
+
+
+def read(text: str, chip: Chip) -> Program:
+    """The program of an optimised HLO text, as one device of `chip` runs it."""
+    computations, entry = _computations(text)
+    program = Program(chip)
+    for line, times, where in _executed(computations, entry, 1):
+        if cycles := _CYCLES.search(line):
+            program.cycles += times * int(cycles[1])
+        if 'custom_call_target="tpu_custom_call"' in line:
+            _kernel(program, line, times)
+        _collective(program, line, times, where)
+        _network(program, line, times)
+        if "S(5)" in line and _HOST_COPY.search(line):  # memory space 5 is the host's
+            program.host += times * max(_bytes(line.split("=", 1)[1].split("(", 1)[0]), default=0)
+    return program

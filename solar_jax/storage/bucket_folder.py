@@ -1,0 +1,91 @@
+"""A checkpoint's folder in a bucket: filled through a local one, object by object, config.json last.
+
+A bucket knows no rename, so the folder is a checkpoint only once it has config.json; until then a `.job.json` says
+what is being written there, and the same job goes on where it stopped.
+"""
+
+import contextlib
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from solar_jax.errors import UserError
+from solar_jax.storage.atomic_folder import CONFIGS, JOB
+from solar_jax.storage.retry import retry
+
+
+def names(folder: pathlib.Path) -> set[str]:
+    """Of the objects directly in a bucket's folder."""
+    return retry(lambda: {p.name for p in folder.iterdir()} if folder.exists() else set(), str(folder))
+
+
+def check_bucket(folder: pathlib.Path, overwrite: bool) -> None:
+    """Raises a UserError unless a folder of a bucket is free, unfinished, or may be replaced."""
+    found = names(folder)
+    if not found or (JOB in found and not _is_checkpoint(folder)):
+        return
+    if not overwrite:
+        raise UserError(f"{folder}: already exists; give a new folder, or --overwrite to replace it.")
+    if not _is_checkpoint(folder):
+        raise UserError(f"{folder}: is not a checkpoint, so it is not replaced; give a new folder.")
+
+
+def _is_checkpoint(folder: pathlib.Path) -> bool:
+    return any(retry((folder / name).exists, str(folder / name)) for name in CONFIGS)
+
+
+@contextlib.contextmanager
+def bucket_folder(
+    folder: pathlib.Path, *, overwrite: bool, job: dict[str, Any], first: bool = True
+) -> Iterator[tuple[pathlib.Path, Callable[[str], bool], Callable[[pathlib.Path, str], None]]]:
+    """A local folder to fill, whether an object is there already, and how to move a finished file to the bucket.
+
+    What is left in the local folder at the end of the block follows, config.json last.
+
+    Args:
+      folder: in the bucket.
+      overwrite: replace the checkpoint that stands there.
+      job: JSON that says what the folder will hold.
+      first: the process that prepares and completes the folder, where several fill it.
+    """
+    if first:
+        check_bucket(folder, overwrite)
+        _prepare(folder, json.dumps(job, indent=2, sort_keys=True))
+
+    def has(name: str) -> bool:
+        return retry((folder / name).exists, f"{folder / name}")
+
+    def put(file: pathlib.Path, name: str) -> None:
+        retry(lambda: _upload(file, folder / name), f"{folder / name}")
+        file.unlink()
+
+    with tempfile.TemporaryDirectory(prefix="solar_jax_upload_") as temporary:
+        local = pathlib.Path(temporary)
+        yield local, has, put
+        files = [p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()]
+        for name in sorted(files, key=lambda name: name in CONFIGS):
+            put(local / name, name)
+    if first:
+        retry((folder / JOB).unlink, f"{folder / JOB}")
+
+
+def _prepare(folder: pathlib.Path, job: str) -> None:
+    """Leaves what the same job wrote before, and nothing else; config.json goes first."""
+    found = names(folder)
+    if JOB in found and not _is_checkpoint(folder) and retry((folder / JOB).read_text, f"{folder / JOB}") == job:
+        return
+    for name in CONFIGS:
+        retry(lambda path=folder / name: path.unlink() if path.exists() else None, f"{folder / name}")
+    for name in sorted(found - set(CONFIGS)):
+        path: Any = folder / name  # a bucket's path has rmtree, pathlib's has not
+        retry(lambda path=path: path.rmtree() if path.is_dir() else path.unlink(), f"{path}")
+    retry(lambda: (folder / JOB).write_text(job), f"{folder / JOB}")  # and no mkdir, which might make a bucket
+
+
+def _upload(file: pathlib.Path, target: pathlib.Path) -> None:
+    """Streams a file to an object, which appears when it is whole."""
+    with file.open("rb") as source, target.open("wb") as out:
+        while block := source.read(1 << 24):
+            out.write(block)

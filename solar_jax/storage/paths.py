@@ -1,0 +1,63 @@
+"""Where files are: on this machine, or behind a URL (gs://, s3://, hf://); small ones read and written whole."""
+
+import logging
+import os
+import pathlib
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import fsspec
+from etils import epath
+
+from solar_jax.storage.retry import retry
+
+# Objects come and go by other hands, TensorStore's and other hosts', so no listing may be remembered.
+for _protocol in ("gs", "gcs", "s3"):
+    fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
+# It logs a page and a traceback each time that a request fails for good, which we ask again or tell in a sentence.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+def is_local(place: str | os.PathLike[str]) -> bool:
+    """Whether a path is of this machine's file systems; etils' paths keep the URL of a bucket's."""
+    return "://" not in os.fspath(place)
+
+
+def path(text: str) -> pathlib.Path:
+    """A local path, or a bucket's behind the same interface."""
+    return pathlib.Path(text).expanduser() if is_local(text) else typing.cast(pathlib.Path, epath.Path(text))
+
+
+def write(file: pathlib.Path, content: bytes | str) -> None:
+    """Replaces a file at once: a reader sees the old content or the new, never a part.
+
+    Raises:
+      OSError: it cannot be written here.
+      UserError: the bucket does not take it.
+    """
+    if isinstance(content, str):
+        content = content.encode()
+    temporary = file.with_name(f".{file.name}.tmp") if is_local(file) else file  # an object appears when it is whole
+    attempt(file, lambda: temporary.write_bytes(content))
+    if temporary != file:
+        os.replace(temporary, file)
+
+
+def read(file: pathlib.Path) -> str | None:
+    """The text of a file; None where there is none.
+
+    Raises:
+      OSError: it cannot be read here.
+      UserError: the bucket does not give it.
+    """
+    return attempt(file, lambda: file.read_text() if file.exists() else None)
+
+
+def attempt(place: pathlib.Path, action: Callable[[], Any]) -> Any:
+    """What an action on a place returns: here it is done once, in a bucket again when it fails.
+
+    Raises:
+      UserError: the bucket fails.
+    """
+    return action() if is_local(place) else retry(action, str(place))

@@ -1,0 +1,96 @@
+"""What the arms of a run share, an arm, its first weights and its held-out loss."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable
+
+import grain
+import jax
+
+from solar_jax.checkpoints.checkpoint import Checkpoint, load_params
+from solar_jax.config import Config, ModelConfig
+from solar_jax.data.pipeline import Batch
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.operators import GrowthPlan
+from solar_jax.model import llama
+from solar_jax.model.llama import Params
+from solar_jax.model.precision import precision
+from solar_jax.monitoring import metrics
+from solar_jax.monitoring.goodput import Ledger
+from solar_jax.monitoring.trackers import Writers
+from solar_jax.parallel import rules
+from solar_jax.training.optimizer import trainable_layers, trainable_mask
+from solar_jax.training.step import make_eval_step, mean_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all arms of a run share."""
+
+    config: Config
+    workdir: pathlib.Path
+    local_folder: pathlib.Path  # for what only a disk can hold: profiles, stalls, TensorBoard's and W&B's files
+    checkpoint: Checkpoint  # the base
+    mesh: jax.sharding.Mesh
+    rows: grain.MapDataset  # training
+    heldout: list[Batch]
+    evals: metrics.JsonLines  # {"arm", "step", "loss"} of every held-out evaluation
+    ledger: Ledger
+    writers: Writers
+    documents: Callable[[int, int], list[str]]  # (first row, rows of training) -> their documents' ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A model and where its training is recorded."""
+
+    name: str
+    plan: GrowthPlan
+    folder: pathlib.Path
+    trainable: str
+
+    def cfg(self, base: ModelConfig) -> ModelConfig:
+        return grown_config(base, self.plan)
+
+
+def say(text: str = "") -> None:
+    """Prints on the first process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints on any process."""
+    sys.stderr.write(f"warning: {text}\n")
+
+
+def initial_params(run: Run, plan: GrowthPlan) -> Params:
+    """The base's weights, grown by the plan while they are read, each device's shard on its own."""
+    cfg = grown_config(run.checkpoint.cfg, plan)
+    dtypes = jax.tree.map(lambda s: s.dtype, llama.shapes(cfg, precision(run.config.train).weights))
+    return load_params(run.checkpoint, rules.parameter_shardings(cfg, run.mesh), dtypes, plan)
+
+
+def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) -> float:
+    """Held-out loss, recorded once; a resumed run reads it instead of computing it again."""
+    for record in run.evals.read():
+        if record["arm"] == arm and record["step"] == step:
+            return record["loss"]
+    loss = mean_loss(make_eval_step(cfg, run.config, run.mesh), params, run.heldout)
+    run.evals.append({"arm": arm, "step": step, "loss": loss})
+    run.writers.write(arm, step, {"heldout_loss": loss})
+    return loss
+
+
+def arm_mask(run: Run, arm: Arm) -> Params | None:
+    """Where an arm's parameters move; None: everywhere."""
+    if arm.trainable == "all":
+        return None
+    layers, others = trainable_layers(arm.trainable, arm.plan)
+    return trainable_mask(llama.shapes(arm.cfg(run.checkpoint.cfg)), layers, others)
+
+
+def heldout_losses(run: Run, arm: Arm) -> dict[int, float]:
+    """By step."""
+    return {r["step"]: r["loss"] for r in run.evals.read() if r["arm"] == arm.name}

@@ -1,0 +1,199 @@
+"""A run's folder: whose it is, what is in it, and whether to begin, go on or stop."""
+
+import dataclasses
+import difflib
+import hashlib
+import pathlib
+import tempfile
+from collections.abc import Collection
+from typing import Any
+
+import ml_collections
+
+from solar_jax.checkpoints import lineage
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.hf_folder import LINEAGE, read_json
+from solar_jax.checkpoints.write_hf import write_companions
+from solar_jax.config import Config, resolve
+from solar_jax.data.corpus import AnyRows, Corpus
+from solar_jax.errors import UserError
+from solar_jax.growth.operators import GrowthPlan
+from solar_jax.monitoring import metrics
+from solar_jax.orbax_store.store import MODEL_FOLDER
+from solar_jax.storage import bucket_folder, paths
+from solar_jax.storage.atomic_folder import new_folder
+from solar_jax.storage.paths import is_local
+
+
+def flat(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
+    """{"config.train.steps": 12, ...} of a nested dict."""
+    out = {}
+    for key, value in tree.items():
+        path = f"{prefix}.{key}"
+        out |= flat(value, path) if isinstance(value, dict) else {path: value}
+    return out
+
+
+def config_dict(config: Config) -> dict[str, Any]:
+    """The resolved config as JSON holds it."""
+    as_json = dataclasses.asdict(config)
+    as_json["data"]["sources"] = list(as_json["data"]["sources"])
+    return as_json
+
+
+_TEXT = "data.json"
+
+# Keys that no number of the training depends on, or a group of them: a restart may change them.
+_FREE = ("logging", "data.workers", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best")
+TOKENIZER, DATA = "tokenizer", "data"  # what else --allow_changed may name
+_DIFFERENCES = 4  # shown
+
+
+def check_allowed(names: Collection[str]) -> None:
+    """Raises a UserError for a name of --allow_changed that is no key or group of keys, "tokenizer" or "data"."""
+    keys = [key.removeprefix("config.") for key in flat(config_dict(Config()))]
+    known = {TOKENIZER, DATA, *keys, *(key.split(".")[0] for key in keys)}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ", such as train.steps, mesh, tokenizer or data."
+            raise UserError(f"--allow_changed={name}: expected keys of the config without its name{hint}")
+
+
+def _is_among(key: str, names: Collection[str]) -> bool:
+    """Whether a key, as in config.train.steps, or its group is named; "data" names the text and no keys."""
+    key = key.removeprefix("config.")
+    return key in names or (key.split(".")[0] in names and not key.startswith("data."))
+
+
+def check_place(workdir: pathlib.Path) -> None:
+    """Raises a UserError for a bucket that checkpoints cannot be written to."""
+    if not is_local(workdir) and not str(workdir).startswith("gs://"):
+        raise UserError(f"{workdir}: checkpoints go to a local folder or to gs://; give such a --workdir.")
+
+
+def check_owner(workdir: pathlib.Path, config: Config, allowed: Collection[str] = ()) -> bool:
+    """Whether `workdir` already holds this run; `allowed`: keys, or groups of them, that may have changed.
+
+    Raises:
+      UserError: it holds another run, or other files.
+    """
+    if is_local(workdir) and workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir}: must be a folder, found a file.")
+    if is_local(workdir):
+        found = {p.name for p in workdir.iterdir()} if workdir.exists() else set()
+    elif (found := bucket_folder.names(workdir)) <= {_TEXT, MODEL_FOLDER}:
+        return False  # what a kill left before there was a config.json
+    if not found:
+        return False
+    if "config.json" not in found:
+        raise UserError(f"{workdir}: holds files but no run (no config.json); give another --workdir.")
+    try:  # read by today's names and defaults
+        there = flat(config_dict(resolve(ml_collections.ConfigDict(read_json(workdir / "config.json")))))
+    except UserError as e:
+        raise UserError(f"{workdir / 'config.json'}: {e}") from e
+    here = flat(config_dict(config))
+    changed = [
+        key
+        for key in sorted(here | there)
+        if here.get(key) != there.get(key) and not _is_among(key, _FREE) and not _is_among(key, allowed)
+    ]
+    if changed:
+        shown = [f"{key} is {there.get(key)!r} where this one's is {here.get(key)!r}" for key in changed]
+        names = ",".join(key.removeprefix("config.") for key in changed)
+        raise UserError(
+            f"{workdir}: holds another run, whose {_some(shown)}; give another --workdir, or "
+            f"--allow_changed={names} to go on with it all the same."
+        )
+    return True
+
+
+def _some(differences: list[str]) -> str:
+    more = len(differences) - _DIFFERENCES
+    return ", ".join(differences[:_DIFFERENCES]) + (f" (and {more} more)" if more > 0 else "")
+
+
+def text_record(checkpoint: Checkpoint, corpus: Corpus) -> dict[str, Any]:
+    """What the tokens of a run come from, as data.json holds it: hashes of the tokenizer and of each source's rows.
+
+    A prepared folder is known by its manifest; of rows that were packed here a few are hashed, from all over them.
+    """
+    record: dict[str, Any] = {TOKENIZER: hashlib.sha256(checkpoint.companions["tokenizer.json"]).hexdigest()}
+    for part, sources in (("train", corpus.train), ("heldout", corpus.heldout)):
+        for i, (_, rows) in enumerate(sources):  # wherever they lie
+            record[f"{part} source {i}"] = {
+                "rows": len(rows), "tokens": rows.tokens, "hash": getattr(rows, "key", None) or _hash_of_some(rows)
+            }  # fmt: skip
+    return record
+
+
+def _hash_of_some(rows: AnyRows, count: int = 64) -> str:
+    found = hashlib.sha256()
+    for i in sorted({k * (len(rows) - 1) // max(1, count - 1) for k in range(count)}):
+        for name, value in sorted(rows[i].items()):
+            found.update(name.encode() + value.tobytes())
+    return found.hexdigest()
+
+
+def check_text(workdir: pathlib.Path, record: dict[str, Any], allowed: Collection[str] = ()) -> None:
+    """Raises a UserError where the tokenizer or the data of a run are not those that it began with."""
+    file = workdir / _TEXT
+    if (before := metrics.read_json(file)) is None:  # of an older version
+        return
+    if TOKENIZER not in allowed and before[TOKENIZER] != record[TOKENIZER]:
+        raise UserError(
+            f"{workdir}: began with another tokenizer (tokenizer.json with SHA-256 {before[TOKENIZER][:12]}... where "
+            f"this one's is {record[TOKENIZER][:12]}...); --allow_changed={TOKENIZER} goes on with it all the same."
+        )
+    changed = [name for name in [*before, *(set(record) - set(before))] if before.get(name) != record.get(name)]
+    changed = [name for name in changed if name != TOKENIZER]
+    if DATA in allowed or not changed:
+        return
+    shown = [f"{name}: {_told(before.get(name))} where this one has {_told(record.get(name))}" for name in changed]
+    raise UserError(
+        f"{workdir}: began with other data, {_some(shown)}; --allow_changed={DATA} goes on with it all the same."
+    )
+
+
+def _told(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "none"
+    return f"{entry['rows']:,} rows of {entry['tokens']:,} tokens in all ({entry['hash'][:12]}...)"
+
+
+def update(workdir: pathlib.Path, config: Config, record: dict[str, Any]) -> None:
+    """Notes what a run goes on with, where it was allowed to be another than before."""
+    for name, value in (("config.json", config_dict(config)), (_TEXT, record)):
+        if metrics.read_json(workdir / name) != value:
+            metrics.write_json(workdir / name, value)
+
+
+def create(
+    workdir: pathlib.Path, config: Config, checkpoint: Checkpoint, plan: GrowthPlan, hf_config: dict[str, Any],
+    record: dict[str, Any],
+) -> None:  # fmt: skip
+    """Makes the folder with config.json, data.json and `model/`, what its checkpoints need to become a model again.
+
+    In a bucket it is a run once it has config.json, which comes last.
+    """
+    if is_local(workdir):
+        with new_folder(workdir) as folder:
+            _fill(folder, config, checkpoint, plan, hf_config, record)
+        return
+    with tempfile.TemporaryDirectory(prefix="solar_jax_run_") as temporary:
+        folder = pathlib.Path(temporary)
+        _fill(folder, config, checkpoint, plan, hf_config, record)
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        for name in sorted(files, key=lambda name: name == "config.json"):
+            paths.write(workdir / name, (folder / name).read_bytes())
+
+
+def _fill(
+    folder: pathlib.Path, config: Config, checkpoint: Checkpoint, plan: GrowthPlan, hf_config: dict[str, Any],
+    record: dict[str, Any],
+) -> None:  # fmt: skip
+    metrics.write_json(folder / "config.json", config_dict(config))
+    metrics.write_json(folder / _TEXT, record)
+    (folder / MODEL_FOLDER).mkdir()
+    write_companions(folder / MODEL_FOLDER, hf_config, checkpoint.companions)
+    lineage.write(folder / MODEL_FOLDER, lineage.record(checkpoint, plan, "train", name=config.name), LINEAGE)

@@ -1,0 +1,84 @@
+"""The reader of compiled TPU programs, on a program written by hand."""
+
+import pytest
+
+from solar_jax.hardware.chips import CHIPS
+from solar_jax.planning import hlo_cost
+
+# A loop of 3 turns. A chip gathers 4 x 8 bfloat16 in two halves of one asynchronous operation, scatters a sum that the
+# compiler writes as an all-reduce, and adds up 16 float32; its matmul takes 1000 cycles.
+PROGRAM = """HloModule step
+
+%started (p: bf16[1,8]) -> (bf16[1,8], bf16[4,8]) {
+  %all-gather.1 = bf16[4,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+}
+
+%finished (p: bf16[1,8]) -> bf16[4,8] {
+  %all-gather.2 = bf16[4,8]{1,0} all-gather(%p), channel_id=1, dimensions={0}
+}
+
+%all-reduce-scatter.1 (p: bf16[4,8]) -> bf16[1,8] {
+  %all-reduce.1 = bf16[4,8]{1,0} all-reduce(%p), channel_id=2
+}
+
+%body (p: s32[]) -> s32[] {
+  %async-collective-start = (bf16[1,8], bf16[4,8]) fusion(%a), kind=kCustom, calls=%started
+  %dot = f32[4,4]{1,0} fusion(%b), kind=kOutput, calls=%x, backend_config={"estimated_cycles":"1000"}
+  %async-collective-done = bf16[4,8] fusion(%a), kind=kCustom, calls=%finished
+  %scattered = bf16[1,8] fusion(%c), kind=kCustom, calls=%all-reduce-scatter.1
+  %all-reduce.2 = f32[16]{0} all-reduce(%d), channel_id=3
+}
+
+%condition (p: s32[]) -> pred[] {
+  %constant.1 = s32[] constant(3)
+}
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %while.1 = s32[] while(%p), condition=%condition, body=%body
+  %send.1 = (f32[16]{0}, u32[], token[]) send(%g, %t), TO_OTHER_SLICES
+  %recv.1 = (f32[16]{0}, u32[], token[]) recv(%t), TO_OTHER_SLICES
+}
+""".replace(
+    "TO_OTHER_SLICES",
+    'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}',
+)
+
+
+@pytest.fixture(scope="module")
+def program() -> hlo_cost.Program:
+    return hlo_cost.read(PROGRAM, CHIPS["v5p"])
+
+
+def test_a_loop_counts_as_often_as_it_turns(program):
+    assert program.cycles == 3 * 1000
+    assert program.parts()["compute"] == pytest.approx(3000 / 1.75e9)
+
+
+def test_each_collective_counts_once_and_an_all_reduce_twice(program):
+    gathered, scattered, added = 3 * 4 * 8 * 2, 3 * 4 * 8 * 2, 3 * 16 * 4
+    assert dict(program.moved) == {"all-gather": gathered, "reduce-scatter": scattered, "all-reduce": 2 * added}
+
+
+def test_what_crosses_slices_is_neither_hidden_nor_taken_for_traffic_within_one(program):
+    assert program.network == 16 * 4  # of a sum over two each sends its own once
+    four = PROGRAM.replace('target="{1,2}x', 'target="{1:4}x')
+    assert hlo_cost.read(four, CHIPS["v5p"]).network == 16 * 4 * 2 * 3 / 4
+    alone = hlo_cost.read(PROGRAM.replace("send(", "bitcast("), CHIPS["v5p"])
+    added = 64 / CHIPS["v5p"].network
+    assert program.seconds() == pytest.approx([s + added for s in alone.seconds()], rel=1e-9)
+    assert "to other slices" in program.report(1, 1)
+    assert "to other slices" not in alone.report(1, 1)
+
+
+KERNEL = """HloModule step
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %splash_mha_fwd.1 = bf16[4,512,128] custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", SHAPES
+}
+""".replace("SHAPES", "operand_layout_constraints={bf16[4,512,128], bf16[2,1024,128], bf16[2,1024,128]}")
+
+
+def test_queries_of_a_split_row_are_counted_against_all_its_keys():
+    # 4 heads x 512 queries x 1024 keys x 128, two products of 2 FLOPs, half of them masked
+    assert hlo_cost.read(KERNEL, CHIPS["v5p"]).kernel_flops == 4 * 512 * 1024 * 128 * 2
