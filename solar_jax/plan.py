@@ -17,22 +17,22 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax.checkpoints.hf_folder import read_json
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.cli import command
-from solar_jax.cli.progress import ticking
+from solar_jax.cli.progress import duration, ticking
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import make_plan
 from solar_jax.hardware.chips import CHIPS
 from solar_jax.hardware.slices import Slice, described_devices, find_slice
+from solar_jax.model.flops import flops_per_token
 from solar_jax.model.llama import parameter_count
-from solar_jax.monitoring.metrics import duration, flops_per_token, write_json
 from solar_jax.planning import search
 from solar_jax.planning.aot import compile_step
 from solar_jax.planning.memory import GIB, Need
 from solar_jax.planning.search import Devices, Option
+from solar_jax.storage.json_files import read_json_object, write_json
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what the compiler's refusal begins with
 
@@ -131,7 +131,7 @@ def read_prices(file: str | None) -> dict[str, float]:
     """
     if file is None:
         return {}
-    prices = read_json(pathlib.Path(file))
+    prices = read_json_object(pathlib.Path(file))
     for chip, price in prices.items():
         if chip not in CHIPS:
             raise UserError(f"{file}: {chip!r} is no chip; chips are {', '.join(CHIPS)}.")

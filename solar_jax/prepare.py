@@ -23,7 +23,7 @@ from ml_collections import config_flags
 from solar_jax.checkpoints.checkpoint import eos_id, load_tokenizer
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.cli import command
-from solar_jax.cli.progress import byte_bar
+from solar_jax.cli.progress import byte_bar, duration
 from solar_jax.config import Config, resolve
 from solar_jax.data import files
 from solar_jax.data.packing import block_characters
@@ -35,8 +35,8 @@ from solar_jax.data.prepared.rows import MANIFEST, is_prepared
 from solar_jax.data.prepared.shards import BLOCKS_A_SHARD
 from solar_jax.data.sources import EMBEDDED, Source, parse_sources
 from solar_jax.errors import UserError
-from solar_jax.monitoring.metrics import duration, read_json
 from solar_jax.storage.atomic_folder import check_space, check_target, new_folder, partial
+from solar_jax.storage.json_files import read_json
 from solar_jax.storage.paths import is_local
 
 _DISK = 0.5  # bytes of rows that a byte of text may become; 0.3 is usual

@@ -27,6 +27,8 @@ from solar_jax.checkpoints.hf_config import differences, grown_hf_config
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.write_hf import parse_size
 from solar_jax.cli import command
+from solar_jax.cli.plots import plot_losses
+from solar_jax.cli.progress import duration
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.data.corpus import Corpus, heldout_rows, load_corpus
 from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, training_rows
@@ -35,6 +37,8 @@ from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import GrowthPlan, identity, make_plan
 from solar_jax.growth.picture import layer_list, picture
 from solar_jax.hardware import chips, compilation
+from solar_jax.hardware.chips import memory_peaks
+from solar_jax.model.flops import flops_per_token
 from solar_jax.model.llama import parameter_count
 from solar_jax.model.precision import compute_dtype
 from solar_jax.monitoring import metrics, profiling
@@ -45,6 +49,7 @@ from solar_jax.parallel.mesh import make_mesh
 from solar_jax.planning import search
 from solar_jax.planning.memory import GIB, Need
 from solar_jax.storage import bucket_folder
+from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.paths import is_local
 from solar_jax.training import preemption, run_folder
 from solar_jax.training.loop import train
@@ -106,7 +111,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     mesh = make_mesh(option.config.mesh)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     goes_on = run_folder.check_owner(folder, config, allowed)
-    if summary := metrics.read_json(folder / "summary.json"):
+    if summary := read_json(folder / "summary.json"):
         say(f"{folder}: this run is complete.\n{table(summary)}")
         return summary
     corpus = load_corpus(config.data, tokenizer, eos)
@@ -155,7 +160,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     summary = summarise(shared, plan, cfg, time.perf_counter() - begin)
     if processes.is_first():
         draw(shared, summary)
-        metrics.write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summary)
     processes.wait("the summary is written")
     say(f"\n{table(summary)}\n{goodput_line(summary['time'])}")
     say(f"{folder}: summary.json, metrics.jsonl, loss.png, checkpoints/, hf/")
@@ -241,7 +246,7 @@ def announce(
     say(f"chosen    {option}" if search.is_open(config) else f"mesh      {option}")
     say(f"memory    about {need}; a device here has {chips.memory_bytes(jax.local_devices()[0]) / GIB:.1f} GiB")
     seconds = expected_seconds(config, base, cfg, windows)
-    say(f"time      about {metrics.duration(seconds)}; each step will show what is left\n")
+    say(f"time      about {duration(seconds)}; each step will show what is left\n")
 
 
 def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, windows: int) -> float:
@@ -252,7 +257,7 @@ def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, window
     flops = 0.0
     for arm, trains in ((base, config.train.control), (cfg, True)):
         evals = per_arm if trains else 1
-        flops += metrics.flops_per_token(arm, length) * (train_tokens * trains + evals * windows * length / 3)
+        flops += flops_per_token(arm, length) * (train_tokens * trains + evals * windows * length / 3)
     peak = chips.peak_flops(jax.devices()[0])
     rate = 0.4 * peak * jax.device_count() if peak else 0.5 * chips.measured_flops(compute_dtype(config.train))
     return flops / rate
@@ -285,7 +290,7 @@ def summarise(run: Run, plan: GrowthPlan, cfg: ModelConfig, seconds: float) -> d
         "mfu": sorted(used)[len(used) // 2] if used else None,
         "seconds": round(seconds, 1),
         "time": run.ledger.summary(lines + control),
-        "memory_peak_gib": metrics.memory_peaks(),
+        "memory_peak_gib": memory_peaks(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": dict(run.mesh.shape),
         "source": run.checkpoint.where,
@@ -303,7 +308,7 @@ def draw(run: Run, summary: dict[str, Any]) -> None:
     title = (
         f"{summary['operator']}: {summary['base_layers']} to {summary['layers']} layers, {summary['tokens']:,} tokens"
     )
-    metrics.plot_losses(run.workdir / "loss.png", title, summary["base_loss"], arms)
+    plot_losses(run.workdir / "loss.png", title, summary["base_loss"], arms)
 
 
 def table(s: dict[str, Any]) -> str:

@@ -32,7 +32,7 @@ from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import make_plan
 from solar_jax.hardware.chips import compiler_options
 from solar_jax.hardware.slices import Slice, described_devices, find_slice
-from solar_jax.monitoring.metrics import flops_per_token
+from solar_jax.model.flops import flops_per_token
 from solar_jax.planning import hlo_cost
 from solar_jax.planning.aot import compile_step
 

@@ -19,7 +19,7 @@ from aot import GIB, recipe
 
 from solar_jax.config import Config, ModelConfig
 from solar_jax.hardware.slices import find_slice
-from solar_jax.monitoring.metrics import flops_per_token
+from solar_jax.model.flops import flops_per_token
 from solar_jax.parallel.mesh import AXES, mesh_shape
 from solar_jax.planning.aot import Compiled, compile_step
 

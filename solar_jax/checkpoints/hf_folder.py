@@ -13,7 +13,8 @@ from solar_jax.checkpoints.hf_config import model_config
 from solar_jax.errors import UserError
 from solar_jax.formats import safetensors, torch_zip
 from solar_jax.formats.safetensors import MOST_NAME, Entry, short
-from solar_jax.storage.paths import is_local
+from solar_jax.storage.json_files import read_json_object
+from solar_jax.storage.paths import is_local, read_small
 
 INDEX = "model.safetensors.index.json"
 LINEAGE = "lineage.json"
@@ -29,8 +30,6 @@ LEFT_BEHIND = (
     "config.json", LINEAGE, CERTIFICATE, "README.md", ".*", "training_args*", "trainer_state.json", "optimizer*",
     "*_results.json", "consolidated*", "params.json",  # the last two are Mistral's and Meta's own form of the model
 )  # fmt: skip
-_MOST_SMALL_BYTES = 1 << 28  # of a tokenizer, a template, or JSON
-_MOST_DEPTH = 200
 
 
 def open_gguf(path: pathlib.Path) -> Checkpoint:
@@ -54,7 +53,7 @@ def _generation_config(hf_config: dict[str, Any]) -> bytes:
 
 
 def open_folder(folder: pathlib.Path) -> Checkpoint:
-    hf_config = read_json(inside(folder, "config.json"))
+    hf_config = read_json_object(inside(folder, "config.json"))
     entries = _entries(folder)
     for name, entry in entries.items():
         if entry.code not in safetensors.DTYPES and not name.endswith(".rotary_emb.inv_freq"):
@@ -76,7 +75,7 @@ def open_folder(folder: pathlib.Path) -> Checkpoint:
 
 def lineage(folder: pathlib.Path) -> dict[str, Any] | None:
     """The content of a checkpoint's lineage.json, where it has one."""
-    return read_json(inside(folder, LINEAGE)) if (folder / LINEAGE).is_file() else None
+    return read_json_object(inside(folder, LINEAGE)) if (folder / LINEAGE).is_file() else None
 
 
 def companions(folder: pathlib.Path) -> dict[str, bytes]:
@@ -87,18 +86,10 @@ def companions(folder: pathlib.Path) -> dict[str, bytes]:
             name = path.relative_to(folder).as_posix()
             if any(pathlib.PurePath(path.name).match(pattern) for pattern in LEFT_BEHIND):
                 continue
-            found[name] = _small(inside(folder, name))
+            found[name] = read_small(inside(folder, name))
     except OSError as e:
         raise UserError(f"{e.filename or folder}: cannot be read: {e.strerror}.") from e
     return found
-
-
-def _small(file: pathlib.Path) -> bytes:
-    """The content of a file that is no weights."""
-    size = safetensors.byte_size(file)
-    if size > _MOST_SMALL_BYTES:
-        raise UserError(f"{file}: is too large ({size} bytes) for anything but weights.")
-    return file.read_bytes()
 
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -108,34 +99,6 @@ def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             yield path
         elif path.name == "additional_chat_templates" and path.is_dir():
             yield from (p for p in path.iterdir() if p.is_file())
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-      UserError: the file is missing or holds something else.
-    """
-    try:
-        value = json.loads(_small(file).decode())
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read: {e.strerror}.") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{file}: is not JSON: {e}.") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: must hold a JSON object, found {type(value).__name__}.")
-    if not _shallow(value):
-        raise UserError(f"{file}: nests values more than {_MOST_DEPTH} deep.")
-    return value
-
-
-def _shallow(value: Any) -> bool:
-    """Whether a JSON value can be printed and written without running out of stack."""
-    level = [value]
-    for _ in range(_MOST_DEPTH):
-        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
-        level = [x for values in inner for x in values]
-    return not level
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -188,7 +151,7 @@ def _is_name(file: Any) -> bool:
 
 
 def _indexed(folder: pathlib.Path, index: str, read_header: Any) -> dict[str, Entry]:
-    weight_map = read_json(inside(folder, index)).get("weight_map")
+    weight_map = read_json_object(inside(folder, index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / index}: weight_map must map tensors to files, found {type(weight_map).__name__}.")
     headers, entries, elsewhere = {}, {}, set()

@@ -12,8 +12,8 @@ from typing import Any
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.write_hf import json_text
-from solar_jax.formats.safetensors import byte_size
 from solar_jax.growth.operators import GrowthPlan
+from solar_jax.storage.paths import byte_size
 
 PACKAGES = ("solar_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes", "gguf")
 _HEAD, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 256, 4096

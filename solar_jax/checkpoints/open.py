@@ -14,21 +14,13 @@ from jax.tree_util import keystr
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, check_tensors, row_unit
 from solar_jax.checkpoints.hf_config import model_config
-from solar_jax.checkpoints.hf_folder import (
-    LEFT_BEHIND,
-    LINEAGE,
-    companions,
-    inside,
-    lineage,
-    open_folder,
-    open_gguf,
-    read_json,
-)
+from solar_jax.checkpoints.hf_folder import LEFT_BEHIND, LINEAGE, companions, inside, lineage, open_folder, open_gguf
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors, to_hf
 from solar_jax.errors import UserError
 from solar_jax.model.llama import shapes
 from solar_jax.orbax_store.arrays import array_paths, open_array
 from solar_jax.orbax_store.store import MODEL_FOLDER, newest
+from solar_jax.storage.json_files import read_json_object
 from solar_jax.storage.paths import is_local
 
 _ADAPTER = "adapter_config.json"
@@ -90,7 +82,7 @@ def _adapters_base(path: pathlib.Path) -> pathlib.Path | None:
     """The model that a folder with an adapter (PEFT's adapter_config.json) and no model of its own was made for."""
     if not (path / _ADAPTER).is_file() or (path / "config.json").exists():
         return None
-    base = read_json(path / _ADAPTER).get("base_model_name_or_path")
+    base = read_json_object(path / _ADAPTER).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path / _ADAPTER}: base_model_name_or_path must name a model, found {base!r}.")
     if (pathlib.Path(base).expanduser() / _ADAPTER).exists():
@@ -130,7 +122,7 @@ def _from_hub(repo: str) -> pathlib.Path:
 def _open_own(folder: pathlib.Path) -> Checkpoint:
     """The newest checkpoint of a run, or one that `convert --to orbax` wrote."""
     model = folder / MODEL_FOLDER
-    hf_config = read_json(inside(model, "config.json"))
+    hf_config = read_json_object(inside(model, "config.json"))
     cfg = model_config(hf_config, str(model / "config.json"))
     step = newest(folder)
     if step is None:

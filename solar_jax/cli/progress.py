@@ -45,3 +45,15 @@ def ticking(what: str) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def duration(seconds: float) -> str:
+    """E.g. "48 s", "3 min 20 s", "2 h 05 min", "3 d 04 h"."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86400} d {s % 86400 // 3600:02d} h"

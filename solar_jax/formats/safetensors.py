@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from solar_jax.errors import UserError
-from solar_jax.storage.paths import is_local
+from solar_jax.storage.paths import byte_size, is_local
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -164,12 +164,6 @@ def read(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     except OSError as e:
         raise UserError(f"{entry.file}: {name} cannot be read: {e.strerror}.") from e
     return out
-
-
-def byte_size(file: pathlib.Path) -> int:
-    """Of a local file or an object in a bucket."""
-    found: Any = file.stat()
-    return found.st_size if is_local(file) else found.length
 
 
 def write(file: pathlib.Path, pieces: Sequence[Piece], progress: Callable[[int], None] = lambda n: None) -> None:

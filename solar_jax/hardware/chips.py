@@ -123,3 +123,10 @@ def measured_flops(dtype: jnp.dtype) -> float:
         matmul(x).block_until_ready()
         seconds.append(time.perf_counter() - begin)
     return 2 * n**3 / min(seconds)
+
+
+def memory_peaks() -> list[float] | None:
+    """The most GiB of memory that each device of this process has held; None where a device does not tell."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] / 2**30 for s in stats if s and "peak_bytes_in_use" in s]
+    return peaks if len(peaks) == len(stats) else None

@@ -125,7 +125,7 @@ def parameter_count(cfg: ModelConfig) -> int:
     return sum(s.size for s in jax.tree.leaves(shapes(cfg)))
 
 
-def identity(x: jax.Array, axes: str) -> jax.Array:
+def unconstrained(x: jax.Array, axes: str) -> jax.Array:
     """The `Constrain` of a single device."""
     del axes
     return x
@@ -335,7 +335,7 @@ def hidden(
     *,
     compute_dtype: Any = jnp.float32,
     remat: str = "none",
-    constrain: Constrain = identity,
+    constrain: Constrain = unconstrained,
     attend: Attend | None = None,
     einsum: Einsum = _einsum,
 ) -> tuple[jax.Array, jax.Array]:
@@ -379,7 +379,7 @@ def logits(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     *,
-    constrain: Constrain = identity,
+    constrain: Constrain = unconstrained,
     **how: Any,
 ) -> jax.Array:
     """Next-token logits, float32 [B, T, V]; the arguments are those of `hidden`."""

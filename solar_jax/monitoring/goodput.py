@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from solar_jax.monitoring.metrics import duration, read_json, write_json
+from solar_jax.cli.progress import duration
 from solar_jax.parallel import processes
+from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.paths import is_local
 
 OUTSIDE = ("evaluation", "checkpoint")  # what comes between steps and is told by name

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from solar_jax.monitoring.metrics import duration
+from solar_jax.cli.progress import duration
 from solar_jax.parallel import processes
 
 FACTOR = 10  # a step may take so many times the median one

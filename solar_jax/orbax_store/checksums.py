@@ -143,12 +143,12 @@ def _sizes(step: pathlib.Path) -> dict[str, int]:
 
 def write_seal(step: pathlib.Path, total: Sums) -> None:
     """Notes sums and sizes of a checkpoint that was found whole, beside its arrays."""
-    paths.write(step / SEAL, json.dumps({"sums": total, "files": _sizes(step)}, indent=0))
+    paths.write_file(step / SEAL, json.dumps({"sums": total, "files": _sizes(step)}, indent=0))
 
 
 def read_seal(step: pathlib.Path) -> dict[str, Any] | None:
     """{"sums", "files"}; None where the checkpoint was never verified, as its run ended right after it."""
-    text = paths.read(step / SEAL)
+    text = paths.read_text(step / SEAL)
     return None if text is None else json.loads(text)
 
 

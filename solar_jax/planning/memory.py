@@ -15,9 +15,10 @@ from jax.sharding import AbstractMesh, Mesh
 from solar_jax.config import Config, ModelConfig
 from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE, layer_axes, size
 from solar_jax.model.precision import compute_dtype
+from solar_jax.parallel.attention import attention_choice
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, padded_rows, ways
-from solar_jax.training.step import State, attention_choice, loss_chunks
+from solar_jax.training.step import State, loss_chunks
 
 GIB = 2**30
 # Values a token that differentiation asks for in one layer when nothing is computed again, by their axes; some of

@@ -17,12 +17,13 @@ from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice
 from solar_jax.model.llama import REMAT, parameter_count
 from solar_jax.parallel import processes
+from solar_jax.parallel.attention import attention_choice
 from solar_jax.parallel.mesh import AXES, mesh_shape
 from solar_jax.parallel.rules import parameter_shardings
 from solar_jax.planning.memory import GIB, Need, estimate
 from solar_jax.planning.step_time import StepTime, step_time
 from solar_jax.training.optimizer import make_optimizer
-from solar_jax.training.step import abstract_state, attention_choice, state_shardings
+from solar_jax.training.step import abstract_state, state_shardings
 
 AUTO = "auto"  # config.train.remat
 SPARE = 0.05  # of a device's memory, left alone

@@ -10,7 +10,10 @@ from typing import Any
 import fsspec
 from etils import epath
 
+from solar_jax.errors import UserError
 from solar_jax.storage.retry import retry
+
+_MOST_SMALL_BYTES = 1 << 28  # of a tokenizer, a template, or JSON
 
 # Objects come and go by other hands, TensorStore's and other hosts', so no listing may be remembered.
 for _protocol in ("gs", "gcs", "s3"):
@@ -29,7 +32,7 @@ def path(text: str) -> pathlib.Path:
     return pathlib.Path(text).expanduser() if is_local(text) else typing.cast(pathlib.Path, epath.Path(text))
 
 
-def write(file: pathlib.Path, content: bytes | str) -> None:
+def write_file(file: pathlib.Path, content: bytes | str) -> None:
     """Replaces a file at once: a reader sees the old content or the new, never a part.
 
     Raises:
@@ -44,7 +47,7 @@ def write(file: pathlib.Path, content: bytes | str) -> None:
         os.replace(temporary, file)
 
 
-def read(file: pathlib.Path) -> str | None:
+def read_text(file: pathlib.Path) -> str | None:
     """The text of a file; None where there is none.
 
     Raises:
@@ -61,3 +64,17 @@ def attempt(place: pathlib.Path, action: Callable[[], Any]) -> Any:
       UserError: the bucket fails.
     """
     return action() if is_local(place) else retry(action, str(place))
+
+
+def byte_size(file: pathlib.Path) -> int:
+    """Of a local file or an object in a bucket."""
+    found: Any = file.stat()
+    return found.st_size if is_local(file) else found.length
+
+
+def read_small(file: pathlib.Path) -> bytes:
+    """The content of a file that is no weights."""
+    size = byte_size(file)
+    if size > _MOST_SMALL_BYTES:
+        raise UserError(f"{file}: is too large ({size} bytes) for anything but weights.")
+    return file.read_bytes()

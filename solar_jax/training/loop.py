@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from solar_jax.cli.progress import duration
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Feed
 from solar_jax.errors import Interrupted, UserError
 from solar_jax.hardware import chips
+from solar_jax.hardware.chips import memory_peaks
 from solar_jax.hardware.compilation import cache_hits
+from solar_jax.model.flops import flops_per_token, mfu
 from solar_jax.model.llama import Params
 from solar_jax.monitoring import metrics
 from solar_jax.monitoring.goodput import StepClock, StepTime, step_note
@@ -156,7 +159,7 @@ class _Session:
         self._last = config.train.steps
         self._rates = _rates(config)
         self._step_tokens = config.train.batch_size * config.data.sequence_length  # a step
-        self._flops = metrics.flops_per_token(cfg, config.data.sequence_length)
+        self._flops = flops_per_token(cfg, config.data.sequence_length)
         self._peak = chips.peak_flops(jax.devices()[0])
         self._clock = StepClock(self._last - done)
         log = config.logging
@@ -302,13 +305,13 @@ class _Session:
         spent = self._clock.step(flight.asked, flight.ready, end)
         self._watchdog.beat(flight.step, self._clock.median())
         rate = self._step_tokens / spent.total
-        peaks = metrics.memory_peaks()
+        peaks = memory_peaks()
         record = measured | {
             "step": flight.step,
             "learning_rate": float(self._rates[flight.step - 1 - self._guard.skipped]),
             "tokens": self._tokens(flight.step),
             "tokens_per_second": rate,
-            "mfu": metrics.mfu(rate, self._flops, self._peak, jax.device_count()),
+            "mfu": mfu(rate, self._flops, self._peak, jax.device_count()),
             "data_seconds": spent.data,
             "compute_seconds": spent.compute,
             **{f"{name}_seconds": value for name, value in spent.outside.items()},
@@ -357,5 +360,5 @@ def _line(name: str, steps: int, r: dict[str, Any], spent: StepTime, eta: float)
     return (
         f"{name} step {r['step']:>{len(str(steps))}}/{steps}  loss {r['loss']:.4f}  lr {r['learning_rate']:.2e}  "
         f"grad {r['grad_norm']:.2f}  {r['tokens_per_second']:,.0f} tok/s{used}{step_note(spent)}  "
-        f"{metrics.duration(eta)} left"
+        f"{duration(eta)} left"
     )

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from solar_jax.model.llama import Constrain, identity, unembed
+from solar_jax.model.llama import Constrain, unconstrained, unembed
 
 
 def next_token_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -31,7 +31,7 @@ def head_loss(
     *,
     chunks: int = 1,
     shards: int = 1,
-    constrain: Constrain = identity,
+    constrain: Constrain = unconstrained,
 ) -> tuple[jax.Array, jax.Array]:
     """`next_token_loss` of the logits x @ head, a chunk of each row's tokens at a time.
 

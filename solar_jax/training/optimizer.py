@@ -15,7 +15,7 @@ from solar_jax.errors import UserError
 from solar_jax.growth.operators import GrowthPlan
 from solar_jax.model.llama import LAYER_AXES, Params, is_vector
 from solar_jax.model.precision import precision
-from solar_jax.parallel import rules
+from solar_jax.parallel.collectives import layers_at_rest, whole_layers
 from solar_jax.training.stochastic_rounding import narrow
 
 
@@ -170,9 +170,9 @@ def _muon(cfg: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformati
         return both
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = both.update(rules.whole_layers(updates, mesh), rules.whole_layers(state, mesh), params)
-        updates, state = rules.whole_layers(updates, mesh), rules.whole_layers(state, mesh)
-        return rules.layers_at_rest(updates, mesh), rules.layers_at_rest(state, mesh)
+        updates, state = both.update(whole_layers(updates, mesh), whole_layers(state, mesh), params)
+        updates, state = whole_layers(updates, mesh), whole_layers(state, mesh)
+        return layers_at_rest(updates, mesh), layers_at_rest(state, mesh)
 
     return optax.GradientTransformation(both.init, update)
 

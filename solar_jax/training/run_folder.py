@@ -12,16 +12,16 @@ import ml_collections
 
 from solar_jax.checkpoints import lineage
 from solar_jax.checkpoints.checkpoint import Checkpoint
-from solar_jax.checkpoints.hf_folder import LINEAGE, read_json
+from solar_jax.checkpoints.hf_folder import LINEAGE
 from solar_jax.checkpoints.write_hf import write_companions
 from solar_jax.config import Config, resolve
 from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.errors import UserError
 from solar_jax.growth.operators import GrowthPlan
-from solar_jax.monitoring import metrics
 from solar_jax.orbax_store.store import MODEL_FOLDER
 from solar_jax.storage import bucket_folder, paths
 from solar_jax.storage.atomic_folder import new_folder
+from solar_jax.storage.json_files import read_json, read_json_object, write_json
 from solar_jax.storage.paths import is_local
 
 
@@ -89,7 +89,7 @@ def check_owner(workdir: pathlib.Path, config: Config, allowed: Collection[str] 
     if "config.json" not in found:
         raise UserError(f"{workdir}: holds files but no run (no config.json); give another --workdir.")
     try:  # read by today's names and defaults
-        there = flat(config_dict(resolve(ml_collections.ConfigDict(read_json(workdir / "config.json")))))
+        there = flat(config_dict(resolve(ml_collections.ConfigDict(read_json_object(workdir / "config.json")))))
     except UserError as e:
         raise UserError(f"{workdir / 'config.json'}: {e}") from e
     here = flat(config_dict(config))
@@ -138,7 +138,7 @@ def _hash_of_some(rows: AnyRows, count: int = 64) -> str:
 def check_text(workdir: pathlib.Path, record: dict[str, Any], allowed: Collection[str] = ()) -> None:
     """Raises a UserError where the tokenizer or the data of a run are not those that it began with."""
     file = workdir / _TEXT
-    if (before := metrics.read_json(file)) is None:  # of an older version
+    if (before := read_json(file)) is None:  # of an older version
         return
     if TOKENIZER not in allowed and before[TOKENIZER] != record[TOKENIZER]:
         raise UserError(
@@ -164,8 +164,8 @@ def _told(entry: dict[str, Any] | None) -> str:
 def update(workdir: pathlib.Path, config: Config, record: dict[str, Any]) -> None:
     """Notes what a run goes on with, where it was allowed to be another than before."""
     for name, value in (("config.json", config_dict(config)), (_TEXT, record)):
-        if metrics.read_json(workdir / name) != value:
-            metrics.write_json(workdir / name, value)
+        if read_json(workdir / name) != value:
+            write_json(workdir / name, value)
 
 
 def create(
@@ -185,15 +185,15 @@ def create(
         _fill(folder, config, checkpoint, plan, hf_config, record)
         files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         for name in sorted(files, key=lambda name: name == "config.json"):
-            paths.write(workdir / name, (folder / name).read_bytes())
+            paths.write_file(workdir / name, (folder / name).read_bytes())
 
 
 def _fill(
     folder: pathlib.Path, config: Config, checkpoint: Checkpoint, plan: GrowthPlan, hf_config: dict[str, Any],
     record: dict[str, Any],
 ) -> None:  # fmt: skip
-    metrics.write_json(folder / "config.json", config_dict(config))
-    metrics.write_json(folder / _TEXT, record)
+    write_json(folder / "config.json", config_dict(config))
+    write_json(folder / _TEXT, record)
     (folder / MODEL_FOLDER).mkdir()
     write_companions(folder / MODEL_FOLDER, hf_config, checkpoint.companions)
     lineage.write(folder / MODEL_FOLDER, lineage.record(checkpoint, plan, "train", name=config.name), LINEAGE)

@@ -12,21 +12,19 @@ from jax.sharding import AbstractMesh, Mesh
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
-from solar_jax.hardware import chips
 from solar_jax.model import llama
-from solar_jax.model.attention import Attend, attention_mask, attention_of_rows, library_attention, sharded_attention
-from solar_jax.model.flash import LANES, flash_attention, needed_memory
+from solar_jax.model.attention import attention_mask, attention_of_rows
 from solar_jax.model.llama import Params
 from solar_jax.model.precision import compute_dtype, precision
 from solar_jax.model.quantised import quantised_einsum
-from solar_jax.model.splash import splash_attention
 from solar_jax.parallel import rules
-from solar_jax.parallel.mesh import axis_size, platform
+from solar_jax.parallel.attention import attention_kernel
+from solar_jax.parallel.collectives import constrain_on, over_slices, tokens_of_devices, zigzag
+from solar_jax.parallel.mesh import axis_size
 from solar_jax.training.objectives import head_loss
 from solar_jax.training.optimizer import masked
 
 State = dict[str, Any]  # {"params", "opt_state"}
-ATTENTION = ("auto", "splash", "cudnn", "xla")  # config.train.attention
 LOGITS = 2**26  # of one chunk of the loss, on one device: 256 MiB in float32
 
 
@@ -48,61 +46,6 @@ def abstract_state(
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
 
 
-def attention_choice(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> str:
-    """What attention runs in: "splash", kernels on TPUs; "cudnn", those of GPUs; or "xla", array operations.
-
-    Raises:
-      UserError: no such choice, kernels are asked for that do not take the shapes, or context does not divide a row.
-    """
-    wanted, length, context = config.train.attention, config.data.sequence_length, mesh.shape["context"]
-    if wanted not in ATTENTION:
-        raise UserError(f"config.train.attention must be one of {', '.join(ATTENTION)}, found {wanted!r}.")
-    chunks = 1 if context == 1 else 2 * context  # of consecutive tokens on one device
-    if length % chunks:
-        raise UserError(
-            f"config.mesh.context={context} needs a config.data.sequence_length that is a multiple of {chunks}, "
-            f"found {length}."
-        )
-    multiple = chunks * LANES
-    if wanted == "splash" and length % multiple:
-        raise UserError(
-            f"config.train.attention='splash' needs a config.data.sequence_length that is a multiple of {multiple}, "
-            f"found {length}."
-        )
-    narrow = compute_dtype(config.train).itemsize == 2
-    taken = narrow and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and context == 1
-    if wanted == "cudnn" and not taken:
-        raise UserError(
-            "config.train.attention='cudnn' needs 16-bit matmuls (config.train.precision), a head_dim of at most 128 "
-            f"and a multiple of 8, and config.mesh.context=1; found {config.train.precision!r}, {cfg.head_dim} and "
-            f"{context}."
-        )
-    if wanted != "auto":
-        return wanted
-    if platform(mesh) == "tpu" and length % multiple == 0 and cfg.head_dim % LANES == 0:
-        return "splash"
-    return "cudnn" if platform(mesh) == "gpu" and taken else "xla"
-
-
-def attention_kernel(cfg: ModelConfig, config: Config, mesh: Mesh) -> Attend | None:
-    """The kernels for `mesh`, or None for array operations that XLA splits; without a TPU kernels are interpreted."""
-    split, choice = mesh.shape["context"] > 1, attention_choice(cfg, config, mesh)
-    if choice == "xla":
-        plain = functools.partial(sharded_attention, sliding_window=cfg.sliding_window)
-        return rules.attend(mesh, plain) if split else None
-    if choice == "cudnn":
-        library = functools.partial(library_attention, sliding_window=cfg.sliding_window, implementation="cudnn")
-        return rules.attend(mesh, library)
-    needed = needed_memory(config.data.sequence_length, cfg.head_dim, compute_dtype(config.train).itemsize)
-    fits = cfg.head_dim % LANES == 0 and needed <= chips.vector_memory(mesh.devices.flat[0])
-    kernel = functools.partial(
-        flash_attention if fits and not split else splash_attention,
-        sliding_window=cfg.sliding_window,
-        interpret=platform(mesh) != "tpu",
-    )
-    return rules.attend(mesh, kernel)
-
-
 def loss_chunks(logits: int, length: int) -> int:
     """Into how many chunks of its T tokens a row is cut, so that a device's logits do not outgrow `LOGITS`."""
     return next((n for n in range(1, length) if length % n == 0 and logits <= n * LOGITS), length)
@@ -115,7 +58,7 @@ def _summed_loss(
     if config.train.remat not in llama.REMAT:
         raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {config.train.remat!r}.")
 
-    constrain, kernel = rules.constrain(mesh), attention_kernel(cfg, config, mesh)
+    constrain, kernel = constrain_on(mesh), attention_kernel(cfg, config, mesh)
     narrow = {"einsum": quantised_einsum(projections)} if projections else {}
     shards = axis_size(mesh, "data", "fsdp", "context")
 
@@ -125,16 +68,16 @@ def _summed_loss(
             rows, length = batch["tokens"].shape
             attend = attention_of_rows(rows, attention_mask(length, batch["segment_ids"], cfg.sliding_window))
             batch = jax.tree.map(lambda x: x.reshape(1, -1), batch)
-        split = rules.zigzag(mesh, batch)
+        split = zigzag(mesh, batch)
         x, head = llama.hidden(
             cfg, params, split["tokens"], split["positions"], batch["segment_ids"],
             compute_dtype=compute_dtype(config.train),
             remat=config.train.remat, constrain=constrain, attend=attend, **narrow,
         )  # fmt: skip
-        x, targets, weights = (rules.tokens_of_devices(mesh, a) for a in (x, split["targets"], split["weights"]))
+        x, targets, weights = (tokens_of_devices(mesh, a) for a in (x, split["targets"], split["weights"]))
         rows, length = targets.shape
         chunks = loss_chunks(rows // shards * length * cfg.vocab_size // mesh.shape["tensor"], length)
-        by_token = rules.constrain(mesh, rules.TOKENS)
+        by_token = constrain_on(mesh, rules.TOKENS)
         return head_loss(x, head, targets, weights, chunks=chunks, shards=shards, constrain=by_token)
 
     return summed_loss
@@ -156,7 +99,7 @@ def make_train_step(
     summed_loss = _summed_loss(cfg, config, mesh, precision(config.train).projections)
     shardings = state_shardings(cfg, optimizer, mesh)
     microbatches = max(1, config.train.accumulation)
-    constrain = rules.constrain(mesh)
+    constrain = constrain_on(mesh)
 
     def gradients(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Params]:
         (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(params, batch)
@@ -178,7 +121,7 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         params = state["params"]
-        loss, targets, grads = rules.over_slices(mesh, accumulated)(params, batch)
+        loss, targets, grads = over_slices(mesh, accumulated)(params, batch)
         targets = jnp.maximum(targets, 1.0)
         grads = jax.tree.map(lambda g: g / targets, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], params)
@@ -203,7 +146,7 @@ def make_eval_step(
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """A jitted (params, batch) -> summed loss in nats, number of targets; of the model that is kept, unquantised."""
     return jax.jit(
-        rules.over_slices(mesh, _summed_loss(cfg, config, mesh, projections="")),
+        over_slices(mesh, _summed_loss(cfg, config, mesh, projections="")),
         in_shardings=(rules.parameter_shardings(cfg, mesh), rules.batch_sharding(mesh)),
         out_shardings=rules.replicated(mesh),
     )

@@ -11,12 +11,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from solar_jax.checkpoints import hf_folder
 from solar_jax.checkpoints.convert import Target
 from solar_jax.checkpoints.hf_folder import INDEX
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.convert import convert
 from solar_jax.errors import UserError
+from solar_jax.storage import paths
 from tests.conftest import hf_model, save_hf
 
 
@@ -199,7 +199,7 @@ def test_pipes_and_folders_beside_the_weights_are_left_alone(folder, tiny):
 
 @pytest.mark.parametrize("name", ["config.json", "lineage.json", "tokenizer.json", INDEX])
 def test_a_file_that_is_too_large_for_what_it_is_is_refused_unread(folder, monkeypatch, name):
-    monkeypatch.setattr(hf_folder, "_MOST_SMALL_BYTES", 1 << 20)
+    monkeypatch.setattr(paths, "_MOST_SMALL_BYTES", 1 << 20)
     with (folder / name).open("ab") as f:
         f.truncate((1 << 20) + 1)
     assert refusal(folder) == f"/{name}: is too large (1048577 bytes) for anything but weights."

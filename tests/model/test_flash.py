@@ -10,7 +10,7 @@ import pytest
 
 from solar_jax.model import flash
 from solar_jax.model.attention import SAVED, attention_mask, rotated_attention
-from solar_jax.parallel import rules
+from solar_jax.parallel.attention import per_device
 from tests.parallel.test_mesh import mesh_of
 
 B, T, N, K, H = 2, 256, 4, 2, 128
@@ -87,7 +87,7 @@ def test_the_comparison_refuses_another_mask(ids, window):
 @pytest.mark.parametrize("shape", [(1, 2, 1), (1, 2, 2), (2, 1, 2)])
 def test_every_device_attends_within_its_rows_and_heads(shape):
     kernel = functools.partial(flash.flash_attention, sliding_window=0, interpret=True)
-    attend = rules.attend(mesh_of(*shape), kernel)
+    attend = per_device(mesh_of(*shape), kernel)
     found = jax.jit(lambda *x: attend(*x, angles(), segments()))(*arrays())
     np.testing.assert_allclose(found, plain(*arrays(), segments(), 0), atol=TOLERANCE)
 

@@ -13,6 +13,7 @@ from solar_jax.growth.apply import grow
 from solar_jax.growth.operators import make_plan
 from solar_jax.model import llama
 from solar_jax.parallel import rules
+from solar_jax.parallel.collectives import constrain_on
 from solar_jax.training.optimizer import make_optimizer
 from tests.parallel.test_mesh import mesh_of
 
@@ -117,7 +118,7 @@ def test_the_logits_of_a_mesh_are_those_of_one_device(shape):
     mesh, params = mesh_of(*shape), random_params(FULL)
     sharded = jax.device_put(params, rules.parameter_shardings(FULL, mesh))
     expected = logits(FULL, params)
-    found = logits(FULL, sharded, constrain=rules.constrain(mesh))
+    found = logits(FULL, sharded, constrain=constrain_on(mesh))
     np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 

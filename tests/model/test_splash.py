@@ -9,7 +9,7 @@ import pytest
 
 from solar_jax.model.attention import attention_mask, rotated_attention
 from solar_jax.model.splash import splash_attention
-from solar_jax.parallel import rules
+from solar_jax.parallel.attention import per_device
 from tests.model.test_flash import TOLERANCE, angles, arrays, gradients, plain, segments
 from tests.parallel.test_mesh import mesh_of
 
@@ -37,7 +37,7 @@ def test_rows_split_over_devices_are_attended_whole(shape, window):
     rope = jnp.array(np.cos(turns), jnp.float32), jnp.array(np.sin(turns), jnp.float32)
     ids = jnp.array(np.arange(512)[None] >= np.array([[200], [301]]), jnp.int32)
     kernel = functools.partial(splash_attention, sliding_window=window, interpret=True)
-    attend = rules.attend(mesh_of(*shape), kernel)
+    attend = per_device(mesh_of(*shape), kernel)
 
     def split(q, k, v, segment_ids, _):
         q, k, v, *turned = (x[:, order] for x in (q, k, v, *rope))

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from solar_jax.cli.plots import plot_losses
+from solar_jax.cli.progress import duration
 from solar_jax.config import ModelConfig
 from solar_jax.model import llama
-from solar_jax.monitoring.metrics import JsonLines, duration, flops_per_token, mfu, plot_losses
+from solar_jax.model.flops import flops_per_token, mfu
+from solar_jax.monitoring.metrics import JsonLines
 from tests.parallel.test_rules import SMALL
 
 SOLAR = ModelConfig(32000, 4096, 14336, 48, 32, 8, 128)

@@ -13,6 +13,7 @@ from solar_jax.config import Config, ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.parallel import rules
+from solar_jax.parallel.collectives import constrain_on
 from solar_jax.training.optimizer import make_optimizer
 from tests.parallel.test_mesh import mesh_of
 
@@ -151,5 +152,5 @@ def test_a_batch_is_split_over_data_and_fsdp_and_whole_over_tensor():
 
 def test_a_constraint_lays_an_activation_out():
     mesh = mesh_of(2, 2, 2)
-    x = jax.jit(lambda x: rules.constrain(mesh)(x, "BTF"))(jnp.zeros((8, 4, 6)))
+    x = jax.jit(lambda x: constrain_on(mesh)(x, "BTF"))(jnp.zeros((8, 4, 6)))
     assert x.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")), 3)

@@ -7,8 +7,8 @@ import pytest
 from solar_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from solar_jax.hardware.chips import CHIPS
 from solar_jax.hardware.slices import find_slice
+from solar_jax.model.flops import flops_per_token
 from solar_jax.model.llama import OFFLOADED, REMAT
-from solar_jax.monitoring.metrics import flops_per_token
 from solar_jax.planning.hlo_cost import HOST, KERNEL_RATE
 from solar_jax.planning.search import of_slice
 from solar_jax.planning.step_time import StepTime, step_time

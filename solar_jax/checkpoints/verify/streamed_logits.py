@@ -18,7 +18,7 @@ from solar_jax.checkpoints.checkpoint import row_blocks
 from solar_jax.checkpoints.tensor_table import from_hf, hf_shape
 from solar_jax.config import ModelConfig
 from solar_jax.model.attention import attention_mask
-from solar_jax.model.llama import Block, identity, layer_axes, rms_norm
+from solar_jax.model.llama import Block, layer_axes, rms_norm, unconstrained
 from solar_jax.model.rope import rope_angles
 
 # (path, layer or None, rows of the file's first axis) -> float array in HF's layout, as `checkpoints.views.grown_rows`
@@ -100,7 +100,7 @@ def _block_graph(cfg: ModelConfig) -> nnx.GraphDef:
 @functools.partial(jax.jit, static_argnums=0)
 def _block(graph: nnx.GraphDef, layer: Layer, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array):
     """[B, T, D] -> [B, T, D]."""
-    return nnx.merge(graph, layer)(x, rope, mask, identity)
+    return nnx.merge(graph, layer)(x, rope, mask, unconstrained)
 
 
 @jax.jit

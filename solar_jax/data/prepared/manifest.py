@@ -43,17 +43,19 @@ def write(folder: pathlib.Path, sources: list[SourceFacts], index: Index | None,
     manifest["duplicates"] = _duplicates(folder, sources) if (folder / DUPLICATES).exists() else None
     manifest["decontamination"] = None if index is None else _decontamination(index, matches)
     if index is not None:
-        paths.write(folder / CONTAMINATED, "".join(json.dumps(match) + "\n" for match in matches))
+        paths.write_file(folder / CONTAMINATED, "".join(json.dumps(match) + "\n" for match in matches))
     described = [_source(i, facts, shards) for i, facts in enumerate(sources)]
     for i, (facts, one) in enumerate(zip(sources, described, strict=True)):
         if len(sources) > 1:
             its = [shard | {"source": 0} for shard in shards if shard["source"] == i]
             content = manifest | {"sources": [one], "shards": its}
-            paths.write(folder / f"{i}-{_stem(facts.source.path)}{OF_SOURCE}", json.dumps(content, indent=1) + "\n")
+            paths.write_file(
+                folder / f"{i}-{_stem(facts.source.path)}{OF_SOURCE}", json.dumps(content, indent=1) + "\n"
+            )
     totals = {part: {key: sum(s[key] for s in shards if s["part"] == part) for key in _COUNTS} for part in PARTS}
     content = manifest | {"totals": totals, "sources": described, "shards": shards}
-    paths.write(folder / SHARDS / _NAMES, json.dumps(names))
-    paths.write(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+    paths.write_file(folder / SHARDS / _NAMES, json.dumps(names))
+    paths.write_file(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
 
 
 def name_shards(folder: pathlib.Path) -> None:

@@ -1,0 +1,97 @@
+"""Which attention a mesh runs: kernels of TPUs or GPUs, or array operations that XLA splits."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from solar_jax.config import Config, ModelConfig
+from solar_jax.errors import UserError
+from solar_jax.hardware import chips
+from solar_jax.model.attention import Attend, Shard, library_attention, sharded_attention
+from solar_jax.model.flash import LANES, flash_attention, needed_memory
+from solar_jax.model.precision import compute_dtype
+from solar_jax.model.splash import splash_attention
+from solar_jax.parallel.mesh import platform
+from solar_jax.parallel.rules import ACTIVATIONS, spec
+
+ATTENTION = ("auto", "splash", "cudnn", "xla")  # config.train.attention
+
+
+def attention_choice(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> str:
+    """What attention runs in: "splash", kernels on TPUs; "cudnn", those of GPUs; or "xla", array operations.
+
+    Raises:
+      UserError: no such choice, kernels are asked for that do not take the shapes, or context does not divide a row.
+    """
+    wanted, length, context = config.train.attention, config.data.sequence_length, mesh.shape["context"]
+    if wanted not in ATTENTION:
+        raise UserError(f"config.train.attention must be one of {', '.join(ATTENTION)}, found {wanted!r}.")
+    chunks = 1 if context == 1 else 2 * context  # of consecutive tokens on one device
+    if length % chunks:
+        raise UserError(
+            f"config.mesh.context={context} needs a config.data.sequence_length that is a multiple of {chunks}, "
+            f"found {length}."
+        )
+    multiple = chunks * LANES
+    if wanted == "splash" and length % multiple:
+        raise UserError(
+            f"config.train.attention='splash' needs a config.data.sequence_length that is a multiple of {multiple}, "
+            f"found {length}."
+        )
+    narrow = compute_dtype(config.train).itemsize == 2
+    taken = narrow and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and context == 1
+    if wanted == "cudnn" and not taken:
+        raise UserError(
+            "config.train.attention='cudnn' needs 16-bit matmuls (config.train.precision), a head_dim of at most 128 "
+            f"and a multiple of 8, and config.mesh.context=1; found {config.train.precision!r}, {cfg.head_dim} and "
+            f"{context}."
+        )
+    if wanted != "auto":
+        return wanted
+    if platform(mesh) == "tpu" and length % multiple == 0 and cfg.head_dim % LANES == 0:
+        return "splash"
+    return "cudnn" if platform(mesh) == "gpu" and taken else "xla"
+
+
+def attention_kernel(cfg: ModelConfig, config: Config, mesh: Mesh) -> Attend | None:
+    """The kernels for `mesh`, or None for array operations that XLA splits; without a TPU kernels are interpreted."""
+    split, choice = mesh.shape["context"] > 1, attention_choice(cfg, config, mesh)
+    if choice == "xla":
+        plain = functools.partial(sharded_attention, sliding_window=cfg.sliding_window)
+        return per_device(mesh, plain) if split else None
+    if choice == "cudnn":
+        library = functools.partial(library_attention, sliding_window=cfg.sliding_window, implementation="cudnn")
+        return per_device(mesh, library)
+    needed = needed_memory(config.data.sequence_length, cfg.head_dim, compute_dtype(config.train).itemsize)
+    fits = cfg.head_dim % LANES == 0 and needed <= chips.vector_memory(mesh.devices.flat[0])
+    kernel = functools.partial(
+        flash_attention if fits and not split else splash_attention,
+        sliding_window=cfg.sliding_window,
+        interpret=platform(mesh) != "tpu",
+    )
+    return per_device(mesh, kernel)
+
+
+def per_device(mesh: Mesh, kernel: Callable[..., jax.Array]) -> Attend:
+    """A kernel for the rows, heads and queries of one device, run on each device's own.
+
+    Segment ids are taken whole, [B, T] in the order of the text. Where a row is split, the kernel gets its `shard`.
+    """
+    q, k, angles, ids = (spec(letters, ACTIVATIONS) for letters in ("BTNH", "BTKH", "BTH", "B."))
+
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None
+    ) -> jax.Array:
+        split = {"shard": context_shard(mesh)} if mesh.shape["context"] > 1 else {}
+        return kernel(q, k, v, rope, segment_ids, **split)
+
+    # check_vma: kernels do not say over which axes their results vary.
+    return jax.shard_map(local, mesh=mesh, in_specs=(q, k, k, angles, ids), out_specs=q, check_vma=False)
+
+
+def context_shard(mesh: Mesh) -> Shard:
+    """Within a `shard_map` over `mesh`: which tokens of its rows a device has."""
+    gather = functools.partial(jax.lax.all_gather, axis_name="context")
+    return Shard(mesh.shape["context"], jax.lax.axis_index("context"), gather)
