@@ -12,11 +12,11 @@ from absl import flags
 
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.views import grown
 from solar_jax.cli import command
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import identity, make_plan
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.growth.picture import picture
 from solar_jax.model.llama import parameter_count
 
@@ -38,15 +38,14 @@ def convert(source: str, target: Target, growth: GrowthConfig | None = None, *, 
     """Writes the checkpoint that SRC names to the target.
 
     Raises:
-      UserError: bad source, plan or target; nothing is written then.
+      UserError: bad source, layer map or target; nothing is written then.
     """
     checkpoint = open_checkpoint(source)
-    layers = checkpoint.cfg.num_hidden_layers
-    plan = identity(layers) if growth is None else make_plan(layers, growth)
     if growth is not None:
-        cfg = grown_config(checkpoint.cfg, plan)
-        print(picture(plan, parameter_count(checkpoint.cfg), parameter_count(cfg)), flush=True)
-    convert_checkpoint(checkpoint, plan, target, "convert", verify=verify)
+        base, layer_map = checkpoint.cfg, make_layer_map(checkpoint.cfg.num_hidden_layers, growth)
+        checkpoint = grown(checkpoint, layer_map)
+        print(picture(layer_map, parameter_count(base), parameter_count(checkpoint.cfg)), flush=True)
+    convert_checkpoint(checkpoint, target, "convert", verify=verify)
     print(f"{target.out}: written")
 
 

@@ -23,7 +23,7 @@ from solar_jax.cli.progress import duration, ticking
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import make_plan
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.hardware.chips import CHIPS
 from solar_jax.hardware.slices import Slice, described_devices, find_slice
 from solar_jax.model.flops import flops_per_token
@@ -81,7 +81,7 @@ def plan(
     # ---- What is asked for ------------------------------------------------------------------------------------------
     begin = time.monotonic()
     base = config.model if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
-    cfg = grown_config(base, make_plan(base.num_hidden_layers, config.growth))
+    cfg = grown_config(base, make_layer_map(base.num_hidden_layers, config.growth))
     step_tokens = config.train.batch_size * config.data.sequence_length
     tokens = config.train.steps * step_tokens if tokens is None else tokens
     if not tokens > 0:

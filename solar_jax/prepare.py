@@ -20,8 +20,8 @@ import tokenizers
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax.checkpoints.checkpoint import eos_id, load_tokenizer
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.cli import command
 from solar_jax.cli.progress import byte_bar, duration
 from solar_jax.config import Config, resolve

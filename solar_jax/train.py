@@ -21,10 +21,12 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax.checkpoints.checkpoint import Checkpoint, eos_id, load_tokenizer
+from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
-from solar_jax.checkpoints.hf_config import differences, grown_hf_config
+from solar_jax.checkpoints.hf_config import differences
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
+from solar_jax.checkpoints.views import grown
 from solar_jax.checkpoints.write_hf import parse_size
 from solar_jax.cli import command
 from solar_jax.cli.plots import plot_losses
@@ -34,7 +36,7 @@ from solar_jax.data.corpus import Corpus, heldout_rows, load_corpus
 from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, training_rows
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import GrowthPlan, identity, make_plan
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.growth.picture import layer_list, picture
 from solar_jax.hardware import chips, compilation
 from solar_jax.hardware.chips import memory_peaks
@@ -54,7 +56,7 @@ from solar_jax.storage.paths import is_local
 from solar_jax.training import preemption, run_folder
 from solar_jax.training.loop import train
 from solar_jax.training.optimizer import make_optimizer, trainable_layers
-from solar_jax.training.run import Arm, Run, evaluate, initial_params, say
+from solar_jax.training.run import Arm, Run, evaluate, first_params, say
 
 
 def define_flags() -> None:
@@ -100,14 +102,14 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     run_folder.check_place(folder)
     devices = search.present()
     if config.model.num_hidden_layers:  # the shape is known, so what cannot fit is told without a checkpoint
-        plan = make_plan(config.model.num_hidden_layers, config.growth)
-        search.choose(grown_config(config.model, plan), config, devices)
+        layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
+        search.choose(grown_config(config.model, layer_map), config, devices)
     checkpoint = open_checkpoint(config.source)
     check_model(config, checkpoint)
-    plan = make_plan(checkpoint.cfg.num_hidden_layers, config.growth)
-    trained = trainable_layers(config.train.trainable, plan)[0]
-    cfg = grown_config(checkpoint.cfg, plan)
-    option, need = search.choose(cfg, config, devices)
+    layer_map = make_layer_map(checkpoint.cfg.num_hidden_layers, config.growth)
+    trained = trainable_layers(config.train.trainable, layer_map)[0]
+    deeper = grown(checkpoint, layer_map)
+    option, need = search.choose(deeper.cfg, config, devices)
     mesh = make_mesh(option.config.mesh)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     goes_on = run_folder.check_owner(folder, config, allowed)
@@ -121,15 +123,14 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     passes(corpus, config.train.steps * config.train.batch_size)  # refused where a source may not be read so often
 
     # ---- What will be done ----------------------------------------------------------------------------------------
-    hf_config = grown_hf_config(checkpoint.hf_config, plan.source, config.export.dtype)
     heldout = heldout_rows(corpus, config.evaluation.windows)
-    announce(config, folder, checkpoint, plan, trained, option, need, corpus, len(heldout), goes_on)
+    announce(config, folder, deeper, trained, option, need, corpus, len(heldout), goes_on)
     processes.wait("everything is checked")
     if processes.is_first():
         if goes_on:
             run_folder.update(folder, config, text)
         else:
-            run_folder.create(folder, config, checkpoint, plan, hf_config, text)
+            run_folder.create(folder, config, deeper, text)
     processes.wait("the run's folder is there")
     ledger = Ledger(folder, started)
     local = folder if is_local(folder) else pathlib.Path("runs") / config.name
@@ -151,13 +152,13 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
 
     # ---- The base as it is, the grown model, and the control ------------------------------------------------------
     with contextlib.closing(shared.writers):
-        train_arms(shared, plan)
+        train_arms(shared, deeper)
 
     shared.ledger.write()
     processes.wait("all arms are trained and recorded")  # since every process reads what the first has written
 
     # ---- What came of it --------------------------------------------------------------------------------------------
-    summary = summarise(shared, plan, cfg, time.perf_counter() - begin)
+    summary = summarise(shared, deeper, time.perf_counter() - begin)
     if processes.is_first():
         draw(shared, summary)
         write_json(folder / "summary.json", summary)
@@ -167,27 +168,24 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     return summary
 
 
-def train_arms(shared: Run, plan: GrowthPlan) -> None:
+def train_arms(shared: Run, deeper: Checkpoint) -> None:
     """Measures the base, heals the grown model and exports it, and trains the control where one is asked for."""
     config, checkpoint, folder = shared.config, shared.checkpoint, shared.workdir
-    unchanged = identity(checkpoint.cfg.num_hidden_layers)
     if not any(r["arm"] == "control" for r in shared.evals.read()):
-        loss = evaluate(shared, "base", 0, checkpoint.cfg, initial_params(shared, unchanged))
+        loss = evaluate(shared, "base", 0, checkpoint.cfg, first_params(shared, checkpoint))
         shared.evals.append({"arm": "control", "step": 0, "loss": loss})  # before training the control is the base
         shared.evals.flush()
         say(f"base: held-out loss {loss:.4f}")
-    healed = Arm("healed", plan, folder, config.train.trainable)
+    healed = Arm("healed", deeper, folder, config.train.trainable)
     train(shared, healed)
     if not is_exported(folder / "hf"):
         export = Target(folder / "hf", dtype=config.export.dtype, max_shard_size=config.export.max_shard_size)
-        convert_checkpoint(
-            open_checkpoint(str(folder)), identity(plan.layers), export, "train", steps=config.train.steps
-        )
+        convert_checkpoint(open_checkpoint(str(folder)), export, "train", steps=config.train.steps)
     say(f"healed: written to {folder / 'hf'}")
     if config.train.control:
         # A base has no new layers and no seam, so that a control of such a run trains them all.
         trainable = config.train.trainable if config.train.trainable == "no_embed" else "all"
-        train(shared, Arm("control", unchanged, folder / "control", trainable))
+        train(shared, Arm("control", checkpoint, folder / "control", trainable))
 
 
 def is_exported(hf: pathlib.Path) -> bool:
@@ -215,15 +213,16 @@ def check_model(config: Config, checkpoint: Checkpoint) -> None:
 
 
 def announce(
-    config: Config, folder: pathlib.Path, checkpoint: Checkpoint, plan: GrowthPlan, trained: tuple[bool, ...],
+    config: Config, folder: pathlib.Path, deeper: Checkpoint, trained: tuple[bool, ...],
     option: search.Option, need: Need, corpus: Corpus, windows: int, goes_on: bool,
 ) -> None:  # fmt: skip
     """Says everything that is about to happen."""
-    base, cfg = checkpoint.cfg, grown_config(checkpoint.cfg, plan)
+    checkpoint, cfg = deeper.source, deeper.cfg
+    base = checkpoint.cfg
     say("\n".join(f"{key} = {value!r}" for key, value in run_folder.flat(dataclasses.asdict(config)).items()))
     say(f"\n{'Going on with' if goes_on else 'Starting'} {config.name} in {folder}")
     say(f"base      {checkpoint.where}: {base.num_hidden_layers} layers, stored as {checkpoint.dtype}")
-    say(f"growth    {picture(plan, parameter_count(base), parameter_count(cfg))}")
+    say(f"growth    {picture(deeper.layer_map, parameter_count(base), parameter_count(cfg))}")
     say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(trained) if t])}")
     readings = passes(corpus, config.train.steps * config.train.batch_size)
     for (source, rows), times in zip(corpus.train, readings, strict=True):
@@ -263,9 +262,9 @@ def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, window
     return flops / rate
 
 
-def summarise(run: Run, plan: GrowthPlan, cfg: ModelConfig, seconds: float) -> dict[str, Any]:
+def summarise(run: Run, deeper: Checkpoint, seconds: float) -> dict[str, Any]:
     """The content of summary.json; losses are held-out means in nats a token."""
-    config, base = run.config, run.checkpoint.cfg
+    config, base, layer_map, cfg = run.config, run.checkpoint.cfg, deeper.layer_map, deeper.cfg
     loss = {(r["arm"], r["step"]): r["loss"] for r in run.evals.read()}
     lines = metrics.JsonLines(run.workdir / "metrics.jsonl").read()
     control = metrics.JsonLines(run.workdir / "control" / "metrics.jsonl").read()
@@ -280,8 +279,8 @@ def summarise(run: Run, plan: GrowthPlan, cfg: ModelConfig, seconds: float) -> d
         "layers": cfg.num_hidden_layers,
         "params": parameter_count(cfg),
         "tokens": lines[-1]["tokens"],
-        "source_layers": list(plan.source),
-        "operator": plan.operator,
+        "source_layers": list(layer_map.source),
+        "operator": layer_map.operator,
         "base_layers": base.num_hidden_layers,
         "base_params": parameter_count(base),
         "steps": config.train.steps,

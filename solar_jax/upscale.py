@@ -12,11 +12,11 @@ from absl import flags
 
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.views import grown
 from solar_jax.cli import command
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import make_plan
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.growth.picture import picture
 from solar_jax.model.llama import parameter_count
 
@@ -41,16 +41,16 @@ def upscale(source: str, growth: GrowthConfig, target: Target | None, *, verify:
     """Writes the grown model to the target, or only shows the plan.
 
     Raises:
-      UserError: bad source, plan or target; nothing is written then.
+      UserError: bad source, layer map or target; nothing is written then.
     """
     checkpoint = open_checkpoint(source)
-    plan = make_plan(checkpoint.cfg.num_hidden_layers, growth)
-    cfg = grown_config(checkpoint.cfg, plan)
-    print(picture(plan, parameter_count(checkpoint.cfg), parameter_count(cfg)), flush=True)
+    layer_map = make_layer_map(checkpoint.cfg.num_hidden_layers, growth)
+    deeper = grown(checkpoint, layer_map)
+    print(picture(layer_map, parameter_count(checkpoint.cfg), parameter_count(deeper.cfg)), flush=True)
     if target is None:
         return
-    convert_checkpoint(checkpoint, plan, target, "upscale", verify=verify)
-    print(f"{target.out}: {parameter_count(cfg):,} parameters, source layers {list(plan.source)}")
+    convert_checkpoint(deeper, target, "upscale", verify=verify)
+    print(f"{target.out}: {parameter_count(deeper.cfg):,} parameters, source layers {list(layer_map.source)}")
 
 
 if __name__ == "__main__":

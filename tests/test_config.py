@@ -10,7 +10,7 @@ import pytest
 from solar_jax.config import Config, check_override, defaults, resolve
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import make_plan
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.model.llama import parameter_count
 from solar_jax.training.run_folder import flat
 
@@ -199,18 +199,18 @@ def test_documents_may_see_each_other_where_they_stand_in_their_order():
 
 def test_the_full_config_is_the_papers_growth():
     c = resolve(dus_48l())
-    plan = make_plan(c.model.num_hidden_layers, c.growth)
-    assert (c.model.num_hidden_layers, plan.layers) == (32, 48)
+    layer_map = make_layer_map(c.model.num_hidden_layers, c.growth)
+    assert (c.model.num_hidden_layers, layer_map.layers) == (32, 48)
     assert parameter_count(c.model) == 7_241_732_096
-    assert parameter_count(grown_config(c.model, plan)) == 10_731_524_096
+    assert parameter_count(grown_config(c.model, layer_map)) == 10_731_524_096
     assert c.data.sequence_length == 4096
 
 
 def test_the_small_config_grows_the_embedded_model_to_as_many_layers(smollm2):
     c = resolve(dus_48l("smollm2"))
-    plan = make_plan(smollm2.cfg.num_hidden_layers, c.growth)
-    assert (smollm2.cfg.num_hidden_layers, plan.layers) == (30, 48)
-    assert parameter_count(grown_config(smollm2.cfg, plan)) == 198_236_736  # as its file says
+    layer_map = make_layer_map(smollm2.cfg.num_hidden_layers, c.growth)
+    assert (smollm2.cfg.num_hidden_layers, layer_map.layers) == (30, 48)
+    assert parameter_count(grown_config(smollm2.cfg, layer_map)) == 198_236_736  # as its file says
 
 
 def test_a_size_that_the_config_lacks_is_refused_with_those_it_has():

@@ -110,7 +110,7 @@ def test_a_source_that_becomes_shorter_while_it_is_read_leaves_nothing(tmp_path,
         return opened
 
     monkeypatch.setattr(convert, "open_checkpoint", open_and_cut)
-    with pytest.raises(UserError, match=r"model\.safetensors: ends .* was it changed meanwhile\?"):
+    with pytest.raises(UserError, match=r"model\.safetensors: ends .* was it modified meanwhile\?"):
         write(source, tmp_path / "out", to, dtype)
     assert [f.name for f in tmp_path.iterdir()] == ["source"]
 

@@ -13,13 +13,14 @@ import safetensors.numpy
 import torch
 import transformers
 
-from solar_jax.checkpoints.checkpoint import eos_id, load_params, load_tokenizer
 from solar_jax.checkpoints.convert import Target
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.config import DataConfig, GrowthConfig
 from solar_jax.convert import convert
 from solar_jax.data.corpus import heldout_rows, load_corpus
-from solar_jax.growth.operators import make_plan
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.model import llama
 from solar_jax.training.objectives import next_token_loss
 from solar_jax.upscale import upscale
@@ -91,7 +92,7 @@ def test_the_exported_base_is_bitwise_what_transformers_dequantises(smollm2, bas
 def test_zero_token_losses_are_those_of_transformers(base, rows, tmp_path, growth):
     upscale(str(base), growth, Target(tmp_path / "grown"))
     model = load(tmp_path / "grown")
-    assert model.config.num_hidden_layers == make_plan(30, growth).layers
+    assert model.config.num_hidden_layers == make_layer_map(30, growth).layers
     ours = our_loss(tmp_path / "grown", rows)
     assert ours == pytest.approx(torch_loss(model, rows), abs=1e-4)
     if growth.operator == "llama_pro":

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from solar_jax import train
-from solar_jax.checkpoints.checkpoint import load_params
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import Config, MeshConfig, defaults, resolve
 from solar_jax.errors import UserError

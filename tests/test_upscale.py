@@ -1,4 +1,4 @@
-"""`upscale`: the grown folder holds the plan's layers, and every mistake is one sentence and leaves nothing."""
+"""`upscale`: the grown folder holds the layer map's layers, and every mistake is one sentence and leaves nothing."""
 
 import concurrent.futures
 import dataclasses
@@ -19,7 +19,7 @@ from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.cli import command
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import make_plan
+from solar_jax.growth.operators import make_layer_map
 from tests.conftest import TINY, hf_model, save_hf
 
 LAYERS = TINY["num_hidden_layers"]
@@ -59,10 +59,10 @@ def layer(found: dict, i: int) -> dict:
 def test_every_output_layer_is_its_source_layer_bit_by_bit(tmp_path, growth, dtype):
     source = save_hf(hf_model().to(getattr(torch, dtype)), tmp_path / "source")
     grow(source, tmp_path / "out", growth)
-    plan = make_plan(LAYERS, growth)
+    layer_map = make_layer_map(LAYERS, growth)
     base, grown = tensors(source), tensors(tmp_path / "out")
-    assert sum(k.startswith("model.layers.") for k in grown) == 9 * plan.layers
-    for i, j in enumerate(plan.source):
+    assert sum(k.startswith("model.layers.") for k in grown) == 9 * layer_map.layers
+    for i, j in enumerate(layer_map.source):
         assert layer(grown, i) == layer(base, j)
     rest = {k: x for k, x in base.items() if not k.startswith("model.layers.")}
     assert {k: x for k, x in grown.items() if not k.startswith("model.layers.")} == rest
@@ -72,10 +72,10 @@ def test_every_output_layer_is_its_source_layer_bit_by_bit(tmp_path, growth, dty
 def test_a_copy_that_llama_pro_adds_is_its_source_with_zeroed_outputs(tmp_path, tiny):
     growth = GrowthConfig("llama_pro", every=3)  # 0 1 2 2' 3 4 5 5'
     grow(tiny, tmp_path / "out", growth)
-    plan = make_plan(LAYERS, growth)
+    layer_map = make_layer_map(LAYERS, growth)
     base, grown = tensors(tiny), tensors(tmp_path / "out")
-    assert [i for i, scale in enumerate(plan.scale) if scale == 0] == [3, 7]
-    for i, j in enumerate(plan.source):
+    assert [i for i, scale in enumerate(layer_map.scale) if scale == 0] == [3, 7]
+    for i, j in enumerate(layer_map.source):
         found, expected = layer(grown, i), layer(base, j)
         differ = {k for k in expected if found[k] != expected[k]}
         assert differ == ({"self_attn.o_proj.weight", "mlp.down_proj.weight"} if i in (3, 7) else set())

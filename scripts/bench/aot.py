@@ -29,7 +29,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the peer has its own
 
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import make_plan
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.hardware.chips import compiler_options
 from solar_jax.hardware.slices import Slice, described_devices, find_slice
 from solar_jax.model.flops import flops_per_token
@@ -61,7 +61,7 @@ def recipe(config_file: str, layers: int) -> tuple[ModelConfig, Config]:
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = resolve(module.get_config(*([argument] if argument else [])))
-    cfg = grown_config(config.model, make_plan(config.model.num_hidden_layers, config.growth))
+    cfg = grown_config(config.model, make_layer_map(config.model.num_hidden_layers, config.growth))
     return dataclasses.replace(cfg, num_hidden_layers=layers or cfg.num_hidden_layers), config
 
 

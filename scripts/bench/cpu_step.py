@@ -26,8 +26,8 @@ def work(steps: int):  # -> programs.Work; what it imports is for the programs' 
     import numpy as np
     from programs import Work
 
-    from solar_jax.checkpoints.checkpoint import eos_id, load_tokenizer
     from solar_jax.checkpoints.open import open_checkpoint
+    from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
     from solar_jax.config import resolve
     from solar_jax.data.corpus import load_corpus
     from solar_jax.data.pipeline import training_rows

@@ -24,8 +24,8 @@ import numpy as np
 from absl import flags
 
 from solar_jax import prepare
-from solar_jax.checkpoints.checkpoint import eos_id, load_tokenizer
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.config import Config, defaults, resolve
 from solar_jax.data.corpus import Corpus, load_corpus
 from solar_jax.data.pipeline import Feed, training_rows

@@ -17,13 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from solar_jax.checkpoints.checkpoint import Checkpoint, eos_id, load_params, load_tokenizer
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
+from solar_jax.checkpoints.views import grown
 from solar_jax.config import Config, resolve
 from solar_jax.data.corpus import heldout_rows, load_corpus
 from solar_jax.data.pipeline import Batch, heldout_batches, training_batch, training_rows
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import GrowthPlan, make_plan
+from solar_jax.growth.operators import LayerMap, make_layer_map
 from solar_jax.model.llama import parameter_count
 from solar_jax.model.precision import PRECISIONS
 from solar_jax.parallel import rules
@@ -58,14 +61,14 @@ def recipe(steps: int, slices: str, length: int) -> Config:
 
 
 def trained(
-    base: Checkpoint, plan: GrowthPlan, config: Config, batches: list[Batch], heldout: list[Batch]
+    base: Checkpoint, layer_map: LayerMap, config: Config, batches: list[Batch], heldout: list[Batch]
 ) -> tuple[float, float, float, float]:
     """The loss of the last batch, the held-out loss afterwards, bytes of state a parameter, median seconds a step."""
-    cfg, mesh = grown_config(base.cfg, plan), make_mesh(config.mesh)
+    cfg, mesh = grown_config(base.cfg, layer_map), make_mesh(config.mesh)
     optimizer = make_optimizer(config, mesh=mesh)
     abstract = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh))
     rest = jax.tree.map(lambda s: s.sharding, abstract)
-    params = load_params(base, rest["params"], jax.tree.map(lambda s: s.dtype, abstract["params"]), plan)
+    params = load_params(grown(base, layer_map), rest["params"], jax.tree.map(lambda s: s.dtype, abstract["params"]))
     state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=rest["opt_state"])(params)}
     del params
     step = make_train_step(cfg, config, optimizer, mesh).lower(state, batches[0]).compile()
@@ -92,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
     config = recipe(args.steps, args.slices, args.length)
     base = open_checkpoint(config.source)
-    plan = make_plan(base.cfg.num_hidden_layers, config.growth)
+    layer_map = make_layer_map(base.cfg.num_hidden_layers, config.growth)
     corpus = load_corpus(config.data, load_tokenizer(base), eos_id(base))
     mesh = make_mesh(config.mesh)
     sharding, size = rules.batch_sharding(mesh), config.train.batch_size
@@ -101,13 +104,15 @@ def main() -> None:
     heldout = heldout_batches(
         heldout_rows(corpus, args.windows), rules.padded_rows(config.evaluation.batch_size, mesh), sharding
     )
-    cfg = grown_config(base.cfg, plan)
+    cfg = grown_config(base.cfg, layer_map)
     untrained = mean_loss(
-        make_eval_step(cfg, config, mesh), load_params(base, rules.parameter_shardings(cfg, mesh), plan=plan), heldout
+        make_eval_step(cfg, config, mesh),
+        load_params(grown(base, layer_map), rules.parameter_shardings(cfg, mesh)),
+        heldout,
     )
     print(
-        f"SmolLM2, {plan.operator}, {plan.layers} layers, {args.steps} steps of {size} x {args.length} tokens; "
-        f"held-out loss before training {untrained:.4f}\n"
+        f"SmolLM2, {layer_map.operator}, {layer_map.layers} layers, {args.steps} steps of {size} x {args.length} "
+        f"tokens; held-out loss before training {untrained:.4f}\n"
         f"{'option':<22}{'last batch':>11}{'held out':>10}{'difference':>12}{'bytes':>7}{'s/step':>8}",
         flush=True,
     )
@@ -119,7 +124,7 @@ def main() -> None:
         )
         train = dataclasses.replace(config.train, precision=precision)
         run = dataclasses.replace(config, optimizer=optimizer, train=train)
-        loss, after, width, seconds = trained(base, plan, run, batches, heldout)
+        loss, after, width, seconds = trained(base, layer_map, run, batches, heldout)
         first = after if first is None else first
         print(f"{option:<22}{loss:>11.4f}{after:>10.4f}{after - first:>+12.4f}{width:>7.1f}{seconds:>8.1f}", flush=True)
 

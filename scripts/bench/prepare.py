@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("--source", default="smollm2", help="whose tokenizer")
     args = parser.parse_args()
     # Here, since worker processes import this file and have no use for JAX.
-    from solar_jax.checkpoints.checkpoint import eos_id, load_tokenizer
     from solar_jax.checkpoints.open import open_checkpoint
+    from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 
     checkpoint = open_checkpoint(args.source)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from solar_jax.checkpoints.checkpoint import Checkpoint, load_params
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.load import load_params
 from solar_jax.config import Config
 from solar_jax.hardware import chips
 from solar_jax.model import llama

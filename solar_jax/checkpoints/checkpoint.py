@@ -1,23 +1,20 @@
-"""An opened checkpoint, and its tensors put into the stacked state, grown on the way where a plan says so."""
+"""The handle of a checkpoint: names, shapes, dtypes, reads and origins of its tensors; no weight is held."""
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, Protocol
 
-import jax
 import ml_dtypes
 import numpy as np
-import tokenizers
 
-from solar_jax.checkpoints.tensor_table import DERIVED, TENSORS, from_hf, hf_shape, hf_tensors, pick, to_hf
+from solar_jax.checkpoints.tensor_table import DERIVED, TENSORS, hf_shape, hf_tensors, pick, to_hf
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.formats.safetensors import Entry
-from solar_jax.growth.apply import SCALED, grown_config
-from solar_jax.growth.operators import GrowthPlan, identity
-from solar_jax.model.llama import Params, shapes, sizes
+from solar_jax.growth.operators import LayerMap, identity
+from solar_jax.model.llama import Params, sizes
 
 BLOCK = 1 << 24  # elements of a tensor that are held at a time, where it need not be held whole
 
@@ -28,11 +25,26 @@ class Read(Protocol):
     def __call__(self, name: str, rows: slice = slice(None)) -> np.ndarray: ...
 
 
+Origin = Hashable  # tensors of equal origin have equal bytes, whatever checkpoints they are of
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How a checkpoint is computed from another one."""
+
+    base: "Checkpoint"
+    layer_map: LayerMap | None = None  # layers are placed, averaged and scaled by it
+    dtype: str | None = None  # all tensors are cast to it
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Everything of a checkpoint but the weights, and a way to each tensor. Tensors go by their HF names."""
+    """A checkpoint's config, companions, and access to each tensor by its HF name; opened from files, or a view.
 
-    where: str  # for messages
+    Writers copy `entry_of` in the kernel. Writers and loaders read tensors of equal `origin` once.
+    """
+
+    where: str  # for messages; of a view, its base's
     hf_config: dict[str, Any]  # the content of config.json
     cfg: ModelConfig
     companions: dict[str, bytes]  # tokenizer, template and generation files by name
@@ -40,8 +52,37 @@ class Checkpoint:
     dtype_of: dict[str, np.dtype]
     read: Read
     entry_of: dict[str, Entry] = dataclasses.field(default_factory=dict)  # the tensors that are plain bytes of a file
-    files: tuple[pathlib.Path, ...] = ()  # that hold the weights
+    files: tuple[pathlib.Path, ...] = ()  # hold the weights
     lineage: dict[str, Any] | None = None  # the content of lineage.json
+    origins: dict[str, Origin] = dataclasses.field(default_factory=dict)  # of a view's tensors
+    view: View | None = None  # None: opened, not computed
+
+    def origin(self, name: str) -> Origin:
+        return self.origins.get(name, (self.where, name))
+
+    @property
+    def source(self) -> "Checkpoint":
+        """The opened checkpoint under all views."""
+        return self.view.base.source if self.view else self
+
+    @property
+    def layer_map(self) -> LayerMap:
+        """The layer map from `source` to this checkpoint; identity where nothing grew.
+
+        Raises:
+          ValueError: it was grown more than once.
+        """
+        if self.view is None:
+            return identity(self.cfg.num_hidden_layers)
+        below, own = self.view.base.layer_map, self.view.layer_map
+        if own and not below.is_identity:
+            raise ValueError(f"{self.where} is grown twice, {below.operator} and {own.operator}")
+        return own or below
+
+    @property
+    def cast_to(self) -> str | None:
+        """The dtype that a view casts all tensors to; None where each keeps its own."""
+        return (self.view.dtype or self.view.base.cast_to) if self.view else None
 
     @property
     def common_dtype(self) -> str | None:
@@ -122,141 +163,16 @@ def row_unit(path: str, cfg: ModelConfig) -> int:
     return math.prod(sizes(cfg)[letter] for letter in TENSORS[path].hf_axes[0][1:])
 
 
-def source_name(path: str, layer: int | None, plan: GrowthPlan) -> str:
-    """The HF tensor of the base that a tensor of the grown model comes from."""
-    return TENSORS[path].hf.format("" if layer is None else plan.source[layer])
+def tensor_name(path: str, layer: int | None) -> str:
+    """The HF name of a row of `TENSORS`, in a layer where it has layers."""
+    return TENSORS[path].hf.format("" if layer is None else layer)
 
 
-def is_copy(path: str, layer: int | None, plan: GrowthPlan) -> bool:
-    """Whether a tensor of the grown model is one of the base's, bit by bit."""
-    if layer is None:
-        return True
-    scaled = path.rpartition("/")[2] in SCALED and plan.scale[layer] != 1.0
-    return plan.partner[layer] == plan.source[layer] and not scaled
-
-
-def grown_rows(c: Checkpoint, plan: GrowthPlan, path: str, layer: int | None, rows: slice = slice(None)) -> np.ndarray:
-    """Rows of one tensor of the grown model, in HF's layout: what `growth.apply.grow` does, without the whole.
-
-    Args:
-      c: the base.
-      plan: made for its layers.
-      path: a row of `TENSORS`.
-      layer: of the grown model; None for a tensor outside the stack.
-      rows: of the file's first axis.
-
-    Returns:
-      An array of the base's dtype.
-    """
-    x = c.read(source_name(path, layer, plan), rows)
-    if layer is None or is_copy(path, layer, plan):
-        return x
-    if plan.partner[layer] != plan.source[layer]:
-        other = c.read(TENSORS[path].hf.format(plan.partner[layer]), rows)
-        x = ((x.astype(np.float32) + other.astype(np.float32)) / 2).astype(x.dtype)
-    if path.rpartition("/")[2] in SCALED:
-        x = x * np.asarray(plan.scale[layer], x.dtype)
-    return x
-
-
-def places(plan: GrowthPlan, path: str) -> list[list[int | None]]:
-    """The layers of the grown model at which an array is the same, together; [[None]] outside the stack."""
+def equal_layers(c: Checkpoint, path: str) -> list[list[int | None]]:
+    """The layers at which an array has the same bytes, grouped; [[None]] outside the stack."""
     if not path.startswith("layers/"):
         return [[None]]
-    groups: dict[Any, list[int | None]] = {}
-    for layer in range(plan.layers):
-        same = plan.source[layer] if is_copy(path, layer, plan) else ("made", layer)
-        groups.setdefault(same, []).append(layer)
+    groups: dict[Origin, list[int | None]] = {}
+    for layer in range(c.cfg.num_hidden_layers):
+        groups.setdefault(c.origin(tensor_name(path, layer)), []).append(layer)
     return list(groups.values())
-
-
-def load_params(
-    c: Checkpoint, shardings: Params | None = None, dtype: Any = np.float32, plan: GrowthPlan | None = None
-) -> Params:
-    """The checkpoint's weights as the stacked state, grown on the way.
-
-    A process reads of each tensor the rows that its devices need, once, whatever the devices and the layers that they
-    go to; beside the devices' own parts it holds one tensor.
-
-    Args:
-      c: an opened checkpoint.
-      shardings: of the state's arrays; the first device holds everything if None.
-      dtype: of the state's arrays; a tree of dtypes where they differ.
-      plan: made for its layers; identity if None.
-
-    Returns:
-      A tree shaped as `model.llama.shapes` of the grown config.
-    """
-    plan = plan or identity(c.cfg.num_hidden_layers)
-    cfg = grown_config(c.cfg, plan)
-    if shardings is None:
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: one, shapes(cfg))
-
-    dtypes = dtype if isinstance(dtype, dict) else jax.tree.map(lambda _: dtype, shapes(cfg))
-
-    def load(key_path: Any, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
-        parts = _parts(c, plan, "/".join(k.key for k in key_path), shape.shape, sharding, dtype)
-        return jax.make_array_from_callback(shape.shape, sharding, lambda index: parts[str(index)])
-
-    return jax.tree.map_with_path(load, shapes(cfg), shardings, dtypes)
-
-
-def _parts(
-    c: Checkpoint, plan: GrowthPlan, path: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: Any
-) -> dict[str, np.ndarray]:
-    """What the devices of this process hold of one array, by index."""
-    row, unit, stacked = TENSORS[path], row_unit(path, c.cfg), path.startswith("layers/")
-    axis = row.axes.index(row.hf_axes[0][0])  # of one layer's array, along which the file's rows run
-    indices: Any = {str(i): i for i in sharding.addressable_devices_indices_map(shape).values()}
-    spans = {key: [range(n)[i] for n, i in zip(shape, index, strict=True)] for key, index in indices.items()}
-    parts = {key: np.empty([len(span) for span in spans[key]], dtype) for key in indices}
-    for layers in places(plan, path):
-        wanted = [(key, layer) for key in indices for layer in layers if not stacked or layer in spans[key][0]]
-        if not wanted:
-            continue
-        rows = [spans[key][axis + stacked] for key, _ in wanted]
-        start, stop = min(r.start for r in rows), max(r.stop for r in rows)
-        x = from_hf(grown_rows(c, plan, path, layers[0], slice(start * unit, stop * unit)), path, c.cfg)
-        for key, layer in wanted:
-            index = list(indices[key][stacked:])
-            own = spans[key][axis + stacked]
-            index[axis] = slice(own.start - start, own.stop - start)
-            into = parts[key] if layer is None else parts[key][layer - spans[key][0].start]
-            into[...] = x[tuple(index)]
-    return parts
-
-
-def load_tokenizer(c: Checkpoint) -> tokenizers.Tokenizer:
-    """The checkpoint's tokenizer.
-
-    Raises:
-      UserError: it has none as tokenizer.json, or its ids do not fit the embedding.
-    """
-    if "tokenizer.json" not in c.companions:
-        raise UserError(f"{c.where}: tokenizer.json is missing.")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_buffer(c.companions["tokenizer.json"])
-    except ValueError as e:
-        raise UserError(f"{c.where}: tokenizer.json cannot be read: {e}.") from e
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest < 0:
-        raise UserError(f"{c.where}: tokenizer.json has no tokens.")
-    if largest >= c.cfg.vocab_size:
-        raise UserError(
-            f"{c.where}: the tokenizer has ids up to {largest}, but config.json's vocab_size is {c.cfg.vocab_size}."
-        )
-    return tokenizer
-
-
-def eos_id(c: Checkpoint) -> int:
-    """The token that ends a document (HF `eos_token_id`, the first where it lists several).
-
-    Raises:
-      UserError: config.json does not name one within the vocabulary.
-    """
-    found = c.hf_config.get("eos_token_id")
-    first = found[0] if isinstance(found, list) and found else found
-    if type(first) is not int or not 0 <= first < c.cfg.vocab_size:
-        raise UserError(f"{c.where}: eos_token_id must be a token under {c.cfg.vocab_size}, found {found!r}.")
-    return first

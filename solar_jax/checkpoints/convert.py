@@ -9,14 +9,13 @@ from typing import Any
 
 from solar_jax.checkpoints import lineage, write_orbax
 from solar_jax.checkpoints.checkpoint import Checkpoint
-from solar_jax.checkpoints.hf_config import grown_hf_config
+from solar_jax.checkpoints.hf_config import with_dtype
 from solar_jax.checkpoints.hf_folder import LINEAGE
 from solar_jax.checkpoints.verify import certificate
+from solar_jax.checkpoints.views import cast
 from solar_jax.checkpoints.write_hf import WRITERS, parse_size, pieces, write_companions, write_model
 from solar_jax.cli.progress import byte_bar
 from solar_jax.errors import UserError
-from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import GrowthPlan
 from solar_jax.model.llama import parameter_count
 from solar_jax.orbax_store.store import MODEL_FOLDER
 from solar_jax.parallel import processes
@@ -31,35 +30,29 @@ class Target:
 
     out: pathlib.Path
     form: str = "hf"  # "hf" or "orbax"
-    dtype: str | None = None  # of all weights; each as stored if None
+    dtype: str | None = None  # all weights are cast to it; each as stored if None
     max_shard_size: str = "5GB"  # hf: bytes of weights in one file
     overwrite: bool = False  # replace a checkpoint that stands at `out`
 
 
-def convert_checkpoint(
-    c: Checkpoint, plan: GrowthPlan, target: Target, made_by: str, *, verify: bool = False, **more: Any
-) -> None:
-    """Writes `c`, grown by `plan`, to the target; the folder appears when it is whole.
+def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: bool = False, **more: Any) -> None:
+    """Writes a checkpoint to the target; the folder appears when it is complete.
 
-    On several processes each writes its own share.
+    Of several processes, each writes its own share.
 
     Args:
-      c: the base.
-      plan: made for its layers.
-      target: where to and in which form.
+      c: an opened checkpoint or a view.
+      target: where to write, and in which form.
       made_by: the command, for the lineage.
       verify: compare the result with its source and add certificate.json.
-      more: for the lineage too.
+      more: further keys of the lineage.
 
     Raises:
       UserError: the target is taken or too small, or the result is not what it must be; no folder appears then.
     """
-    limit = parse_size(target.max_shard_size)
-    hf = target.form == "hf"
-    total = (
-        sum(p.nbytes for p in pieces(c, plan, target.dtype)) if hf else write_orbax.total_bytes(c, plan, target.dtype)
-    )
-    local = is_local(target.out)
+    c = cast(c, target.dtype)
+    limit, hf, local = parse_size(target.max_shard_size), target.form == "hf", is_local(target.out)
+    total = sum(p.nbytes for p in pieces(c)) if hf else write_orbax.total_bytes(c)
     index, count = processes.index_and_count()
     if index == 0:
         if local:
@@ -67,43 +60,43 @@ def convert_checkpoint(
             check_space(target.out, total)
         else:
             check_bucket(target.out, target.overwrite)
-            if hf:  # whose shards are made here and then sent
+            if hf:  # shards are made in a temporary folder and then uploaded
                 check_space(pathlib.Path(tempfile.gettempdir()), min(total, WRITERS * limit))
-        dtype = target.dtype or c.common_dtype or "its several dtypes"
-        count_text = f"{parameter_count(grown_config(c.cfg, plan)):,}"
-        print(f"writing {c.where}, {plan.operator}, {plan.layers} layers, {count_text} parameters, ", end="")
-        print(f"as {target.form}, {dtype}, {total / 1e9:.2f} GB, to {target.out}", flush=True)
+        print(
+            f"writing {c.where}, {c.layer_map.operator}, {c.cfg.num_hidden_layers} layers, "
+            f"{parameter_count(c.cfg):,} parameters, as {target.form}, {c.common_dtype or 'its several dtypes'}, "
+            f"{total / 1e9:.2f} GB, to {target.out}",
+            flush=True,
+        )
     job = {
-        "source": lineage.identity(c), "form": target.form, "dtype": target.dtype, "limit": limit,
-        "plan": dataclasses.asdict(plan), "versions": lineage.versions(), "processes": count,
+        "source": lineage.fingerprint(c.source), "form": target.form, "dtype": c.cast_to, "limit": limit,
+        "layer_map": dataclasses.asdict(c.layer_map), "versions": lineage.versions(), "processes": count,
     }  # fmt: skip
-    record = lineage.record(c, plan, made_by, form=target.form, dtype=target.dtype or c.common_dtype, **more)
+    record = lineage.lineage_record(c, made_by, form=target.form, dtype=c.common_dtype, **more)
     with _shared_folder(target, job) as (folder, has, put):
         model = folder if hf else folder / MODEL_FOLDER
         with byte_bar(total, target.out.name) as progress:
             if hf:
                 write_model(
-                    folder, c, plan, dtype=target.dtype, max_shard_size=limit, progress=progress,
-                    process=(index, count), has=has, put=put,
+                    folder, c, max_shard_size=limit, progress=progress, process=(index, count), has=has, put=put
                 )  # fmt: skip
             else:
-                # A bucket's arrays go where they belong as they are made: no copy of them lies here.
-                write_orbax.write_params(folder if local else target.out, c, plan, target.dtype, progress)
+                # A bucket's arrays are written in place as they are made, without a local copy.
+                write_orbax.write_params(folder if local else target.out, c, progress)
                 model.mkdir(exist_ok=True)
-                config = grown_hf_config(c.hf_config, plan.source, target.dtype or c.common_dtype)
-                write_companions(model, config, c.companions)
+                write_companions(model, with_dtype(c.hf_config, c.common_dtype), c.companions)
         if index == 0:
-            lineage.write(model, record, LINEAGE)
+            lineage.write_record(model, record, LINEAGE)
         if verify and local:
             processes.wait(f"{target.out} is written")
             if index == 0:
-                certificate.write(c, plan, folder, model, target.out, target.dtype)
+                certificate.write_certificate(c, folder, model, target.out)
     if verify and not local and index == 0:
         model = target.out if hf else target.out / MODEL_FOLDER
         try:
-            certificate.write(c, plan, target.out, model, target.out, target.dtype)
+            certificate.write_certificate(c, target.out, model, target.out)
         except UserError:
-            (model / "config.json").unlink()  # it is no checkpoint without
+            (model / "config.json").unlink()  # without it the folder is no checkpoint
             raise
 
 

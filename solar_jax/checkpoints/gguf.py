@@ -110,7 +110,7 @@ def _dequantised(name: str, entry: Entry, start: int, stop: int, shape: tuple[in
     except OSError as e:
         raise UserError(f"{entry.file}: {name} cannot be read: {e.strerror}.") from e
     if len(data) != stop - start:
-        raise UserError(f"{entry.file}: ends before byte {stop} of {name}; was it changed meanwhile?")
+        raise UserError(f"{entry.file}: ends before byte {stop} of {name}; was it modified meanwhile?")
     if 0 in shape:
         return np.zeros(shape, np.float32)
     packed = np.frombuffer(data, np.uint8).reshape(math.prod(shape[:-1]), -1)

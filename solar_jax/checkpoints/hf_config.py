@@ -287,22 +287,21 @@ def _rope_dict(rope: Any, theta: Any, theta_given: bool, positions: int, key: st
     } | {renamed.get(name, f"rope_{name}"): value for name, value in numbers.items()}
 
 
-def grown_hf_config(hf: dict[str, Any], source: Sequence[int], dtype: str | None) -> dict[str, Any]:
-    """`hf` for a model whose layer i is the base's layer source[i]; every other key as it was.
-
-    Args:
-      hf: HF config keys of the base.
-      source: one layer of the base for each layer of the model.
-      dtype: of the stored weights; None leaves what `hf` says of it.
-    """
+def grown_hf_config(hf: dict[str, Any], source: Sequence[int]) -> dict[str, Any]:
+    """HF config keys of a model whose layer i is the base's layer source[i]; every other key as in `hf`."""
     grown = hf | {"num_hidden_layers": len(source)}
     for key in PER_LAYER:
         if isinstance(values := hf.get(key), list):
             grown[key] = [values[i] for i in source]
+    return grown
+
+
+def with_dtype(hf: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """HF config keys of a model stored in `dtype`; None leaves what `hf` says of it."""
     if dtype is None:
-        return grown
+        return hf
     keys = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype"]
-    return grown | dict.fromkeys(keys, dtype)
+    return hf | dict.fromkeys(keys, dtype)
 
 
 def differences(expected: ModelConfig, found: ModelConfig) -> dict[str, tuple[Any, Any]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.write_hf import json_text
-from solar_jax.growth.operators import GrowthPlan
 from solar_jax.storage.paths import byte_size
 
 PACKAGES = ("solar_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes", "gguf")
@@ -25,8 +24,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def identity(c: Checkpoint) -> dict[str, Any]:
-    """What tells a checkpoint's weights from others': name, size and a hash of samples of every file."""
+def fingerprint(c: Checkpoint) -> dict[str, Any]:
+    """Name, size and a hash of samples of every file of an opened checkpoint, which tell its weights from others'."""
     return {
         "where": c.where,
         "config_sha256": hashlib.sha256(json.dumps(c.hf_config, sort_keys=True).encode()).hexdigest(),
@@ -52,30 +51,30 @@ def sample_sha256(file: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-def record(c: Checkpoint, plan: GrowthPlan, made_by: str, **more: Any) -> dict[str, Any]:
-    """The content of lineage.json for what is made from `c` by `plan`.
+def lineage_record(c: Checkpoint, made_by: str, **more: Any) -> dict[str, Any]:
+    """The content of lineage.json of a checkpoint that is about to be written.
 
     Args:
-      c: the parent.
-      plan: the layer map; identity where nothing grew.
+      c: the checkpoint, usually a view; its `source` is the parent.
       made_by: "upscale", "convert" or "train".
-      more: what else the making consisted of, as JSON.
+      more: further keys, as JSON.
     """
+    layer_map = c.layer_map
     return {
         "made_by": made_by,
         "command": [pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "operator": plan.operator,
-        "source_layers": list(plan.source),
-        "partner_layers": None if plan.partner == plan.source else list(plan.partner),
-        "scale": None if set(plan.scale) == {1.0} else list(plan.scale),
+        "operator": layer_map.operator,
+        "source_layers": list(layer_map.source),
+        "partner_layers": None if layer_map.partner == layer_map.source else list(layer_map.partner),
+        "scale": None if set(layer_map.scale) == {1.0} else list(layer_map.scale),
         **more,
-        "source": identity(c),
+        "source": fingerprint(c.source),
         "versions": versions(),
         "parents": [c.lineage] if c.lineage else [],
     }
 
 
-def write(folder: pathlib.Path, content: dict[str, Any], name: str) -> None:
+def write_record(folder: pathlib.Path, content: dict[str, Any], name: str) -> None:
     """Puts a record into a checkpoint's folder, which does not have its name yet."""
     (folder / name).write_text(json_text(content))

@@ -1,35 +1,21 @@
 """A model out: a Hugging Face folder streamed from a checkpoint, grown and converted on the way."""
 
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from solar_jax.checkpoints.checkpoint import (
-    Checkpoint,
-    from_params,
-    grown_rows,
-    is_copy,
-    numpy_dtype,
-    row_blocks,
-    row_unit,
-    source_name,
-)
-from solar_jax.checkpoints.hf_config import grown_hf_config
+from solar_jax.checkpoints.checkpoint import Checkpoint, row_blocks, row_unit
+from solar_jax.checkpoints.hf_config import with_dtype
 from solar_jax.checkpoints.hf_folder import INDEX
 from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
-from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.formats import safetensors
 from solar_jax.formats.safetensors import Piece
-from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import GrowthPlan, identity
-from solar_jax.model.llama import Params
 from solar_jax.storage.paths import is_local
 
 WRITERS = 2  # shards written at a time: one reads while the other writes
@@ -50,31 +36,17 @@ def parse_size(text: str) -> int:
     return size
 
 
-def pieces(c: Checkpoint, plan: GrowthPlan, dtype: str | None) -> list[Piece]:
-    """Every tensor of the grown model in the order that HF writes them, each with where its bytes come from.
-
-    Args:
-      c: the base.
-      plan: made for its layers.
-      dtype: of all tensors; each its own if None.
-    """
-    return [_piece(c, plan, name, path, layer, dtype) for name, path, layer in hf_tensors(grown_config(c.cfg, plan))]
+def pieces(c: Checkpoint) -> list[Piece]:
+    """Every tensor in the order that HF writes them, each with where its bytes come from."""
+    return [_piece(c, name, path) for name, path, _ in hf_tensors(c.cfg)]
 
 
-def _piece(c: Checkpoint, plan: GrowthPlan, name: str, path: str, layer: int | None, dtype: str | None) -> Piece:
-    source = source_name(path, layer, plan)
-    shape, stored = hf_shape(path, c.cfg), c.dtype_of[source]
-    out = numpy_dtype(dtype) if dtype else stored
-    entry = c.entry_of.get(source)
-    if entry is not None and out == stored and is_copy(path, layer, plan) and is_local(entry.file):
-        return Piece(name, shape, out, entry)
-
-    def blocks() -> Iterator[np.ndarray]:
-        for rows in row_blocks(shape, row_unit(path, c.cfg)):
-            with np.errstate(over="ignore"):  # float16 has no room for what float32 has: it becomes inf
-                yield grown_rows(c, plan, path, layer, rows).astype(out, copy=False)
-
-    return Piece(name, shape, out, blocks)
+def _piece(c: Checkpoint, name: str, path: str) -> Piece:
+    shape, entry = hf_shape(path, c.cfg), c.entry_of.get(name)
+    if entry is not None and is_local(entry.file):
+        return Piece(name, shape, c.dtype_of[name], entry)
+    blocks = functools.partial(map, functools.partial(c.read, name))
+    return Piece(name, shape, c.dtype_of[name], lambda: blocks(row_blocks(shape, row_unit(path, c.cfg))))
 
 
 def shards(tensors: list[Piece], max_shard_size: int) -> dict[str, list[Piece]]:
@@ -95,9 +67,7 @@ def shards(tensors: list[Piece], max_shard_size: int) -> dict[str, list[Piece]]:
 def write_model(
     folder: pathlib.Path,
     c: Checkpoint,
-    plan: GrowthPlan | None = None,
     *,
-    dtype: str | None = None,
     max_shard_size: int,
     progress: Progress = lambda n: None,
     process: tuple[int, int] = (0, 1),
@@ -106,14 +76,12 @@ def write_model(
 ) -> None:
     """Fills a folder with config, tokenizer files and weights.
 
-    A shard has its name only when it is whole and on disk; those that an earlier, killed run left are not written
-    again. No tensor is held whole but those that are neither copies nor in rows.
+    A shard gets its name only when it is complete and on disk; shards that an earlier, killed run left are not written
+    again. Tensors are copied in the kernel or streamed in blocks of rows.
 
     Args:
       folder: exists; empty, or as an earlier run of the same job left it.
-      c: the base.
-      plan: grows it on the way.
-      dtype: of the weights in the files; as stored if None.
+      c: the checkpoint to write.
       max_shard_size: bytes of weights a file holds.
       progress: told the bytes written since its last call.
       process: (index, count) of the processes that fill the folder together; each writes its share of the shards.
@@ -122,8 +90,7 @@ def write_model(
     """
     has = has or (lambda name: (folder / name).exists())
     put = put or (lambda file, name: os.rename(file, folder / name))
-    plan = plan or identity(c.cfg.num_hidden_layers)
-    files = shards(pieces(c, plan, dtype), max_shard_size)
+    files = shards(pieces(c), max_shard_size)
     index, count = process
 
     def write(file: str) -> None:
@@ -146,22 +113,7 @@ def write_model(
         weight_map = {piece.name: file for file, tensors in files.items() for piece in tensors}
         total = sum(piece.nbytes for tensors in files.values() for piece in tensors)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    config = grown_hf_config(c.hf_config, plan.source, dtype or c.common_dtype)
-    write_companions(folder, config, c.companions)
-
-
-def write_checkpoint(
-    folder: pathlib.Path,
-    params: Params,
-    cfg: ModelConfig,
-    hf_config: dict[str, Any],
-    companions: dict[str, bytes],
-    dtype: str,
-    max_shard_size: int,
-) -> None:
-    """`write_model` of the stacked state in memory."""
-    c = from_params(params, cfg, hf_config, companions)
-    write_model(folder, c, dtype=dtype, max_shard_size=max_shard_size)
+    write_companions(folder, with_dtype(c.hf_config, c.common_dtype), c.companions)
 
 
 def write_companions(folder: pathlib.Path, hf_config: dict[str, Any], companions: dict[str, bytes]) -> None:

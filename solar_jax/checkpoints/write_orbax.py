@@ -10,18 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from solar_jax.checkpoints.checkpoint import (
-    Checkpoint,
-    grown_rows,
-    numpy_dtype,
-    places,
-    row_blocks,
-    row_unit,
-    source_name,
-)
+from solar_jax.checkpoints.checkpoint import Checkpoint, equal_layers, row_blocks, row_unit, tensor_name
 from solar_jax.checkpoints.tensor_table import TENSORS, from_hf, hf_shape, paths
-from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import GrowthPlan
 from solar_jax.model.llama import Params, shapes, sizes
 from solar_jax.orbax_store.arrays import BlockWriter, array_paths, chunks, open_array, told_errors
 from solar_jax.orbax_store.store import FOLDER
@@ -33,37 +23,33 @@ _WORKERS = 2  # blocks read and transposed at a time
 _AHEAD = 3  # blocks that wait for the writer
 
 
-def array_dtypes(c: Checkpoint, plan: GrowthPlan, dtype: str | None) -> dict[str, np.dtype]:
-    """The dtype of every array by path: `dtype`, or the one of its tensors, float32 where they have several."""
+def array_dtypes(c: Checkpoint) -> dict[str, np.dtype]:
+    """The dtype of every array by path: that of its tensors, float32 where they have several."""
 
     def one(path: str) -> np.dtype:
-        layers = range(plan.layers) if path.startswith("layers/") else (None,)
-        found = {c.dtype_of[source_name(path, layer, plan)] for layer in layers}
-        return numpy_dtype(dtype) if dtype else found.pop() if len(found) == 1 else np.dtype(np.float32)
+        layers = range(c.cfg.num_hidden_layers) if path.startswith("layers/") else (None,)
+        found = {c.dtype_of[tensor_name(path, layer)] for layer in layers}
+        return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
     return {path: one(path) for path in paths(c.cfg)}
 
 
-def total_bytes(c: Checkpoint, plan: GrowthPlan, dtype: str | None) -> int:
-    """Of the arrays that `write_params` writes."""
-    dtypes, cfg = array_dtypes(c, plan, dtype), grown_config(c.cfg, plan)
-    return sum(s.size * dtypes["/".join(k.key for k in p)].itemsize for p, s in jax.tree.leaves_with_path(shapes(cfg)))
+def total_bytes(c: Checkpoint) -> int:
+    """Bytes of the arrays that `write_params` writes."""
+    dtypes, leaves = array_dtypes(c), jax.tree.leaves_with_path(shapes(c.cfg))
+    return sum(s.size * dtypes["/".join(k.key for k in p)].itemsize for p, s in leaves)
 
 
-def write_params(
-    workdir: pathlib.Path, c: Checkpoint, plan: GrowthPlan, dtype: str | None, progress: Callable[[int], None]
-) -> None:
-    """Writes the checkpoint of step 0 under `workdir`, grown by `plan`; of several processes each its share of layers.
+def write_params(workdir: pathlib.Path, c: Checkpoint, progress: Callable[[int], None]) -> None:
+    """Writes a checkpoint of step 0 under `workdir`; of several processes, each writes its share of the layers.
 
     Args:
-      workdir: the folder above `checkpoints/`, local or a bucket's; empty or as an earlier run of this job left it.
-      c: the base.
-      plan: made for its layers.
-      dtype: of all arrays; as stored if None.
-      progress: told the bytes written since its last call.
+      workdir: the folder above `checkpoints/`, local or in a bucket; empty or as an earlier run of this job left it.
+      c: the checkpoint to write.
+      progress: called with the bytes written since its last call.
     """
-    dtypes, cfg = array_dtypes(c, plan, dtype), grown_config(c.cfg, plan)
-    shape = {"/".join(k.key for k in p): s.shape for p, s in jax.tree.leaves_with_path(shapes(cfg))}
+    dtypes = array_dtypes(c)
+    shape = {"/".join(k.key for k in p): s.shape for p, s in jax.tree.leaves_with_path(shapes(c.cfg))}
     tree: Params = {"layers": {}}
     for path, d in dtypes.items():
         group, _, leaf = path.rpartition("/")
@@ -81,7 +67,7 @@ def write_params(
             stored = chunks(folder)
             for path in dtypes:
                 array = _array(writer, c, path, shape[path], dtypes[path], fresh=False)
-                _write_array(writer, array, stored[path], c, plan, path)
+                _write_array(writer, array, stored[path], c, path)
             writer.flush()
         finally:
             writer.abandon()  # where one failed, those that are on their way
@@ -105,7 +91,7 @@ def _rows_axis(path: str) -> int:
     return TENSORS[path].axes.index(TENSORS[path].hf_axes[0][0])
 
 
-def _write_array(writer: BlockWriter, array: Any, stored: Chunks, c: Checkpoint, plan: GrowthPlan, path: str) -> None:
+def _write_array(writer: BlockWriter, array: Any, stored: Chunks, c: Checkpoint, path: str) -> None:
     """One array of the state, its distinct layers each read once and written to every place that they have.
 
     Layers whose chunks are all stored already are left as they are.
@@ -117,7 +103,7 @@ def _write_array(writer: BlockWriter, array: Any, stored: Chunks, c: Checkpoint,
     def prepare(item: tuple[list[int | None], slice]) -> tuple[list[int | None], slice, np.ndarray]:
         layers, rows = item
         with np.errstate(over="ignore"):  # float16 has no room for what float32 has: it becomes inf
-            x = grown_rows(c, plan, path, layers[0], rows).astype(dtype, copy=False)
+            x = c.read(tensor_name(path, layers[0]), rows).astype(dtype, copy=False)
         # As plain integers: numpy moves those several times faster than the bfloat16 that it does not know.
         x = from_hf(x.view(f"u{dtype.itemsize}"), path, c.cfg)
         return layers, rows, np.ascontiguousarray(x).view(dtype)
@@ -127,7 +113,7 @@ def _write_array(writer: BlockWriter, array: Any, stored: Chunks, c: Checkpoint,
         at = [0] * len(TENSORS[path].axes)
         return {(*(() if layer is None else (layer,)), *at[:axis], i, *at[axis + 1 :]) for i in range(len(blocks))}
 
-    for layers in places(plan, path)[index::count]:
+    for layers in equal_layers(c, path)[index::count]:
         if all(stored >= positions(layer) for layer in layers):
             writer.skip(len(layers) * math.prod(hf_shape(path, c.cfg)) * dtype.itemsize)
             continue

@@ -1,7 +1,7 @@
-"""The GGUF format: metadata and where the tensors lie, read without touching a weight.
+"""GGUF headers: metadata and tensor byte ranges, read without loading any weights.
 
-The package `gguf` has a reader too. It believes the counts and lengths of a file, and makes an array of every string,
-which takes seconds for a vocabulary; the format is small enough to read ourselves, every length checked first.
+The package `gguf` also has a reader, but it trusts the counts and lengths in the file and builds an array per string,
+which takes seconds for a vocabulary. The format is small, so we parse it ourselves and check every length first.
 """
 
 import array
@@ -17,28 +17,28 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from solar_jax.errors import UserError
 from solar_jax.formats.safetensors import Entry, check_disjoint
 
-# Types of metadata values by their number; the struct module's letter of each.
+# Metadata value type number -> its `struct` format character.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_MOST_BYTES = 1 << 25  # of metadata; a vocabulary of 262,144 tokens with its merges takes 12 MB
-_MOST_ITEMS = 1 << 16  # metadata keys, and tensors
-_MOST_STRINGS = 1 << 21  # of one array
+_MOST_BYTES = 1 << 25  # of metadata; 262,144 tokens with their merges take 12 MB
+_MOST_ITEMS = 1 << 16  # limit for metadata keys and for tensors
+_MOST_STRINGS = 1 << 21  # in one array
 _MOST_AXES = 4
 
 
 class _Broken(Exception):
-    """What is wrong with a file."""
+    """Raised for a malformed file; the text says what is wrong."""
 
 
 class _Cursor:
-    """Reads on from a file's beginning and never past its end, whatever lengths it is asked for."""
+    """Sequential reader that never reads past the end of the file, whatever length is requested."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._left, self.position = file, min(size, _MOST_BYTES), 0
 
     def take(self, n: int) -> bytes:
         if n > self._left:
-            raise _Broken(f"{n} bytes are announced at byte {self.position}, where {self._left} may follow")
+            raise _Broken(f"{n} bytes are declared at byte {self.position}, but at most {self._left} may follow")
         data = self._file.read(n)
         self._left -= n
         self.position += n
@@ -48,13 +48,13 @@ class _Cursor:
 
     def scalar(self, letter: str) -> Any:
         (value,) = struct.unpack(f"<{letter}", self.take(struct.calcsize(letter)))
-        # 1e-5 as float32 reads 9.999999747e-06: take the shortest number that it stands for.
+        # A float32 1e-5 reads as 9.999999747e-06; take the shortest decimal that rounds to it.
         return float(str(np.float32(value))) if letter == "f" else value
 
     def count(self, what: str, most: int) -> int:
         n = self.scalar("Q")
         if n > most:
-            raise _Broken(f"{n} {what} are announced, of which {most} are read at most")
+            raise _Broken(f"{n} {what} are declared, the limit is {most}")
         return n
 
     def text(self) -> str:
@@ -70,14 +70,14 @@ class _Cursor:
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
-            raise _Broken(f"a value has the type {kind}, which the format does not know")
+            raise _Broken(f"a value has the unknown type {kind}")
         of = self.scalar("I")
         if of == _STRING:
             return [self.text() for _ in range(self.count("strings", _MOST_STRINGS))]
         if of not in _SCALARS:
-            raise _Broken(f"an array has elements of type {of}, which are not read")
+            raise _Broken(f"an array has elements of type {of}, which is not supported")
         letter, n = _SCALARS[of], self.scalar("Q")
-        values = array.array(letter.replace("?", "B"))  # which takes no more than its bytes, unlike a list
+        values = array.array(letter.replace("?", "B"))  # no memory overhead, unlike a list
         values.frombytes(self.take(n * values.itemsize))
         if sys.byteorder == "big":
             values.byteswap()
@@ -85,11 +85,11 @@ class _Cursor:
 
 
 def read_header(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Metadata and tensors by their GGUF names.
+    """Reads metadata and tensor entries, both keyed by their GGUF names.
 
     Returns:
-      Metadata: numbers, booleans, strings, arrays of numbers as array.array, arrays of strings as lists. Tensors: the
-      shape in torch's order, [out, in], and as code the name of their quantisation type.
+      Metadata: numbers, booleans, strings, arrays of numbers as array.array, arrays of strings as lists. Tensors:
+      shapes in torch order, [out, in]; `code` is the name of the quantisation type.
 
     Raises:
       UserError: the file is not GGUF, is cut short or contradicts itself.
@@ -101,7 +101,7 @@ def read_header(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, Entry]]:
     except OSError as e:
         raise UserError(f"{file}: cannot be read: {e.strerror}.") from e
     except _Broken as e:
-        raise UserError(f"{file}: is not a whole GGUF file: {e}.") from e
+        raise UserError(f"{file}: is not a complete GGUF file: {e}.") from e
 
 
 def _read_header(file: pathlib.Path, cursor: _Cursor, size: int) -> tuple[dict[str, Any], dict[str, Entry]]:
@@ -116,13 +116,13 @@ def _read_header(file: pathlib.Path, cursor: _Cursor, size: int) -> tuple[dict[s
     for _ in range(keys):
         key = _name(cursor)
         if key in fields:
-            raise _Broken(f"the metadata key {key} comes twice")
+            raise _Broken(f"the metadata key {key} appears twice")
         fields[key] = cursor.value(cursor.scalar("I"))
     infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(tensors):
         name = _name(cursor)
         if name in infos:
-            raise _Broken(f"the tensor {name} comes twice")
+            raise _Broken(f"the tensor {name} appears twice")
         axes = cursor.scalar("I")
         if not 1 <= axes <= _MOST_AXES:
             raise _Broken(f"{name} has {axes} axes, expected 1 to {_MOST_AXES}")
@@ -140,21 +140,21 @@ def _read_header(file: pathlib.Path, cursor: _Cursor, size: int) -> tuple[dict[s
 def _name(cursor: _Cursor) -> str:
     name = cursor.text()
     if not name.isprintable() or not 0 < len(name) < 256:
-        raise _Broken(f"the name before byte {cursor.position} is not printable or too long")
+        raise _Broken(f"the name ending at byte {cursor.position} is not printable or too long")
     return name
 
 
 def _entry(
     file: pathlib.Path, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int, size: int
 ) -> Entry:
-    """One tensor of a file of `size` bytes whose data begin at byte `data`, checked."""
+    """Validates one tensor's header entry; the file has `size` bytes and its data section starts at byte `data`."""
     try:
         quantisation = GGMLQuantizationType(kind)
         block, block_bytes = GGML_QUANT_SIZES[quantisation]
     except (ValueError, KeyError) as e:
-        raise UserError(f"{file}: {name} has the quantisation type {kind}, which is not known.") from e
+        raise UserError(f"{file}: {name} has the unknown quantisation type {kind}.") from e
     if shape[-1] % block:
-        raise UserError(f"{file}: {name} of {quantisation.name} must have rows of {block}, found shape {shape}.")
+        raise UserError(f"{file}: {name} of {quantisation.name} needs rows divisible by {block}, found shape {shape}.")
     start = data + offset
     stop = start + math.prod(shape) // block * block_bytes
     if stop > size:
@@ -163,6 +163,6 @@ def _entry(
 
 
 def short(value: Any) -> str:
-    """A value as messages show it."""
+    """Formats a value for a message, shortened to 80 characters."""
     text = repr(value[:80] if hasattr(value, "__getitem__") else value)
     return text if len(text) < 80 else f"{text[:80]}..."

@@ -1,4 +1,4 @@
-"""A GGUF file's tokenizer as tokenizer.json: byte-level BPE, and SentencePiece's BPE rebuilt from pieces and scores."""
+"""Converts a GGUF tokenizer to tokenizer.json: byte-level BPE, and SentencePiece BPE rebuilt from pieces and scores."""
 
 import dataclasses
 import functools
@@ -14,26 +14,26 @@ from solar_jax.errors import UserError
 from solar_jax.formats.gguf_header import short
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
-_SPACE = "▁"  # SentencePiece's
+_SPACE = "▁"  # SentencePiece's space marker
 _PREFIX = "tokenizer.ggml."
-_LONGEST_PIECE = 256  # SentencePiece's own limit is 16, unless told otherwise
+_LONGEST_PIECE = 256  # SentencePiece's default limit is 16
 _BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
 
 def _cut(*patterns: str) -> pre_tokenizers.PreTokenizer:
-    """Cuts text at every match of a pattern, and what that leaves at those of the next."""
+    """Splits text at every match of the first pattern, then splits the remainder by the next pattern, and so on."""
     cuts = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns]
     return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """How text is cut into words before byte-level BPE."""
+    """Pre-tokenization rules: how text is split into words before byte-level BPE."""
 
     pre_tokenizer: pre_tokenizers.PreTokenizer
-    nfc: bool = False  # the text is normalised first
-    whole: bool = False  # a word of the vocabulary is one token whatever the merges make of it
-    bos: bool = False  # unless the file says otherwise
+    nfc: bool = False  # the text is NFC-normalised first
+    whole: bool = False  # a word in the vocabulary is one token, whatever the merges say
+    bos: bool = False  # prepend BOS unless the file says otherwise
 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -42,7 +42,7 @@ _LLAMA3 = Words(_cut(_CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _R
 _QWEN2 = Words(_cut(_CONTRACTIONS + r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST), nfc=True)
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# By `tokenizer.ggml.pre`.
+# `tokenizer.ggml.pre` -> rules
 WORDS = {
     "gpt-2": Words(pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "smollm": Words(
@@ -55,14 +55,14 @@ WORDS = {
     "llama-v3": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
-    # What llama.cpp does where its converter did not know the model's own way.
+    # llama.cpp's fallback where its converter did not recognise the model's pre-tokenizer.
     "default": Words(_cut(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Vocabulary:
-    """The metadata under `tokenizer.ggml`, checked."""
+    """Validated metadata under `tokenizer.ggml`."""
 
     path: pathlib.Path
     fields: dict[str, Any]
@@ -77,16 +77,16 @@ class _Vocabulary:
         return {token: i for i, token in enumerate(self.tokens)}
 
     def token(self, name: str) -> str | None:
-        """The token that plays a part, as "bos".
+        """Returns the token of a role such as "bos", or None where the file names none.
 
         Raises:
-          UserError: it is not one of the vocabulary.
+          UserError: the token is not in the vocabulary.
         """
         key = f"{_PREFIX}{name}_token_id"
         if (value := self.fields.get(key)) is None:
             return None
         if type(value) is not int or not 0 <= value < len(self.tokens):
-            raise UserError(f"{self.path}: {key} must be under {len(self.tokens)}, found {short(value)}.")
+            raise UserError(f"{self.path}: {key} must be below {len(self.tokens)}, found {short(value)}.")
         return self.tokens[value]
 
     def flag(self, name: str, default: bool) -> bool:
@@ -97,15 +97,15 @@ class _Vocabulary:
 
 
 def files(path: pathlib.Path, fields: dict[str, Any], context_length: Any) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json.
+    """Builds tokenizer.json and tokenizer_config.json.
 
     Args:
       path: the GGUF file, for messages.
-      fields: its metadata.
-      context_length: the model's.
+      fields: the file's metadata.
+      context_length: the model's context length.
 
     Raises:
-      UserError: a kind of tokenizer that is not read, or metadata that are missing or contradict each other.
+      UserError: the tokenizer type is not supported, or metadata are missing or contradictory.
     """
     kind, pre = fields.get(f"{_PREFIX}model"), fields.get(f"{_PREFIX}pre")
     words = WORDS.get(pre) if kind == "gpt2" and isinstance(pre, str) else None
@@ -119,9 +119,9 @@ def files(path: pathlib.Path, fields: dict[str, Any], context_length: Any) -> di
         tokenizer = _byte_level(vocabulary, words) if words else _sentencepiece(vocabulary)
     except UserError:
         raise
-    except Exception as e:  # the library raises Exception itself
+    except Exception as e:  # the library raises plain Exception
         text = " ".join(str(e).split())[:300]
-        raise UserError(f"{path}: {_PREFIX}tokens and {_PREFIX}merges make no tokenizer: {text}.") from e
+        raise UserError(f"{path}: {_PREFIX}tokens and {_PREFIX}merges do not form a tokenizer: {text}.") from e
     added = [tokenizers.AddedToken(t, normalized=False) for t in vocabulary.of_kind(_USER_DEFINED) if t]
     special = [t for t in vocabulary.of_kind(_CONTROL) + vocabulary.of_kind(_UNKNOWN) if t]
     tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in special])
@@ -159,10 +159,10 @@ def _byte_level(vocabulary: _Vocabulary, words: Words) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
-    """SentencePiece's BPE, as Llama 2 and Mistral have it: spaces are letters, unknown characters become bytes."""
+    """Builds SentencePiece BPE as in Llama 2 and Mistral: spaces are characters, unknown characters become bytes."""
     unknown = vocabulary.token("unknown") or next(iter(vocabulary.of_kind(_UNKNOWN)), None)
     if unknown is None and not set(_BYTES) <= set(vocabulary.tokens):
-        raise UserError(f"{vocabulary.path}: the tokenizer must have all 256 bytes or an unknown token, found neither.")
+        raise UserError(f"{vocabulary.path}: the tokenizer needs all 256 byte tokens or an unknown one, found neither.")
     merges = _listed_merges if f"{_PREFIX}merges" in vocabulary.fields else _merges_of_scores
     model = models.BPE(
         vocab=vocabulary.ids, merges=merges(vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True
@@ -190,9 +190,9 @@ def _listed_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
 
 
 def _merges_of_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
-    """The merges that make SentencePiece's pieces, best first: a piece of a higher score is made before others.
+    """Derives merges from SentencePiece scores, best first: pieces with higher scores are merged earlier.
 
-    Every way to make a piece of two others is one of them.
+    Every split of a piece into two other pieces is a merge.
     """
     scores = _numbers(vocabulary.path, vocabulary.fields, "scores", len(vocabulary.tokens))
     normal = {
@@ -204,7 +204,7 @@ def _merges_of_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     if (len(made) > 1 and len(set(made)) == 1) or not all(map(math.isfinite, made)):
         raise UserError(f"{vocabulary.path}: {_PREFIX}scores must order the pieces, found {short(made)}.")
     if (longest := max(map(len, normal), default=0)) > _LONGEST_PIECE:
-        raise UserError(f"{vocabulary.path}: pieces must have {_LONGEST_PIECE} characters at most, found {longest}.")
+        raise UserError(f"{vocabulary.path}: pieces must have at most {_LONGEST_PIECE} characters, found {longest}.")
     ids = vocabulary.ids
     merges = []
     for token, score in normal.items():
@@ -217,7 +217,7 @@ def _merges_of_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
 
 
 def _add_ends(tokenizer: tokenizers.Tokenizer, vocabulary: _Vocabulary, bos: bool) -> None:
-    """Begins and ends a text with the tokens that the file asks for."""
+    """Adds BOS and EOS to encoded text as the file requests."""
     ends = {}
     for name, default in (("bos", bos), ("eos", False)):
         token = vocabulary.token(name)

@@ -1,8 +1,8 @@
-"""The safetensors format: tensors as byte ranges of a file, and files written from byte ranges or arrays.
+"""Safetensors reader and writer: tensors as byte ranges of a file, and files written from byte ranges or arrays.
 
-A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}} and the data. It is small
-enough to handle ourselves, which keeps bfloat16 exact, checks every range, and lets bytes that do not change go from
-file to file without passing through this process.
+A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}} and the data. The format is
+simple enough to handle ourselves, which keeps bfloat16 exact, checks every range, and lets the kernel copy unchanged
+bytes from file to file without passing them through this process.
 """
 
 import contextlib
@@ -29,24 +29,24 @@ DTYPES: dict[str, np.dtype] = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
-_MOST_AXES, _MOST_ELEMENTS, MOST_NAME = 64, 1 << 63, 1000  # so that products and messages stay small
-_COPY_BYTES = 1 << 26  # a kernel copy at a time, between two reports of progress
+_MOST_AXES, _MOST_ELEMENTS, MOST_NAME = 64, 1 << 63, 1000  # bounds on products and message lengths
+_COPY_BYTES = 1 << 26  # per kernel copy, i.e. between two progress reports
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """Location of one tensor: a byte range of a file."""
 
     file: pathlib.Path
-    code: str  # the file's dtype name
+    code: str  # dtype name as in the file
     shape: tuple[int, ...]
-    start: int  # byte in the file
+    start: int  # byte offset in the file
     stop: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A tensor to write: the bytes of an existing file, or blocks of its first axis in order."""
+    """A tensor to write: a byte range of an existing file, or blocks along its first axis in order."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class Piece:
 
 
 def read_header(file: pathlib.Path) -> dict[str, Entry]:
-    """Every tensor of a file, its range checked against the file's size and the other tensors' ranges.
+    """Reads every tensor's entry, with ranges checked against the file size and against each other.
 
     Raises:
       UserError: the file is not safetensors, is cut short, or its header contradicts itself.
@@ -87,26 +87,26 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object none of whose keys comes twice."""
+    """JSON object hook that rejects duplicate keys."""
     out: dict[str, Any] = {}
     for name, value in pairs:
         if name in out:
-            raise ValueError(f"{short(name)} comes twice")
+            raise ValueError(f"{short(name)} appears twice")
         out[name] = value
     return out
 
 
 def short(value: Any) -> str:
-    """A value of a file as text on one line of a message, whatever it is."""
+    """Formats any value from a file as one line of a message, at most 200 characters."""
     try:
         text = repr(value)
     except RecursionError:
-        text = "endless nesting"
+        text = "a value nested too deeply"
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _entry(file: pathlib.Path, name: str, info: Any, data: int, size: int) -> Entry:
-    """One tensor of a header whose data begin at byte `data` of a file of `size` bytes, checked."""
+    """Validates one tensor's header entry; the file has `size` bytes and its data section starts at byte `data`."""
     if not name.isprintable() or len(name) > MOST_NAME:
         raise UserError(f"{file}: a tensor's name must be printable and short, found {short(name)}.")
     try:
@@ -117,19 +117,19 @@ def _entry(file: pathlib.Path, name: str, info: Any, data: int, size: int) -> En
         if not all(type(n) is int and n >= 0 for n in (start, stop)):
             raise ValueError
     except (TypeError, KeyError, ValueError) as e:
-        raise UserError(f"{file}: the header's entry of {name} is malformed: {short(info)}.") from e
+        raise UserError(f"{file}: the header entry for {name} is malformed: {short(info)}.") from e
     start, stop = data + start, data + stop
     if not start <= stop <= size:
         raise UserError(
-            f"{file}: {name} should lie in bytes {start}..{stop}, but the file ends at {size}; is it cut short?"
+            f"{file}: {name} should occupy bytes {start}..{stop}, but the file ends at {size}; is it cut short?"
         )
     if code in DTYPES and math.prod(shape) * DTYPES[code].itemsize != stop - start:
-        raise UserError(f"{file}: {name} of {code} {shape} does not take {stop - start} bytes.")
+        raise UserError(f"{file}: {name} has {stop - start} bytes, which does not match {code} {shape}.")
     return Entry(file, code, shape, start, stop)
 
 
 def check_disjoint(entries: dict[str, Entry]) -> None:
-    """Raises a UserError where two tensors of a file share bytes, which no writer of the format does."""
+    """Raises a UserError if two tensors of a file share bytes, which no valid writer produces."""
     ordered = sorted((e.start, e.stop, name) for name, e in entries.items() if e.start < e.stop)
     for (_, stop, name), (start, _, following) in itertools.pairwise(ordered):
         if start < stop:
@@ -137,10 +137,10 @@ def check_disjoint(entries: dict[str, Entry]) -> None:
 
 
 def read(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
-    """The tensor, or rows of its first axis; reads those bytes alone.
+    """Reads the tensor, or rows of its first axis, and no other bytes.
 
     Raises:
-      UserError: the dtype is not float32, bfloat16 or float16, or the file has become shorter.
+      UserError: the dtype is not float32, bfloat16 or float16, or the file has been truncated.
     """
     if entry.code not in DTYPES:
         raise UserError(f"{entry.file}: {name} must be one of {', '.join(DTYPES)}, found {entry.code}.")
@@ -152,14 +152,14 @@ def read(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     out = np.empty(shape, DTYPES[entry.code])
     buffer = memoryview(out.reshape(-1).view(np.uint8))
     try:
-        # Unbuffered where the file is local: the bytes go from the page cache into the array and nowhere else.
+        # Unbuffered for local files: bytes are copied straight from the page cache into the array.
         with open(entry.file, "rb", buffering=0) if is_local(entry.file) else entry.file.open("rb") as f:
             f.seek(start)
             done = 0
             while done < len(buffer):
                 n = f.readinto(buffer[done:])  # type: ignore[attr-defined]
                 if not n:
-                    raise UserError(f"{entry.file}: ends before byte {stop} of {name}; was it changed meanwhile?")
+                    raise UserError(f"{entry.file}: ends before byte {stop} of {name}; was it modified meanwhile?")
                 done += n
     except OSError as e:
         raise UserError(f"{entry.file}: {name} cannot be read: {e.strerror}.") from e
@@ -167,12 +167,12 @@ def read(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
 
 
 def write(file: pathlib.Path, pieces: Sequence[Piece], progress: Callable[[int], None] = lambda n: None) -> None:
-    """Writes tensors in order, holding one block at a time; the file is on disk when this returns.
+    """Writes tensors in order, one block in memory at a time; the file is fsynced before this returns.
 
     Args:
-      file: the target; overwritten.
-      pieces: the tensors.
-      progress: told the bytes written since the last call.
+      file: the target, overwritten if it exists.
+      pieces: the tensors to write.
+      progress: called with the bytes written since the last call.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -210,7 +210,7 @@ def _write_all(out: BinaryIO, data: Any) -> None:
 
 
 def _copy(entry: Entry, out: BinaryIO, progress: Callable[[int], None]) -> None:
-    """Appends a byte range of another file; the kernel copies, or where it can, shares the blocks."""
+    """Appends a byte range of another file through a kernel copy, which shares blocks where it can."""
     with contextlib.ExitStack() as stack:
         try:
             source = stack.enter_context(open(entry.file, "rb", buffering=0))
@@ -222,12 +222,12 @@ def _copy(entry: Entry, out: BinaryIO, progress: Callable[[int], None]) -> None:
             progress(n)
         if at != entry.stop:
             raise UserError(
-                f"{entry.file}: ends at byte {at} where {entry.stop} was expected; was it changed meanwhile?"
+                f"{entry.file}: ends at byte {at} where {entry.stop} was expected; was it modified meanwhile?"
             )
 
 
 def _kernel_copy(source: int, out: int, entry: Entry) -> Iterator[int]:
-    """Copies the range to the end of `out`; yields the sizes as it goes and ends early where the source does."""
+    """Appends the range to `out`, yielding the size of each copy; stops early if the source ends early."""
     copy = _copy_file_range if hasattr(os, "copy_file_range") else _sendfile
     at = entry.start
     while at < entry.stop:
@@ -237,12 +237,12 @@ def _kernel_copy(source: int, out: int, entry: Entry) -> Iterator[int]:
         except OSError:
             if copy is _sendfile:
                 raise
-            copy = _sendfile  # between file systems, or one that has no copies of its own
+            copy = _sendfile  # across file systems, or on one without copy_file_range
             continue
         if n == 0:
             if copy is _sendfile:
                 return
-            copy = _sendfile  # some file systems say 0 where they mean that they cannot
+            copy = _sendfile  # some file systems return 0 for "not supported"
             continue
         at += n
         yield n

@@ -1,12 +1,12 @@
-"""PyTorch's `.bin` checkpoints, read without torch and without running what they pickle.
+"""PyTorch `.bin` checkpoints, read without torch and without executing their pickles.
 
-`torch.save` writes a zip archive: `data.pkl` describes the tensors, and each storage is a member that is not
-compressed. A contiguous tensor is therefore a byte range of the file, as in safetensors, and is handed out as one.
+`torch.save` writes a zip archive: `data.pkl` describes the tensors, and each storage is an uncompressed member. A
+contiguous tensor is therefore a byte range of the file, as in safetensors, and is returned as one.
 
-A pickle is a program. Python's own unpickler calls what it names, and can be brought down by it even where it may call
-nothing (the hash of a deep tuple has no recursion limit). So `data.pkl` goes through a machine of our own that knows
-only the operations that `torch.save` writes and has values without behaviour: strings, numbers, tuples, dicts, and
-the records below.
+A pickle is a program. Python's unpickler calls whatever the pickle names, and can be crashed even when calls are
+forbidden (hashing a deep tuple has no recursion limit). So `data.pkl` runs on our own minimal interpreter, which
+supports only the opcodes that `torch.save` writes and only inert values: strings, numbers, tuples, dicts, and the
+records below.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from solar_jax.errors import UserError
 from solar_jax.formats.safetensors import Entry
 
-# Storage classes, and their dtypes by the names that safetensors has for them.
+# Storage class -> dtype by its safetensors name.
 _STORAGES = {
     "torch DoubleStorage": "F64",
     "torch FloatStorage": "F32",
@@ -38,7 +38,7 @@ _STORAGES = {
     "torch UntypedStorage": "U8",
     "torch.storage UntypedStorage": "U8",
 }
-# Dtypes without a storage class of their own; their tensors lie in untyped storages.
+# Dtypes without a storage class of their own; their tensors use untyped storages.
 _DTYPES = {
     "torch uint16": "U16",
     "torch uint32": "U32",
@@ -59,24 +59,24 @@ _CALLS = frozenset(
 )
 _GLOBALS = _CALLS | _STORAGES.keys() | _DTYPES.keys()
 
-_MOST_BYTES = 1 << 23  # of data.pkl and of the zip's directory, which is 40,000 tensors
-_MOST_VALUES = 1 << 16  # on the machine's stack; torch.save puts 2,000 there
+_MOST_BYTES = 1 << 23  # limit for data.pkl and for the zip directory; enough for 40,000 tensors
+_MOST_VALUES = 1 << 16  # on the interpreter's stack; torch.save uses 2,000
 _MOST_AXES = 64
-_MOST_ARGUMENTS = 8  # of a call; like axes, counted first, since one long tuple may be used many times
+_MOST_ARGUMENTS = 8  # per call; like axes, checked first, since a pickle can reuse one long tuple many times
 _LOCAL = struct.Struct("<4s5H3L2H")  # a zip member's local header
 _ENCRYPTED, _UTF8 = 0x1, 0x800  # flags of a zip member
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Global:
-    """A name that the pickle refers to; never looked up."""
+    """A global named by the pickle; never imported."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Storage:
-    key: str  # its member is data/<key>
+    key: str  # stored as the member data/<key>
     code: str
     size: int  # elements
 
@@ -101,7 +101,7 @@ class _Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Member:
-    """The bytes of a member of the archive."""
+    """Byte range and checksum of an archive member."""
 
     start: int
     stop: int
@@ -109,25 +109,25 @@ class _Member:
 
 
 class _Limited:
-    """A file of which zipfile reads a bounded part at once: a directory may claim any size."""
+    """File wrapper that bounds each read by zipfile, since a zip directory may claim any size."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.seek, self.tell, self._file = file.seek, file.tell, file
 
     def read(self, n: int = -1) -> bytes:
         if n > _MOST_BYTES:
-            raise ValueError(f"its directory takes {n} bytes, of which {_MOST_BYTES} are read at most")
+            raise ValueError(f"its directory has {n} bytes, the limit is {_MOST_BYTES}")
         return self._file.read(_MOST_BYTES if n < 0 else n)
 
 
 def read_header(file: pathlib.Path) -> dict[str, Entry]:
-    """Every tensor of a state dict that `torch.save` wrote, as a byte range of the file.
+    """Reads every tensor of a state dict written by `torch.save`, as a byte range of the file.
 
-    Names that share a storage, as tied weights do, share a range. The weights' own checksums are not looked at.
+    Names that share a storage, such as tied weights, share a range. Checksums of the weights are not verified.
 
     Raises:
-      UserError: the file is no such archive or is damaged; it holds something else than named tensors; or a tensor is
-        not one range of plain bytes.
+      UserError: the file is not such an archive or is damaged; it holds anything other than named tensors; or a tensor
+        is not one contiguous byte range.
     """
     try:
         with file.open("rb") as f:
@@ -155,20 +155,20 @@ def _read_header(file: pathlib.Path, f: BinaryIO) -> dict[str, Entry]:
         state = _unpickle(_bytes(file, f, "data.pkl", members[pickles[0]], most=_MOST_BYTES))
     except UserError:
         raise
-    except Exception as e:  # a stream can fail in as many ways as there are operations; it is the file's fault
-        raise UserError(f"{file}: data.pkl is not what torch.save writes: {_reason(e)}.") from e
+    except Exception as e:  # each opcode can fail in its own way; all are the file's fault
+        raise UserError(f"{file}: data.pkl is not in torch.save's format: {_reason(e)}.") from e
     if type(state) is not dict:
         raise UserError(f"{file}: must hold a dict of tensors, found {_kind(state)}.")
     return {_name(file, name): _entry(file, name, value, members, root) for name, value in state.items()}
 
 
 def _members(file: pathlib.Path, f: BinaryIO) -> dict[str, _Member]:
-    """The archive's members by name; their local headers agree with the directory and no two share bytes."""
+    """Returns the archive's members by name, checked: local headers match the directory and no two members overlap."""
     try:
         archive = zipfile.ZipFile(_Limited(f))  # type: ignore[arg-type]
         infos, end = archive.infolist(), archive.start_dir
-    except Exception as e:  # zipfile raises a dozen types for a broken archive
-        raise UserError(f"{file}: is not a whole zip archive: {_reason(e)}; is it cut short?") from e
+    except Exception as e:  # zipfile raises a dozen exception types for a broken archive
+        raise UserError(f"{file}: is not a complete zip archive: {_reason(e)}; is it cut short?") from e
     members: dict[str, _Member] = {}
     last = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
@@ -178,17 +178,17 @@ def _members(file: pathlib.Path, f: BinaryIO) -> dict[str, _Member]:
         if info.flag_bits & _ENCRYPTED:
             raise UserError(f"{file}: {shown} is encrypted.")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise UserError(f"{file}: {shown} must be stored as it is, found it compressed.")
+            raise UserError(f"{file}: {shown} must be stored uncompressed, found it compressed.")
         if not last <= info.header_offset <= end:
             raise UserError(f"{file}: {shown} begins at byte {info.header_offset}, inside another member.")
         f.seek(info.header_offset)
         header = f.read(_LOCAL.size)
         if len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
-            raise UserError(f"{file}: no header of {shown} at byte {info.header_offset}; is it damaged?")
+            raise UserError(f"{file}: no header for {shown} at byte {info.header_offset}; is it damaged?")
         _, _, flags, method, *_, name_size, extra_size = _LOCAL.unpack(header)
         local = f.read(name_size).decode("utf-8" if flags & _UTF8 else "cp437", "replace")
         if local != info.orig_filename or method != zipfile.ZIP_STORED:
-            raise UserError(f"{file}: the header of {shown} does not agree with the directory, found {_short(local)}.")
+            raise UserError(f"{file}: the header of {shown} does not match the directory, found {_short(local)}.")
         start = info.header_offset + _LOCAL.size + name_size + extra_size
         last = start + info.file_size
         if last > end:
@@ -199,28 +199,28 @@ def _members(file: pathlib.Path, f: BinaryIO) -> dict[str, _Member]:
 
 def _bytes(file: pathlib.Path, f: BinaryIO, name: str, member: _Member, most: int) -> bytes:
     if member.stop - member.start > most:
-        raise UserError(f"{file}: {name} has {member.stop - member.start} bytes, of which {most} are read at most.")
+        raise UserError(f"{file}: {name} has {member.stop - member.start} bytes, the limit is {most}.")
     f.seek(member.start)
     data = f.read(member.stop - member.start)
-    if member.crc not in (0, zlib.crc32(data)):  # 0: torch was told to leave checksums out
-        raise UserError(f"{file}: {name} does not have its checksum; is it damaged?")
+    if member.crc not in (0, zlib.crc32(data)):  # 0: saved without checksums
+        raise UserError(f"{file}: {name} does not match its checksum; is it damaged?")
     return data
 
 
 def _unpickle(data: bytes) -> Any:
-    """What a pickle of torch.save describes.
+    """Returns the object that a torch.save pickle describes.
 
     Raises:
-      Exception: of any type, for anything else.
+      Exception: of any type, for any other pickle.
     """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
 
     def pop(n: int) -> list[Any]:
-        """The last n values."""
+        """Pops the last n values."""
         if n > len(stack) - (marks[-1] if marks else 0):
-            raise ValueError("an operation lacks its values")
+            raise ValueError("an operation lacks its operands")
         values = stack[len(stack) - n :]
         del stack[len(stack) - n :]
         return values
@@ -233,7 +233,7 @@ def _unpickle(data: bytes) -> Any:
     for opcode, argument, _ in pickletools.genops(data):
         arg: Any = argument
         if len(stack) + len(marks) > _MOST_VALUES:
-            raise ValueError(f"more than {_MOST_VALUES} values wait to be used")
+            raise ValueError(f"the stack holds more than {_MOST_VALUES} values")
         match opcode.name:
             case "PROTO":
                 if arg != 2:
@@ -272,19 +272,19 @@ def _unpickle(data: bytes) -> Any:
                 stack.append(memo[arg])
             case "GLOBAL":
                 if arg not in _GLOBALS:
-                    raise ValueError(f"it names {_short(arg.replace(' ', '.'))}, which is no part of a dict of tensors")
+                    raise ValueError(f"it names {_short(arg.replace(' ', '.'))}, which is not part of a dict of tensors")
                 stack.append(_Global(arg))
             case "BINPERSID":
                 stack.append(_storage(*pop(1)))
             case "REDUCE":
                 stack.append(_call(*pop(2)))
-            case "BUILD":  # attributes, which torch.save gives to state dicts alone: they say nothing of tensors
+            case "BUILD":  # attributes, which torch.save writes for state dicts only; irrelevant to tensors
                 pop(1)
                 _of_type(dict, stack[-1])
             case "STOP":
                 break
             case name:
-                raise ValueError(f"it has the operation {name}")
+                raise ValueError(f"it has the unsupported operation {name}")
     (result,) = stack
     return result
 
@@ -296,12 +296,12 @@ def _of_type(kind: type, value: Any) -> Any:
 
 
 def _set(target: dict[Any, Any], values: list[Any]) -> None:
-    """Adds keys and values in turn; keys are such as have a cheap hash."""
+    """Adds alternating keys and values; only key types with a cheap hash are allowed."""
     for key, value in zip(values[::2], values[1::2], strict=True):
         if type(key) not in (str, int):
             raise ValueError(f"a dict's keys must be strings or integers, found {_kind(key)}")
         if key in target:
-            raise ValueError(f"the key {_short(key)} comes twice")
+            raise ValueError(f"the key {_short(key)} appears twice")
         target[key] = value
 
 
@@ -313,10 +313,10 @@ def _storage(persistent_id: Any) -> _Storage:
 
 
 def _call(target: Any, args: Any) -> Any:
-    """What the call of a global gives, of those that make up a dict of tensors."""
+    """Evaluates a call to one of the globals that make up a dict of tensors."""
     name = _of_type(_Global, target).name
     if len(_of_type(tuple, args)) > _MOST_ARGUMENTS:
-        raise ValueError(f"the call of {name.replace(' ', '.')} has {len(args)} arguments")
+        raise ValueError(f"the call to {name.replace(' ', '.')} has {len(args)} arguments")
     match name.rpartition(" ")[2], args:
         case "OrderedDict", ():
             return {}
@@ -329,11 +329,11 @@ def _call(target: Any, args: Any) -> Any:
         case "_rebuild_tensor_v3", (_Storage() as storage, offset, shape, strides, bool(), _, _Global(kind), *metadata):
             if kind in _DTYPES:
                 return _tensor(storage, _DTYPES[kind], offset, shape, strides, metadata)
-    raise ValueError(f"the call of {name.replace(' ', '.')} is malformed")
+    raise ValueError(f"the call to {name.replace(' ', '.')} is malformed")
 
 
 def _tensor(storage: _Storage, code: str, offset: Any, shape: Any, strides: Any, metadata: list[Any]) -> _Tensor:
-    if any(metadata):  # bits that negate or conjugate what is stored
+    if any(metadata):  # flags for negated or conjugated storage
         raise ValueError("a tensor is stored negated or conjugated")
     if not len(_of_type(tuple, shape)) == len(_of_type(tuple, strides)) <= _MOST_AXES:
         raise ValueError(f"a tensor has {len(shape)} axes and {len(strides)} strides")
@@ -349,7 +349,7 @@ def _name(file: pathlib.Path, name: Any) -> str:
 
 
 def _entry(file: pathlib.Path, name: str, value: Any, members: dict[str, _Member], root: str) -> Entry:
-    """Where a tensor lies, if that is one place."""
+    """Returns the tensor's byte range, if it is contiguous."""
     if type(value) is not _Tensor:
         raise UserError(f"{file}: {name} must be a tensor in a flat dict, found {_kind(value)}.")
     key, stored = value.storage.key, _WIDTH[value.storage.code] * value.storage.size
@@ -369,7 +369,7 @@ def _entry(file: pathlib.Path, name: str, value: Any, members: dict[str, _Member
 
 
 def _kind(value: Any) -> str:
-    """What a value of the machine is, in a word; it may be too deep to be printed."""
+    """Names the type of an interpreter value, which may be nested too deeply to print."""
     match value:
         case _Tensor():
             return "a tensor"
@@ -386,6 +386,6 @@ def _short(value: str | int) -> str:
 
 
 def _reason(e: Exception) -> str:
-    """An exception's text on one line, without its full stop."""
+    """Returns an exception's text on one line, without a final full stop."""
     text = " ".join(str(e).split()).rstrip(".")[:300]
     return text if text and not isinstance(e, LookupError) else f"{type(e).__name__} {text}".rstrip()

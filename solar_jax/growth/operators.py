@@ -1,6 +1,6 @@
-"""Growth operators as a table of layer maps, and the typed plan that they make.
+"""Growth operators as a table of layer maps, and the typed layer map that they make.
 
-A plan says of every output layer which source layer it copies. Layer ranges are half-open and 0-based, as in
+A layer map says of every output layer which source layer it copies. Layer ranges are half-open and 0-based, as in
 `slices`, the notation that people know from merge tools.
 """
 
@@ -14,7 +14,7 @@ from solar_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class GrowthPlan:
+class LayerMap:
     """Which source layer stands where in the grown model. All tuples have one entry an output layer."""
 
     operator: str  # as a person would write it, e.g. "dus(m=8)"
@@ -33,6 +33,11 @@ class GrowthPlan:
     def layers(self) -> int:
         """L of the grown model."""
         return len(self.source)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the grown model is the base."""
+        return self.source == tuple(range(self.base_layers)) and self.copies_only
 
     @property
     def copies_only(self) -> bool:
@@ -65,35 +70,35 @@ def _require(condition: bool, operator: str, n: int, what: str) -> None:
         raise UserError(f"growth operator {operator} does not fit a base of {n} layers: {what}.")
 
 
-def dus(n: int, g: GrowthConfig) -> GrowthPlan:
+def dus(n: int, g: GrowthConfig) -> LayerMap:
     """SOLAR's Depth Up-Scaling (arXiv 2312.15166, section 2): [0..n-m) + [m..n)."""
     name = f"dus(m={g.m})"
     _require(1 <= g.m < n / 2, name, n, f"m must be at least 1 and under {n}/2, or nothing grows, found m={g.m}")
-    return GrowthPlan(name, n, (*range(n - g.m), *range(g.m, n)))
+    return LayerMap(name, n, (*range(n - g.m), *range(g.m, n)))
 
 
-def naive(n: int, g: GrowthConfig) -> GrowthPlan:
+def naive(n: int, g: GrowthConfig) -> LayerMap:
     """The whole stack `copies` times (G_stack)."""
     name = f"naive(copies={g.copies})"
     _require(g.copies >= 2, name, n, f"copies must be at least 2, found {g.copies}")
-    return GrowthPlan(name, n, tuple(range(n)) * g.copies)
+    return LayerMap(name, n, tuple(range(n)) * g.copies)
 
 
-def interleave(n: int, g: GrowthConfig) -> GrowthPlan:
+def interleave(n: int, g: GrowthConfig) -> LayerMap:
     """Each layer `copies` times in a row: 0, 0, 1, 1, ..."""
     name = f"interleave(copies={g.copies})"
     _require(g.copies >= 2, name, n, f"copies must be at least 2, found {g.copies}")
-    return GrowthPlan(name, n, tuple(i for i in range(n) for _ in range(g.copies)))
+    return LayerMap(name, n, tuple(i for i in range(n) for _ in range(g.copies)))
 
 
-def block_repeat(n: int, g: GrowthConfig) -> GrowthPlan:
+def block_repeat(n: int, g: GrowthConfig) -> LayerMap:
     """[0..b) + [a..b) + [b..n); Yi-9B used a=12, b=28 of 32."""
     name = f"block_repeat(a={g.a}, b={g.b})"
     _require(0 <= g.a < g.b <= n, name, n, f"0 <= a < b <= {n} must hold, found a={g.a} b={g.b}")
-    return GrowthPlan(name, n, (*range(g.b), *range(g.a, g.b), *range(g.b, n)))
+    return LayerMap(name, n, (*range(g.b), *range(g.a, g.b), *range(g.b, n)))
 
 
-def llama_pro(n: int, g: GrowthConfig) -> GrowthPlan:
+def llama_pro(n: int, g: GrowthConfig) -> LayerMap:
     """After every `every`-th layer a copy with o_proj = down_proj = 0, which changes no output (arXiv 2401.02415)."""
     name = f"llama_pro(every={g.every})"
     _require(1 <= g.every <= n, name, n, f"every must lie between 1 and {n}, found {g.every}")
@@ -104,20 +109,20 @@ def llama_pro(n: int, g: GrowthConfig) -> GrowthPlan:
         if (i + 1) % g.every == 0:
             source.append(i)
             scale.append(0.0)
-    return GrowthPlan(name, n, tuple(source), tuple(scale))
+    return LayerMap(name, n, tuple(source), tuple(scale))
 
 
-def zeroed(n: int, g: GrowthConfig) -> GrowthPlan:
+def zeroed(n: int, g: GrowthConfig) -> LayerMap:
     """[0..n-m) + [m..n-m) twice with o_proj = down_proj = 0 + [n-m..n)."""
     name = f"zeroed(m={g.m})"
     _require(1 <= g.m < n / 2, name, n, f"m must be at least 1 and under {n}/2, found m={g.m}")
     block = tuple(range(g.m, n - g.m))
     source = (*range(n - g.m), *block, *block, *range(n - g.m, n))
     scale = (1.0,) * (n - g.m) + (0.0,) * (2 * len(block)) + (1.0,) * g.m
-    return GrowthPlan(name, n, source, scale)
+    return LayerMap(name, n, source, scale)
 
 
-def average(n: int, g: GrowthConfig) -> GrowthPlan:
+def average(n: int, g: GrowthConfig) -> LayerMap:
     """After every `every`-th layer i a new one, (W_i + W_{i+1}) / 2; none after the last."""
     name = f"average(every={g.every})"
     _require(1 <= g.every < n, name, n, f"every must lie between 1 and {n - 1}, found {g.every}")
@@ -130,16 +135,16 @@ def average(n: int, g: GrowthConfig) -> GrowthPlan:
             source.append(i)
             partner.append(i + 1)
             new.append(True)
-    return GrowthPlan(name, n, tuple(source), partner=tuple(partner), new=tuple(new))
+    return LayerMap(name, n, tuple(source), partner=tuple(partner), new=tuple(new))
 
 
-def identity(n: int, g: GrowthConfig | None = None) -> GrowthPlan:
+def identity(n: int, g: GrowthConfig | None = None) -> LayerMap:
     """The base as it is."""
     del g
-    return GrowthPlan("identity", n, tuple(range(n)))
+    return LayerMap("identity", n, tuple(range(n)))
 
 
-def slices(n: int, g: GrowthConfig) -> GrowthPlan:
+def slices(n: int, g: GrowthConfig) -> LayerMap:
     """Any half-open source ranges one after another, written "0:24,8:32"."""
     name = f"slices({g.slices})"
     source: list[int] = []
@@ -150,10 +155,10 @@ def slices(n: int, g: GrowthConfig) -> GrowthPlan:
         start, stop = int(match[1]), int(match[2])
         _require(start < stop <= n, name, n, f"each range needs START < STOP <= {n}, found {start}:{stop}")
         source.extend(range(start, stop))
-    return GrowthPlan(name, n, tuple(source))
+    return LayerMap(name, n, tuple(source))
 
 
-OPERATORS: dict[str, Callable[[int, GrowthConfig], GrowthPlan]] = {
+OPERATORS: dict[str, Callable[[int, GrowthConfig], LayerMap]] = {
     "dus": dus,
     "naive": naive,
     "interleave": interleave,
@@ -166,8 +171,8 @@ OPERATORS: dict[str, Callable[[int, GrowthConfig], GrowthPlan]] = {
 }
 
 
-def make_plan(base_layers: int, growth: GrowthConfig) -> GrowthPlan:
-    """The plan of `growth` for a base of `base_layers` layers.
+def make_layer_map(base_layers: int, growth: GrowthConfig) -> LayerMap:
+    """The layer map of `growth` for a base of `base_layers` layers.
 
     Raises:
       UserError: no such operator, or its numbers do not fit the base.

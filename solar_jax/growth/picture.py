@@ -1,65 +1,69 @@
-"""A growth plan drawn in text: which source layer stands where, and what the seams are."""
+"""A growth layer map drawn in text: which source layer stands where, and what the seams are."""
 
-from solar_jax.growth.operators import GrowthPlan
+from solar_jax.growth.operators import LayerMap
 
 _MOST_BARS = 12  # with more runs than this a bar for each would hide the pattern; then a grid of numbers is drawn
 
 
-def _bar(plan: GrowthPlan, start: int, stop: int) -> str:
+def _bar(layer_map: LayerMap, start: int, stop: int) -> str:
     """One character a source layer: where the run's layers come from, `o` a zeroed copy."""
-    cells = ["·"] * plan.base_layers
+    cells = ["·"] * layer_map.base_layers
     for i in range(start, stop):
-        cells[plan.source[i]] = "o" if plan.scale[i] == 0 else "█"
+        cells[layer_map.source[i]] = "o" if layer_map.scale[i] == 0 else "█"
     return "".join(cells)
 
 
-def _grid(plan: GrowthPlan) -> list[str]:
+def _grid(layer_map: LayerMap) -> list[str]:
     """Sixteen output layers a line, each as its source layer: `*` a new copy, `o` a zeroed one, `a/b` a mean."""
     cells = []
-    for source, partner, scale, new in zip(plan.source, plan.partner, plan.scale, plan.new, strict=True):
+    for source, partner, scale, new in zip(
+        layer_map.source, layer_map.partner, layer_map.scale, layer_map.new, strict=True
+    ):
         mark = "o" if scale == 0 else "*" if new else " "
         cells.append(f"{source}/{partner}{mark}" if partner != source else f"{source}{mark}")
     width = max(map(len, cells)) + 1
     return [
-        f"  {row:>4} | " + "".join(c.rjust(width) for c in cells[row : row + 16]) for row in range(0, plan.layers, 16)
+        f"  {row:>4} | " + "".join(c.rjust(width) for c in cells[row : row + 16])
+        for row in range(0, layer_map.layers, 16)
     ]
 
 
-def picture(plan: GrowthPlan, base_parameters: int, parameters: int) -> str:
-    """The plan for a person to check: layers and parameters before and after, the map, distances, seams."""
+def picture(layer_map: LayerMap, base_parameters: int, parameters: int) -> str:
+    """The layer map for a person to check: layers and parameters before and after, the map, distances, seams."""
     lines = [
-        f"{plan.operator}: {plan.base_layers} -> {plan.layers} layers, "
+        f"{layer_map.operator}: {layer_map.base_layers} -> {layer_map.layers} layers, "
         f"{base_parameters:,} -> {parameters:,} parameters ({parameters / base_parameters:.2f}x)"
     ]
-    runs = plan.runs()
+    runs = layer_map.runs()
     if len(runs) <= _MOST_BARS:
-        ruler = "source layers".center(max(plan.base_layers - 3 - len(str(plan.base_layers - 1)), 13))
-        lines.append(f"  output   <- source        0 {ruler} {plan.base_layers - 1}")
+        ruler = "source layers".center(max(layer_map.base_layers - 3 - len(str(layer_map.base_layers - 1)), 13))
+        lines.append(f"  output   <- source        0 {ruler} {layer_map.base_layers - 1}")
         for start, stop in runs:
             lines.append(
-                f"  {start:>3}..{stop - 1:<3} <- {plan.source[start]:>3}..{plan.source[stop - 1]:<3}    "
-                f"  {_bar(plan, start, stop)}"
+                f"  {start:>3}..{stop - 1:<3} <- {layer_map.source[start]:>3}..{layer_map.source[stop - 1]:<3}    "
+                f"  {_bar(layer_map, start, stop)}"
             )
     else:
-        lines += _grid(plan)
-    distances = plan.distances
-    far = [i for i in plan.seams if distances[i] != 1]
-    if not plan.seams:
+        lines += _grid(layer_map)
+    distances = layer_map.distances
+    far = [i for i in layer_map.seams if distances[i] != 1]
+    if not layer_map.seams:
         lines.append("  no seam: every layer follows its own predecessor")
-    elif len(plan.seams) <= _MOST_BARS:
-        for i in plan.seams:
+    elif len(layer_map.seams) <= _MOST_BARS:
+        for i in layer_map.seams:
             lines.append(
-                f"  seam {i}|{i + 1}: source {plan.source[i]} -> {plan.source[i + 1]}, layer distance {distances[i]}"
+                f"  seam {i}|{i + 1}: source {layer_map.source[i]} -> {layer_map.source[i + 1]}, "
+                f"layer distance {distances[i]}"
             )
     else:
         lines.append(
-            f"  {len(plan.seams)} seams, layer distance {min(distances)} to {max(distances)}, "
+            f"  {len(layer_map.seams)} seams, layer distance {min(distances)} to {max(distances)}, "
             f"{len(far)} of {len(distances)} neighbours not at distance 1"
         )
-    zeroed = sum(s == 0 for s in plan.scale)
-    means = sum(a != b for a, b in zip(plan.source, plan.partner, strict=True))
+    zeroed = sum(s == 0 for s in layer_map.scale)
+    means = sum(a != b for a, b in zip(layer_map.source, layer_map.partner, strict=True))
     lines.append(
-        f"  {sum(plan.new)} new layers"
+        f"  {sum(layer_map.new)} new layers"
         + (f", {zeroed} with o_proj and down_proj zeroed" if zeroed else "")
         + (f", {means} means of two neighbours" if means else "")
     )

@@ -32,7 +32,7 @@ from solar_jax.training import preemption
 from solar_jax.training.guards import Guard, NotFinite, Spike, storable
 from solar_jax.training.optimizer import learning_rate, make_optimizer
 from solar_jax.training.prefetch import Prefetcher
-from solar_jax.training.run import Arm, Run, arm_mask, evaluate, heldout_losses, initial_params, say, warn
+from solar_jax.training.run import Arm, Run, arm_mask, evaluate, first_params, heldout_losses, say, warn
 from solar_jax.training.step import abstract_state, make_train_step, state_shardings
 
 ROLLBACKS = 3  # to one checkpoint
@@ -92,7 +92,7 @@ def _train_from_last_good(
     Raises:
       Spike: the loss of a step is one.
     """
-    config, cfg = run.config, arm.cfg(run.checkpoint.cfg)
+    config, cfg = run.config, arm.cfg
     optimizer = make_optimizer(config, arm_mask(run, arm), run.mesh)
     shardings = state_shardings(cfg, optimizer, run.mesh)
     abstract = abstract_state(cfg, config, optimizer, shardings)
@@ -106,7 +106,7 @@ def _train_from_last_good(
     if state is not None:
         say(f"{arm.name}: going on from the checkpoint of step {start.step}")
     else:
-        params = initial_params(run, arm.plan)
+        params = first_params(run, arm.checkpoint)
         loss = evaluate(run, arm.name, 0, cfg, params)
         say(f"{arm.name}: held-out loss {loss:.4f} before training")
         state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings["opt_state"])(params)}

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from solar_jax.config import Config, OptimizerConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import GrowthPlan
+from solar_jax.growth.operators import LayerMap
 from solar_jax.model.llama import LAYER_AXES, Params, is_vector
 from solar_jax.model.precision import precision
 from solar_jax.parallel.collectives import layers_at_rest, whole_layers
@@ -38,14 +38,14 @@ SCHEDULES: dict[str, Callable[[float, float, int, float], optax.Schedule]] = {
 }
 
 # name -> (which layers train, which of the arrays outside the layers do)
-TRAINABLE: dict[str, Callable[[GrowthPlan], tuple[tuple[bool, ...], dict[str, bool]]]] = {
-    "all": lambda plan: ((True,) * plan.layers, {"embed": True, "final_norm": True, "lm_head": True}),
-    "new": lambda plan: (plan.new, {"embed": False, "final_norm": False, "lm_head": False}),
-    "seam": lambda plan: (
-        tuple(i in plan.seams or i - 1 in plan.seams for i in range(plan.layers)),
+TRAINABLE: dict[str, Callable[[LayerMap], tuple[tuple[bool, ...], dict[str, bool]]]] = {
+    "all": lambda layer_map: ((True,) * layer_map.layers, {"embed": True, "final_norm": True, "lm_head": True}),
+    "new": lambda layer_map: (layer_map.new, {"embed": False, "final_norm": False, "lm_head": False}),
+    "seam": lambda layer_map: (
+        tuple(i in layer_map.seams or i - 1 in layer_map.seams for i in range(layer_map.layers)),
         {"embed": False, "final_norm": False, "lm_head": False},
     ),
-    "no_embed": lambda plan: ((True,) * plan.layers, {"embed": False, "final_norm": True, "lm_head": False}),
+    "no_embed": lambda layer_map: ((True,) * layer_map.layers, {"embed": False, "final_norm": True, "lm_head": False}),
 }
 
 
@@ -64,7 +64,7 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup])
 
 
-def trainable_layers(name: str, plan: GrowthPlan) -> tuple[tuple[bool, ...], dict[str, bool]]:
+def trainable_layers(name: str, layer_map: LayerMap) -> tuple[tuple[bool, ...], dict[str, bool]]:
     """Which layers and which other arrays `config.train.trainable` lets move.
 
     Raises:
@@ -72,9 +72,11 @@ def trainable_layers(name: str, plan: GrowthPlan) -> tuple[tuple[bool, ...], dic
     """
     if name not in TRAINABLE:
         raise UserError(f"config.train.trainable must be one of {', '.join(TRAINABLE)}, found {name!r}.")
-    layers, others = TRAINABLE[name](plan)
+    layers, others = TRAINABLE[name](layer_map)
     if not any(layers):
-        raise UserError(f"config.train.trainable={name!r} leaves nothing to train: {plan.operator} has no such layer.")
+        raise UserError(
+            f"config.train.trainable={name!r} leaves nothing to train: {layer_map.operator} has no such layer."
+        )
     return layers, others
 
 

@@ -8,11 +8,10 @@ from collections.abc import Callable
 import grain
 import jax
 
-from solar_jax.checkpoints.checkpoint import Checkpoint, load_params
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.load import load_params
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch
-from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import GrowthPlan
 from solar_jax.model import llama
 from solar_jax.model.llama import Params
 from solar_jax.model.precision import precision
@@ -46,12 +45,13 @@ class Arm:
     """A model and where its training is recorded."""
 
     name: str
-    plan: GrowthPlan
+    checkpoint: Checkpoint  # its first weights
     folder: pathlib.Path
-    trainable: str
+    trainable: str  # a name of training.optimizer.TRAINABLE
 
-    def cfg(self, base: ModelConfig) -> ModelConfig:
-        return grown_config(base, self.plan)
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.checkpoint.cfg
 
 
 def say(text: str = "") -> None:
@@ -65,11 +65,10 @@ def warn(text: str) -> None:
     sys.stderr.write(f"warning: {text}\n")
 
 
-def initial_params(run: Run, plan: GrowthPlan) -> Params:
-    """The base's weights, grown by the plan while they are read, each device's shard on its own."""
-    cfg = grown_config(run.checkpoint.cfg, plan)
-    dtypes = jax.tree.map(lambda s: s.dtype, llama.shapes(cfg, precision(run.config.train).weights))
-    return load_params(run.checkpoint, rules.parameter_shardings(cfg, run.mesh), dtypes, plan)
+def first_params(run: Run, c: Checkpoint) -> Params:
+    """A checkpoint's weights in the run's precision and on its mesh; each device reads its own shard."""
+    dtypes = jax.tree.map(lambda s: s.dtype, llama.shapes(c.cfg, precision(run.config.train).weights))
+    return load_params(c, rules.parameter_shardings(c.cfg, run.mesh), dtypes)
 
 
 def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) -> float:
@@ -87,8 +86,8 @@ def arm_mask(run: Run, arm: Arm) -> Params | None:
     """Where an arm's parameters move; None: everywhere."""
     if arm.trainable == "all":
         return None
-    layers, others = trainable_layers(arm.trainable, arm.plan)
-    return trainable_mask(llama.shapes(arm.cfg(run.checkpoint.cfg)), layers, others)
+    layers, others = trainable_layers(arm.trainable, arm.checkpoint.layer_map)
+    return trainable_mask(llama.shapes(arm.cfg), layers, others)
 
 
 def heldout_losses(run: Run, arm: Arm) -> dict[int, float]:

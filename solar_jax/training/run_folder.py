@@ -12,12 +12,12 @@ import ml_collections
 
 from solar_jax.checkpoints import lineage
 from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.hf_config import with_dtype
 from solar_jax.checkpoints.hf_folder import LINEAGE
 from solar_jax.checkpoints.write_hf import write_companions
 from solar_jax.config import Config, resolve
 from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import GrowthPlan
 from solar_jax.orbax_store.store import MODEL_FOLDER
 from solar_jax.storage import bucket_folder, paths
 from solar_jax.storage.atomic_folder import new_folder
@@ -169,8 +169,7 @@ def update(workdir: pathlib.Path, config: Config, record: dict[str, Any]) -> Non
 
 
 def create(
-    workdir: pathlib.Path, config: Config, checkpoint: Checkpoint, plan: GrowthPlan, hf_config: dict[str, Any],
-    record: dict[str, Any],
+    workdir: pathlib.Path, config: Config, c: Checkpoint, record: dict[str, Any]
 ) -> None:  # fmt: skip
     """Makes the folder with config.json, data.json and `model/`, what its checkpoints need to become a model again.
 
@@ -178,22 +177,21 @@ def create(
     """
     if is_local(workdir):
         with new_folder(workdir) as folder:
-            _fill(folder, config, checkpoint, plan, hf_config, record)
+            _fill(folder, config, c, record)
         return
     with tempfile.TemporaryDirectory(prefix="solar_jax_run_") as temporary:
         folder = pathlib.Path(temporary)
-        _fill(folder, config, checkpoint, plan, hf_config, record)
+        _fill(folder, config, c, record)
         files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         for name in sorted(files, key=lambda name: name == "config.json"):
             paths.write_file(workdir / name, (folder / name).read_bytes())
 
 
 def _fill(
-    folder: pathlib.Path, config: Config, checkpoint: Checkpoint, plan: GrowthPlan, hf_config: dict[str, Any],
-    record: dict[str, Any],
+    folder: pathlib.Path, config: Config, c: Checkpoint, record: dict[str, Any]
 ) -> None:  # fmt: skip
     write_json(folder / "config.json", config_dict(config))
     write_json(folder / _TEXT, record)
     (folder / MODEL_FOLDER).mkdir()
-    write_companions(folder / MODEL_FOLDER, hf_config, checkpoint.companions)
-    lineage.write(folder / MODEL_FOLDER, lineage.record(checkpoint, plan, "train", name=config.name), LINEAGE)
+    write_companions(folder / MODEL_FOLDER, with_dtype(c.hf_config, config.export.dtype), c.companions)
+    lineage.write_record(folder / MODEL_FOLDER, lineage.lineage_record(c, "train", name=config.name), LINEAGE)

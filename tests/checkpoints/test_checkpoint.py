@@ -10,10 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from solar_jax.checkpoints.checkpoint import eos_id, load_params, load_tokenizer, numpy_dtype
+from solar_jax.checkpoints.checkpoint import numpy_dtype
 from solar_jax.checkpoints.hf_folder import INDEX
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import hf_tensors, pick, to_hf
+from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.config import MeshConfig
 from solar_jax.errors import UserError
 from solar_jax.parallel.mesh import make_mesh

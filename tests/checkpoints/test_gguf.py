@@ -9,10 +9,10 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from solar_jax.checkpoints.checkpoint import eos_id
 from solar_jax.checkpoints.hf_config import model_config
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import TENSORS
+from solar_jax.checkpoints.tokenizer import eos_id
 from solar_jax.errors import UserError
 from tests.conftest import TINY, byte_tokenizer, hf_model
 

@@ -188,7 +188,7 @@ def test_a_file_that_becomes_shorter_is_refused(tmp_path, tensors):
     last = max(ours.open_gguf(path).tensors.items(), key=lambda item: item[1].stop)[0]
     with path.open("r+b") as f:
         f.truncate(path.stat().st_size - 4096)
-    with pytest.raises(UserError, match="changed meanwhile"):
+    with pytest.raises(UserError, match="modified meanwhile"):
         c.read(last)
     path.unlink()
     with pytest.raises(UserError, match="cannot be read"):
@@ -205,5 +205,5 @@ def test_a_width_that_is_no_multiple_of_a_block_is_refused(tmp_path, tensors):
     path.write_bytes(content[:at] + int(Type.Q4_K).to_bytes(4, "little") + content[at + 4 :])
     text = refusal(path)
     assert "blk.1.ffn_down.weight" in text
-    assert "rows of 256" in text
+    assert "divisible by 256" in text
     assert str(TINY["intermediate_size"]) in text

@@ -6,7 +6,7 @@ import json
 import pytest
 import transformers
 
-from solar_jax.checkpoints.hf_config import FAMILIES, FIXED, HARMLESS, grown_hf_config, model_config
+from solar_jax.checkpoints.hf_config import FAMILIES, FIXED, HARMLESS, grown_hf_config, model_config, with_dtype
 from solar_jax.checkpoints.hf_config import SIZES as SIZE_KEYS
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
@@ -355,22 +355,22 @@ def test_growing_a_config_changes_the_depth_and_dtype_and_nothing_else(tmp_path,
     hf |= dict.fromkeys(dtype_keys, "float32")
     before = json.dumps(hf)
     source = (0, 1, 2, 3, 2, 3, 4, 5, 5)
-    grown = grown_hf_config(hf, source, "bfloat16")
+    grown = with_dtype(grown_hf_config(hf, source), "bfloat16")
     assert grown == hf | {"num_hidden_layers": 9} | dict.fromkeys(dtype_keys, "bfloat16")
-    assert grown_hf_config(hf, source, None) == hf | {"num_hidden_layers": 9}
+    assert with_dtype(grown_hf_config(hf, source), None) == hf | {"num_hidden_layers": 9}
     assert json.dumps(hf) == before
 
 
 def test_a_grown_config_without_a_dtype_gets_one_where_one_is_known(tmp_path):
     hf = written(tmp_path, "llama")
     hf.pop("dtype", None)
-    assert grown_hf_config(hf, range(9), "float16") == hf | {"num_hidden_layers": 9, "dtype": "float16"}
-    assert grown_hf_config(hf, range(9), None) == hf | {"num_hidden_layers": 9}
+    assert with_dtype(grown_hf_config(hf, range(9)), "float16") == hf | {"num_hidden_layers": 9, "dtype": "float16"}
+    assert grown_hf_config(hf, range(9)) == hf | {"num_hidden_layers": 9}
 
 
 def test_a_list_with_an_entry_for_each_layer_goes_through_the_map():
     hf = {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "eos_token_id": [1, 2, 3]}
-    grown = grown_hf_config(hf, (0, 1, 1, 2, 0), None)
+    grown = grown_hf_config(hf, (0, 1, 1, 2, 0))
     assert grown == hf | {"num_hidden_layers": 5, "layer_types": ["a", "b", "b", "c", "a"]}
 
 
@@ -378,7 +378,7 @@ def test_a_list_with_an_entry_for_each_layer_goes_through_the_map():
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_a_grown_config_is_read_again_with_the_same_window(tmp_path, kind, window):
     hf = written(tmp_path, kind, **window)
-    grown = grown_hf_config(hf, (*range(5), *range(1, 6)), "float32")
+    grown = with_dtype(grown_hf_config(hf, (*range(5), *range(1, 6))), "float32")
     expected = dataclasses.replace(model_config(hf, "c"), num_hidden_layers=10)
     assert model_config(grown, "c") == expected
     assert transformers.AutoConfig.for_model(**grown).layer_types == grown["layer_types"]

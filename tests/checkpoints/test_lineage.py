@@ -18,7 +18,6 @@ from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import GrowthConfig
 from solar_jax.convert import convert
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import identity
 from solar_jax.upscale import upscale
 
 
@@ -85,9 +84,9 @@ def test_a_lineage_is_no_companion_and_a_broken_one_is_refused(once, tmp_path):
 
 
 def test_text_that_no_file_can_hold_is_kept_escaped(tmp_path):
-    lineage.write(tmp_path, {"command": ["\udcff", "ü"]}, "lineage.json")
+    lineage.write_record(tmp_path, {"command": ["\udcff", "ü"]}, "lineage.json")
     assert read(tmp_path) == {"command": ["\udcff", "ü"]}
-    lineage.write(tmp_path, {"command": ["ü"]}, "lineage.json")
+    lineage.write_record(tmp_path, {"command": ["ü"]}, "lineage.json")
     assert "ü" in (tmp_path / "lineage.json").read_text()
 
 
@@ -96,14 +95,14 @@ def test_text_that_no_file_can_hold_is_kept_escaped(tmp_path):
 
 def test_the_same_weights_elsewhere_have_the_same_identity_but_for_the_place(tiny, tmp_path):
     copy = shutil.copytree(tiny, tmp_path / "copy")
-    one, other = (lineage.identity(open_checkpoint(str(f))) for f in (tiny, copy))
+    one, other = (lineage.fingerprint(open_checkpoint(str(f))) for f in (tiny, copy))
     assert one.pop("where") != other.pop("where")
     assert one == other
 
 
 def test_other_weights_and_another_config_have_another_identity(tiny, tmp_path):
     def identities(folder):
-        found = lineage.identity(open_checkpoint(str(folder)))
+        found = lineage.fingerprint(open_checkpoint(str(folder)))
         return found["config_sha256"], found["files"][0]["sample_sha256"]
 
     copy = shutil.copytree(tiny, tmp_path / "copy")
@@ -155,13 +154,13 @@ def test_a_block_anywhere_in_a_large_file_is_noticed(tmp_path):
 
 def test_a_record_of_training_holds_what_it_is_told(tiny):
     c = open_checkpoint(str(tiny))
-    found = lineage.record(c, identity(6), "train", steps=12)
+    found = lineage.lineage_record(c, "train", steps=12)
     assert (found["made_by"], found["operator"], found["steps"]) == ("train", "identity", 12)
     assert json.loads(json.dumps(found)) == found
 
 
 def test_a_model_of_several_files_is_told_by_each(tiny, tmp_path):
     convert(str(tiny), Target(tmp_path / "m", max_shard_size="200KB"))
-    found = lineage.identity(open_checkpoint(str(tmp_path / "m")))["files"]
+    found = lineage.fingerprint(open_checkpoint(str(tmp_path / "m")))["files"]
     assert [f["name"] for f in found] == sorted(f.name for f in (tmp_path / "m").glob("*.safetensors"))
     assert len({f["sample_sha256"] for f in found}) == len(found) > 3

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from solar_jax.checkpoints.checkpoint import Checkpoint, load_params, load_tokenizer
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import find, open_checkpoint
+from solar_jax.checkpoints.tokenizer import load_tokenizer
 from solar_jax.checkpoints.write_hf import write_companions
 from solar_jax.config import CheckpointConfig
 from solar_jax.errors import UserError

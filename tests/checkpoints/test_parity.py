@@ -14,13 +14,14 @@ import pytest
 import torch
 import transformers
 
-from solar_jax.checkpoints.checkpoint import Checkpoint, load_params
+from solar_jax.checkpoints.checkpoint import Checkpoint, from_params
 from solar_jax.checkpoints.hf_config import grown_hf_config
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.checkpoints.write_hf import write_checkpoint
+from solar_jax.checkpoints.write_hf import write_model
 from solar_jax.config import GrowthConfig, ModelConfig
 from solar_jax.growth.apply import grow, grown_config
-from solar_jax.growth.operators import make_plan
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.model import llama
 from tests.conftest import TINY, save_hf
 
@@ -123,7 +124,7 @@ def test_what_we_write_is_the_same_model_to_transformers(saved, tmp_path, name):
     checkpoint, params = opened(folder)
     out = tmp_path / "out"
     out.mkdir()
-    write_checkpoint(out, params, checkpoint.cfg, checkpoint.hf_config, {}, "float32", 10**9)
+    write_model(out, from_params(params, checkpoint.cfg, checkpoint.hf_config, {}), max_shard_size=10**9)
     there = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     back, report = transformers.AutoModelForCausalLM.from_pretrained(
         out, attn_implementation="eager", output_loading_info=True
@@ -201,21 +202,21 @@ def test_the_comparison_refuses_a_model_that_leaves_something_out(saved, name, w
 def test_layers_added_with_scale_zero_change_no_logit_of_a_model_with_biases(saved, name):
     folder, expected = saved(name)
     checkpoint, params = opened(folder)
-    plan = make_plan(4, GrowthConfig("llama_pro", every=2))
-    grown = grow(params, plan)
-    assert distance(grown_config(checkpoint.cfg, plan), grown, expected) < TOLERANCE
+    layer_map = make_layer_map(4, GrowthConfig("llama_pro", every=2))
+    grown = grow(params, layer_map)
+    assert distance(grown_config(checkpoint.cfg, layer_map), grown, expected) < TOLERANCE
     if "o_bias" in params["layers"]:  # forgotten, it alone would be added by each new layer
-        grown["layers"]["o_bias"] = params["layers"]["o_bias"][jnp.array(plan.source)]
-        assert distance(grown_config(checkpoint.cfg, plan), grown, expected) > 10 * TOLERANCE
+        grown["layers"]["o_bias"] = params["layers"]["o_bias"][jnp.array(layer_map.source)]
+        assert distance(grown_config(checkpoint.cfg, layer_map), grown, expected) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["Llama 3.1", "Mistral v0.1", "Qwen2, window", "Qwen3, window"])
 def test_a_grown_model_is_the_same_to_transformers(saved, tmp_path, name):
     checkpoint, params = opened(saved(name)[0])
-    plan = make_plan(4, GrowthConfig("dus", m=1))
-    cfg, grown = grown_config(checkpoint.cfg, plan), grow(params, plan)
-    hf_config = grown_hf_config(checkpoint.hf_config, plan.source, "float32")
-    write_checkpoint(tmp_path, grown, cfg, hf_config, {}, "float32", 10**9)
+    layer_map = make_layer_map(4, GrowthConfig("dus", m=1))
+    cfg, hf_config = grown_config(checkpoint.cfg, layer_map), grown_hf_config(checkpoint.hf_config, layer_map.source)
+    deeper = grow(params, layer_map)
+    write_model(tmp_path, from_params(deeper, cfg, hf_config, {}), max_shard_size=10**9)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert model.config.num_hidden_layers == 6
-    assert distance(cfg, grown, torch_logits(model)) < TOLERANCE
+    assert distance(cfg, deeper, torch_logits(model)) < TOLERANCE

@@ -9,10 +9,11 @@ import safetensors.torch
 import torch
 import transformers
 
-from solar_jax.checkpoints.checkpoint import load_params, numpy_dtype
+from solar_jax.checkpoints.checkpoint import from_params, numpy_dtype
 from solar_jax.checkpoints.hf_folder import INDEX
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.checkpoints.write_hf import parse_size, write_checkpoint
+from solar_jax.checkpoints.write_hf import parse_size, write_model
 from solar_jax.errors import UserError
 from tests.conftest import hf_model, save_hf
 
@@ -32,7 +33,7 @@ def export(source, out, max_shard_size: int = 10**9) -> None:
     c = open_checkpoint(str(source))
     params = load_params(c, dtype=numpy_dtype(c.dtype))
     out.mkdir()
-    write_checkpoint(out, params, c.cfg, c.hf_config, c.companions, c.dtype, max_shard_size)
+    write_model(out, from_params(params, c.cfg, c.hf_config, c.companions), max_shard_size=max_shard_size)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,6 +1,7 @@
 """Checkpoints written block by block: what Orbax reads back is what `grow` makes, and no stacked array is ever held."""
 
 import contextlib
+import dataclasses
 import json
 import tracemalloc
 import warnings
@@ -12,16 +13,18 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from solar_jax.checkpoints import checkpoint, write_orbax
-from solar_jax.checkpoints.checkpoint import Checkpoint, from_params, load_params
+from solar_jax.checkpoints import checkpoint
+from solar_jax.checkpoints.checkpoint import Checkpoint, from_params
 from solar_jax.checkpoints.convert import Target
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import paths
+from solar_jax.checkpoints.views import cast, grown
 from solar_jax.checkpoints.write_orbax import total_bytes, write_params
 from solar_jax.config import GrowthConfig, ModelConfig
 from solar_jax.convert import convert
 from solar_jax.growth.apply import grow, grown_config
-from solar_jax.growth.operators import OPERATORS, identity, make_plan
+from solar_jax.growth.operators import OPERATORS, identity, make_layer_map
 from solar_jax.model.llama import Params, shapes
 from solar_jax.orbax_store import arrays
 from solar_jax.orbax_store.arrays import open_array
@@ -41,20 +44,21 @@ def base(cfg: ModelConfig, dtype: str = "float32") -> Checkpoint:
     return from_params(params, cfg, {}, {})
 
 
-def written(workdir, c: Checkpoint, plan, dtype: str | None = None) -> Params:
+def written(workdir, c: Checkpoint, layer_map, dtype: str | None = None) -> Params:
     """What Orbax reads of what is written."""
     told: list[int] = []
-    write_params(workdir, c, plan, dtype, told.append)
-    assert sum(told) == total_bytes(c, plan, dtype)
+    c = cast(grown(c, layer_map), dtype)
+    write_params(workdir, c, told.append)
+    assert sum(told) == total_bytes(c)
     assert [f.name for f in workdir.iterdir()] == [FOLDER]
-    return restored(workdir, c, plan, dtype)
+    return restored(workdir, c, layer_map, dtype)
 
 
-def restored(workdir, c: Checkpoint, plan, dtype: str | None = None) -> Params:
+def restored(workdir, c: Checkpoint, layer_map, dtype: str | None = None) -> Params:
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kind = jnp.dtype(dtype or c.dtype)
     wanted = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, kind, sharding=one), shapes(grown_config(c.cfg, plan))
+        lambda s: jax.ShapeDtypeStruct(s.shape, kind, sharding=one), shapes(grown_config(c.cfg, layer_map))
     )
     with CheckpointStore(workdir) as store:
         assert store.latest_step == 0
@@ -69,20 +73,20 @@ def test_every_operator_is_tried():
 @pytest.mark.parametrize("growth", GROWTHS, ids=IDS)
 def test_what_is_written_is_what_grow_makes_of_the_base(tmp_path, growth, dtype):
     c = base(PLAIN, dtype)
-    plan = make_plan(6, growth)
-    expected = grow(load_params(c, dtype=DTYPES[dtype]), plan)
-    assert_same_bits(written(tmp_path, c, plan), expected)
-    assert_same_bits(load_params(c, dtype=DTYPES[dtype], plan=plan), expected)  # the way that training takes
+    layer_map = make_layer_map(6, growth)
+    expected = grow(load_params(c, dtype=DTYPES[dtype]), layer_map)
+    assert_same_bits(written(tmp_path, c, layer_map), expected)
+    assert_same_bits(load_params(grown(c, layer_map), dtype=DTYPES[dtype]), expected)  # the way that training takes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stored", DTYPES)
 def test_a_dtype_that_is_asked_for_is_rounded_to_after_growing(tmp_path, stored, dtype):
     c = base(PLAIN, stored)
-    plan = make_plan(6, GrowthConfig("average", every=2))
-    grown = grow(load_params(c, dtype=DTYPES[stored]), plan)
-    expected = jax.tree.map(lambda x: np.asarray(x).astype(DTYPES[dtype]), grown)
-    assert_same_bits(written(tmp_path, c, plan, dtype), expected)
+    layer_map = make_layer_map(6, GrowthConfig("average", every=2))
+    made = grow(load_params(c, dtype=DTYPES[stored]), layer_map)
+    expected = jax.tree.map(lambda x: np.asarray(x).astype(DTYPES[dtype]), made)
+    assert_same_bits(written(tmp_path, c, layer_map, dtype), expected)
 
 
 def test_what_float16_cannot_hold_becomes_infinite_without_a_warning(tmp_path):
@@ -109,10 +113,10 @@ BLOCKS = {
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_size_of_blocks_changes_nothing_but_the_chunks(tmp_path, monkeypatch, cfg, block):
     c = base(cfg, "bfloat16")
-    plan = make_plan(6, GrowthConfig("average", every=5))
-    expected = grow(load_params(c, dtype=DTYPES["bfloat16"]), plan)
+    layer_map = make_layer_map(6, GrowthConfig("average", every=5))
+    expected = grow(load_params(c, dtype=DTYPES["bfloat16"]), layer_map)
     monkeypatch.setattr(checkpoint, "BLOCK", block)
-    assert_same_bits(written(tmp_path, c, plan), expected)
+    assert_same_bits(written(tmp_path, c, layer_map), expected)
     for path in paths(cfg):
         array = open_array(tmp_path / FOLDER / "0" / "params", path)
         chunk = array.chunk_layout.read_chunk.shape
@@ -129,9 +133,9 @@ def test_a_layer_that_stands_in_several_places_is_read_once(tmp_path, growth):
     c = base(PLAIN)
     counted = from_params(load_params(c), PLAIN, {}, {})
     object.__setattr__(counted, "read", lambda name, rows=slice(None): read.append(name) or c.read(name, rows))
-    plan = make_plan(6, growth)
-    written(tmp_path, counted, plan)
-    most = 1 if growth.operator == "dus" else 3  # what is scaled by zero is read for each place
+    layer_map = make_layer_map(6, growth)
+    written(tmp_path, counted, layer_map)
+    most = 1 if growth.operator == "dus" else 2  # once as it is, once for all the places where it is scaled by zero
     assert set(c.shape_of) == set(read)
     assert max(read.count(name) for name in read) == most
     assert max(read.count(name) for name in read if "up_proj" in name) == 1
@@ -145,7 +149,7 @@ def test_tensors_of_several_dtypes_in_one_array_become_float32_and_no_other(tmp_
     object.__setattr__(
         mixed, "read", lambda name, rows=slice(None): extra[rows] if name == wide else c.read(name, rows)
     )
-    write_params(tmp_path, mixed, identity(6), None, lambda n: None)
+    write_params(tmp_path, mixed, lambda n: None)
     folder = tmp_path / FOLDER / "0" / "params"
     found = {path: open_array(folder, path) for path in paths(PLAIN)}
     assert {path for path, x in found.items() if x.dtype.name == "float32"} == {"layers/up_proj"}
@@ -156,29 +160,27 @@ def test_tensors_of_several_dtypes_in_one_array_become_float32_and_no_other(tmp_
 # ---- Going on -------------------------------------------------------------------------------------------------------
 
 
-def interrupted(workdir, c: Checkpoint, plan, monkeypatch, after: int) -> int:
+def interrupted(workdir, c: Checkpoint, layer_map, monkeypatch, after: int) -> int:
     """An import that is stopped after so many blocks; how many chunks are stored then."""
-    calls = iter(range(10**9))
-    original = write_orbax.grown_rows
+    calls, view = iter(range(10**9)), grown(c, layer_map)
 
-    def rows(*args):
+    def read(*args):
         if next(calls) >= after:
             raise KeyboardInterrupt
-        return original(*args)
+        return view.read(*args)
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(write_orbax, "grown_rows", rows)
         patch.setattr(arrays, "_PENDING_BYTES", 1)  # each block is on disk before the next is handed over
-        write_params(workdir, c, plan, None, lambda n: None)
+        write_params(workdir, dataclasses.replace(view, read=read), lambda n: None)
     return sum(map(len, arrays.chunks(workdir / FOLDER / "0" / "params").values()))
 
 
 @pytest.mark.parametrize("lost", [None, "embed/c/0/0", "embed/zarr.json"])
 def test_an_import_goes_on_where_it_was_stopped(tmp_path, monkeypatch, lost):
-    c, plan = base(ALL), make_plan(6, GrowthConfig("average", every=2))
+    c, layer_map = base(ALL), make_layer_map(6, GrowthConfig("average", every=2))
     before = 0
     for after in (10, 20, 30):
-        stored = interrupted(tmp_path, c, plan, monkeypatch, after)
+        stored = interrupted(tmp_path, c, layer_map, monkeypatch, after)
         assert stored > before + 5
         before = stored
     if lost:  # stopped before this chunk was stored, or while the array was being created
@@ -187,17 +189,17 @@ def test_an_import_goes_on_where_it_was_stopped(tmp_path, monkeypatch, lost):
         store.delete_range(ts.KvStore.KeyRange(lost, lost + "\0")).result()
     read: list[str] = []
     counted = Checkpoint(**vars(c) | {"read": lambda name, rows=slice(None): read.append(name) or c.read(name, rows)})
-    found = written(tmp_path, counted, plan)
+    found = written(tmp_path, counted, layer_map)
     assert ("model.embed_tokens.weight" in read) == bool(lost)
     assert "model.layers.0.mlp.up_proj.weight" in read
-    assert_same_bits(found, grow(load_params(c), plan))
+    assert_same_bits(found, grow(load_params(c), layer_map))
 
 
 def test_a_second_stop_before_anything_new_loses_nothing(tmp_path, monkeypatch):
-    c, plan = base(PLAIN), identity(6)
-    first = interrupted(tmp_path, c, plan, monkeypatch, 20)
-    assert interrupted(tmp_path, c, plan, monkeypatch, 0) == first
-    assert_same_bits(written(tmp_path, c, plan), load_params(c))
+    c, layer_map = base(PLAIN), identity(6)
+    first = interrupted(tmp_path, c, layer_map, monkeypatch, 20)
+    assert interrupted(tmp_path, c, layer_map, monkeypatch, 0) == first
+    assert_same_bits(written(tmp_path, c, layer_map), load_params(c))
 
 
 def test_what_is_on_its_way_when_one_write_fails_is_waited_for(tmp_path, monkeypatch):
@@ -213,7 +215,7 @@ def test_what_is_on_its_way_when_one_write_fails_is_waited_for(tmp_path, monkeyp
 
     monkeypatch.setattr(arrays.BlockWriter, "write", write)
     with pytest.raises(ValueError, match="no"):
-        write_params(tmp_path, c, identity(6), None, lambda n: None)
+        write_params(tmp_path, c, lambda n: None)
     assert all(future.done() for future in done)
 
 
@@ -235,15 +237,15 @@ def test_a_stacked_array_is_never_held(tmp_path, monkeypatch):
     )
     c = from_params(empty, ModelConfig(**vars(cfg) | {"num_hidden_layers": 1}), {}, {})
     c = Checkpoint(**vars(c) | {"read": read})
-    plan = make_plan(1, GrowthConfig("naive", copies=26))
+    layer_map = make_layer_map(1, GrowthConfig("naive", copies=26))
     monkeypatch.setattr(checkpoint, "BLOCK", 1 << 18)
     monkeypatch.setattr(arrays, "_PENDING_BYTES", 1 << 23)
     stacked = max(s.size * 4 for s in jax.tree.leaves(shapes(cfg)["layers"]))
     assert stacked > 80e6
-    write_params(tmp_path / "warm", base(PLAIN), identity(6), None, lambda n: None)
+    write_params(tmp_path / "warm", base(PLAIN), lambda n: None)
     tracemalloc.start()
     try:
-        write_params(tmp_path / "x", c, plan, None, lambda n: None)
+        write_params(tmp_path / "x", grown(c, layer_map), lambda n: None)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

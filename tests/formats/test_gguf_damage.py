@@ -1,4 +1,4 @@
-"""Damaged GGUF files: each is refused in a sentence, soon, whatever counts and lengths it announces."""
+"""Damaged GGUF files: each is refused in a sentence, soon, whatever counts and lengths it declares."""
 
 import pathlib
 import random
@@ -59,16 +59,16 @@ def test_a_header_made_by_hand_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        *[(header(keys=n), "metadata keys are announced" if n > 1 << 16 else "announced at") for n in HUGE],
-        *[(header(tensors=n), "tensors are announced" if n > 1 << 16 else "announced at") for n in HUGE],
-        *[(header(struct.pack("<Q", n) + b"a" * 100, 1), "announced") for n in HUGE],
-        *[(header(text("a") + struct.pack("<IQ", 8, n) + b"a" * 100, 1), "announced") for n in HUGE],
-        *[(header(text("a") + struct.pack("<IIQ", 9, 4, n) + b"a" * 100, 1), "announced") for n in HUGE],
-        *[(header(text("a") + struct.pack("<IIQ", 9, 8, n) + b"a" * 100, 1), "announced") for n in HUGE],
+        *[(header(keys=n), "metadata keys are declared" if n > 1 << 16 else "declared at") for n in HUGE],
+        *[(header(tensors=n), "tensors are declared" if n > 1 << 16 else "declared at") for n in HUGE],
+        *[(header(struct.pack("<Q", n) + b"a" * 100, 1), "declared") for n in HUGE],
+        *[(header(text("a") + struct.pack("<IQ", 8, n) + b"a" * 100, 1), "declared") for n in HUGE],
+        *[(header(text("a") + struct.pack("<IIQ", 9, 4, n) + b"a" * 100, 1), "declared") for n in HUGE],
+        *[(header(text("a") + struct.pack("<IIQ", 9, 8, n) + b"a" * 100, 1), "declared") for n in HUGE],
         (header(text("a") + struct.pack("<I", 13), 1), "type 13"),
         (header(text("a") + struct.pack("<IIQ", 9, 9, 1) + bytes(99), 1), "elements of type 9"),
         (header(text("a") + struct.pack("<IIQ", 9, 99, 1) + bytes(99), 1), "elements of type 99"),
-        (header((text("a") + struct.pack("<IB", 0, 1)) * 2, 2), "a comes twice"),
+        (header((text("a") + struct.pack("<IB", 0, 1)) * 2, 2), "a appears twice"),
         (header(text(b"\xff") + struct.pack("<IB", 0, 1), 1), "UTF-8"),
         (header(text("a\n") + struct.pack("<IB", 0, 1), 1), "not printable"),
         (header(text("") + struct.pack("<IB", 0, 1), 1), "not printable"),
@@ -76,14 +76,14 @@ def test_a_header_made_by_hand_is_read(tmp_path):
         (header(version=1), "version must be 2 or 3, found 1"),
         (header(version=3 << 24), "big-endian"),
         (b"GGML" + bytes(100), "begins with b'GGML'"),
-        (padded(header(tensors=2, infos=info() * 2)), "x comes twice"),
+        (padded(header(tensors=2, infos=info() * 2)), "x appears twice"),
         (padded(header(tensors=2, infos=info() + info("y"))), "share bytes"),
         (padded(header(tensors=1, infos=info(shape=()))), "x has 0 axes"),
         (padded(header(tensors=1, infos=info(shape=(1,) * 5))), "x has 5 axes"),
         (padded(header(tensors=1, infos=text("x") + struct.pack("<I", 1 << 31))), "axes"),
-        (padded(header(tensors=1, infos=info(kind=4))), "type 4, which is not known"),  # one that llama.cpp took out
-        (padded(header(tensors=1, infos=info(kind=1 << 31))), "is not known"),
-        (padded(header(tensors=1, infos=info(kind=2))), "rows of 32"),
+        (padded(header(tensors=1, infos=info(kind=4))), "unknown quantisation type 4"),  # one that llama.cpp took out
+        (padded(header(tensors=1, infos=info(kind=1 << 31))), "unknown quantisation type"),
+        (padded(header(tensors=1, infos=info(kind=2))), "divisible by 32"),
         (padded(header(tensors=1, infos=info(shape=(17,)))), "should end at byte"),
         (padded(header(tensors=1, infos=info(offset=64))), "should end at byte"),
         *[(padded(header(tensors=1, infos=info(offset=n))), "should end at byte") for n in HUGE],
@@ -109,10 +109,10 @@ def test_metadata_of_any_size_are_not_read(tmp_path):
     many = 1 << 27
     strings = struct.pack("<IIQ", 9, 8, 1 << 19) + bytes(8 << 19)  # empty ones
     for value, said in (
-        (struct.pack("<IIQ", 9, 0, many), f"{many} bytes are announced"),
-        (struct.pack("<IIQ", 9, 8, many), f"{many} strings are announced"),
-        (struct.pack("<IQ", 8, many), f"{many} bytes are announced"),
-        (strings + text("b") + struct.pack("<IQ", 8, many), f"{many} bytes are announced"),
+        (struct.pack("<IIQ", 9, 0, many), f"{many} bytes are declared"),
+        (struct.pack("<IIQ", 9, 8, many), f"{many} strings are declared"),
+        (struct.pack("<IQ", 8, many), f"{many} bytes are declared"),
+        (strings + text("b") + struct.pack("<IQ", 8, many), f"{many} bytes are declared"),
     ):
         with file.open("wb") as f:
             f.write(header(text("a") + value, 2))

@@ -11,8 +11,8 @@ import tokenizers
 import transformers
 from tokenizers import models, pre_tokenizers, trainers
 
-from solar_jax.checkpoints.checkpoint import load_tokenizer
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tokenizer import load_tokenizer
 from solar_jax.errors import UserError
 from solar_jax.formats.gguf_header import read_header
 from solar_jax.formats.gguf_tokenizer import WORDS, files
@@ -276,10 +276,13 @@ def test_transformers_loads_the_files_that_are_written(tmp_path, make):
         ({"merges": ["th is"]}, "tokenizer.ggml.merges"),
         ({"merges": ["this"]}, "pairs of tokens, found 'this'"),
         ({"merges": ["t h e"]}, "pairs of tokens, found 't h e'"),
-        ({"eos_token_id": 9999}, "tokenizer.ggml.eos_token_id must be under"),
-        ({"bos_token_id": "1"}, "tokenizer.ggml.bos_token_id must be under"),
+        ({"eos_token_id": 9999}, "tokenizer.ggml.eos_token_id must be below"),
+        ({"bos_token_id": "1"}, "tokenizer.ggml.bos_token_id must be below"),
         ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be true or false"),
-        ({"unknown_token_id": None, "tokens": ["a", "b"], "token_type": [1, 1], "scores": [0.0, 1.0]}, "256 bytes"),
+        (
+            {"unknown_token_id": None, "tokens": ["a", "b"], "token_type": [1, 1], "scores": [0.0, 1.0]},
+            "256 byte tokens",
+        ),
     ],
 )
 def test_a_vocabulary_that_cannot_be_used_is_named(tmp_path, changes, said):

@@ -287,7 +287,7 @@ def test_a_compressed_storage_is_named(tmp_path):
     file = archive(tmp_path / "x.bin", data__0=None)
     with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as z:
         z.writestr("x/data/0", bytes(16))
-    assert "'x/data/0' must be stored as it is" in refusal(file)
+    assert "'x/data/0' must be stored uncompressed" in refusal(file)
 
 
 def test_an_encrypted_storage_is_named(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from solar_jax.config import GrowthConfig, ModelConfig
 from solar_jax.growth.apply import grow, grown_config
-from solar_jax.growth.operators import OPERATORS, GrowthPlan, identity, make_plan
+from solar_jax.growth.operators import OPERATORS, LayerMap, identity, make_layer_map
 from solar_jax.model import llama
 from solar_jax.parallel import rules
 from tests.parallel.test_mesh import mesh_of
@@ -69,19 +69,19 @@ def test_every_operator_is_tried_here():
 @pytest.mark.parametrize("growth", GROWTHS, ids=IDS)
 def test_the_gather_is_a_loop_over_layers_bit_by_bit(growth, dtype):
     params = random_params(dtype)
-    plan = make_plan(6, growth)
-    found = grow(params, plan)
-    shapes = jax.tree.map(lambda s: s.shape, llama.shapes(grown_config(CFG, plan)))
+    layer_map = make_layer_map(6, growth)
+    found = grow(params, layer_map)
+    shapes = jax.tree.map(lambda s: s.shape, llama.shapes(grown_config(CFG, layer_map)))
     assert jax.tree.map(lambda x: x.shape, found) == shapes
     for name, stacked in params["layers"].items():
         stacked = np.asarray(stacked)
-        for i in range(plan.layers):
-            layer = stacked[plan.source[i]]
-            if plan.partner[i] != plan.source[i]:
-                other = stacked[plan.partner[i]]
+        for i in range(layer_map.layers):
+            layer = stacked[layer_map.source[i]]
+            if layer_map.partner[i] != layer_map.source[i]:
+                other = stacked[layer_map.partner[i]]
                 layer = ((layer.astype(np.float32) + other.astype(np.float32)) / 2).astype(layer.dtype)
             grown = np.asarray(found["layers"][name][i])
-            if plan.scale[i] == 0 and name in SCALED:
+            if layer_map.scale[i] == 0 and name in SCALED:
                 assert not grown.any(), (name, i)
             else:
                 np.testing.assert_array_equal(bits(grown), bits(layer), err_msg=f"{name} of layer {i}")
@@ -97,57 +97,57 @@ def test_the_identity_gives_the_bases_logits_bitwise():
 @pytest.mark.parametrize("growth", [GrowthConfig("llama_pro", every=2), GrowthConfig("llama_pro", every=1)])
 def test_llama_pro_changes_no_logit(growth):
     # Bitwise: a zeroed layer adds exactly 0 to the residual stream, and the scan runs the same code for each layer.
-    params, plan = random_params(), make_plan(6, growth)
-    np.testing.assert_array_equal(output(grow(params, plan)), output(params))
+    params, layer_map = random_params(), make_layer_map(6, growth)
+    np.testing.assert_array_equal(output(grow(params, layer_map)), output(params))
 
 
 def test_llama_pro_without_the_zeros_changes_the_logits():
     # The control of the test above: the copies must matter where they are not zeroed.
-    params, plan = random_params(), make_plan(6, GrowthConfig("llama_pro", every=2))
-    copies = dataclasses.replace(plan, scale=(1.0,) * plan.layers)
+    params, layer_map = random_params(), make_layer_map(6, GrowthConfig("llama_pro", every=2))
+    copies = dataclasses.replace(layer_map, scale=(1.0,) * layer_map.layers)
     found = output(grow(params, copies))
     assert np.abs(found - output(params)).max() > 1e-2
 
 
 @pytest.mark.parametrize("forgotten", SCALED)
 def test_llama_pro_needs_both_zeros(forgotten):
-    params, plan = random_params(), make_plan(6, GrowthConfig("llama_pro", every=2))
-    copies = grow(params, dataclasses.replace(plan, scale=(1.0,) * plan.layers))
-    damaged = grow(params, plan)
+    params, layer_map = random_params(), make_layer_map(6, GrowthConfig("llama_pro", every=2))
+    copies = grow(params, dataclasses.replace(layer_map, scale=(1.0,) * layer_map.layers))
+    damaged = grow(params, layer_map)
     damaged["layers"][forgotten] = copies["layers"][forgotten]
     assert np.abs(output(damaged) - output(params)).max() > 1e-2
 
 
 def test_a_plan_for_another_depth_raises_with_both_numbers():
     with pytest.raises(ValueError, match=r"layers/\w+ has 6 layers, the plan is for 8"):
-        grow(random_params(), make_plan(8, GrowthConfig("dus", m=2)))
+        grow(random_params(), make_layer_map(8, GrowthConfig("dus", m=2)))
 
 
 def test_the_grown_config_differs_in_depth_alone():
-    plan = GrowthPlan("slices", 6, (0, 1, 2, 1, 2, 3, 4))
-    assert grown_config(CFG, plan) == dataclasses.replace(CFG, num_hidden_layers=7)
+    layer_map = LayerMap("slices", 6, (0, 1, 2, 1, 2, 3, 4))
+    assert grown_config(CFG, layer_map) == dataclasses.replace(CFG, num_hidden_layers=7)
 
 
 @pytest.mark.parametrize("growth", [g for g in GROWTHS if g.operator in ("dus", "zeroed", "average")])
 def test_growing_a_sharded_base_gives_the_same_bits_sharded_by_the_rules(growth):
-    mesh, params, plan = mesh_of(2, 2, 2), random_params(), make_plan(6, growth)
-    shardings = rules.parameter_shardings(grown_config(CFG, plan), mesh)
+    mesh, params, layer_map = mesh_of(2, 2, 2), random_params(), make_layer_map(6, growth)
+    shardings = rules.parameter_shardings(grown_config(CFG, layer_map), mesh)
     base = jax.device_put(params, rules.parameter_shardings(CFG, mesh))
-    found = jax.jit(lambda p: grow(p, plan), out_shardings=shardings)(base)
+    found = jax.jit(lambda p: grow(p, layer_map), out_shardings=shardings)(base)
     for x, sharding in zip(jax.tree.leaves(found), jax.tree.leaves(shardings), strict=True):
         assert x.sharding.is_equivalent_to(sharding, x.ndim)
-    assert_same_bits(found, grow(params, plan))
+    assert_same_bits(found, grow(params, layer_map))
 
 
 def test_growth_moves_no_weight_between_devices():
     # The gather runs along the one axis that is never split; a collective in it would be a wrong layout.
-    mesh, plan = mesh_of(2, 2, 2), make_plan(6, GrowthConfig("dus", m=2))
+    mesh, layer_map = mesh_of(2, 2, 2), make_layer_map(6, GrowthConfig("dus", m=2))
     shardings = rules.parameter_shardings(CFG, mesh)
     abstract = jax.tree.map(
         lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), llama.shapes(CFG), shardings
     )
-    out = rules.parameter_shardings(grown_config(CFG, plan), mesh)
-    text = jax.jit(lambda p: grow(p, plan), out_shardings=out).lower(abstract).compile().as_text()
+    out = rules.parameter_shardings(grown_config(CFG, layer_map), mesh)
+    text = jax.jit(lambda p: grow(p, layer_map), out_shardings=out).lower(abstract).compile().as_text()
     assert "gather(" in text or "dynamic-slice" in text  # the text is the program's
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in text

@@ -4,7 +4,7 @@ import pytest
 
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import OPERATORS, GrowthPlan, identity, make_plan
+from solar_jax.growth.operators import OPERATORS, LayerMap, identity, make_layer_map
 
 BY_HAND = [
     (6, GrowthConfig("dus", m=2), [0, 1, 2, 3, 2, 3, 4, 5]),
@@ -29,9 +29,9 @@ BY_HAND = [
 
 @pytest.mark.parametrize(("n", "growth", "expected"), BY_HAND)
 def test_layer_list_is_the_one_written_by_hand(n, growth, expected):
-    plan = make_plan(n, growth)
-    assert list(plan.source) == expected
-    assert (plan.base_layers, plan.layers) == (n, len(expected))
+    layer_map = make_layer_map(n, growth)
+    assert list(layer_map.source) == expected
+    assert (layer_map.base_layers, layer_map.layers) == (n, len(expected))
 
 
 def test_every_operator_has_a_list_by_hand():
@@ -39,82 +39,85 @@ def test_every_operator_has_a_list_by_hand():
 
 
 def test_dus_of_the_paper():
-    plan = make_plan(32, GrowthConfig("dus", m=8))
-    assert list(plan.source) == [*range(24), *range(8, 32)]
-    assert plan.layers == 48
-    assert plan.seams == (23,)
-    assert plan.distances == (1,) * 23 + (15,) + (1,) * 23
-    assert plan.runs() == [(0, 24), (24, 48)]
-    assert [i for i, new in enumerate(plan.new) if new] == [*range(24, 40)]  # source layers 8..23, a second time
-    assert plan.copies_only
+    layer_map = make_layer_map(32, GrowthConfig("dus", m=8))
+    assert list(layer_map.source) == [*range(24), *range(8, 32)]
+    assert layer_map.layers == 48
+    assert layer_map.seams == (23,)
+    assert layer_map.distances == (1,) * 23 + (15,) + (1,) * 23
+    assert layer_map.runs() == [(0, 24), (24, 48)]
+    assert [i for i, new in enumerate(layer_map.new) if new] == [*range(24, 40)]  # source layers 8..23, a second time
+    assert layer_map.copies_only
 
 
 def test_the_naive_seam_of_the_paper_is_twice_as_far():
-    plan = make_plan(32, GrowthConfig("naive"))
-    assert plan.layers == 64
-    assert plan.seams == (31,)
-    assert plan.distances[31] == 31
-    assert [d for i, d in enumerate(plan.distances) if i != 31] == [1] * 62
+    layer_map = make_layer_map(32, GrowthConfig("naive"))
+    assert layer_map.layers == 64
+    assert layer_map.seams == (31,)
+    assert layer_map.distances[31] == 31
+    assert [d for i, d in enumerate(layer_map.distances) if i != 31] == [1] * 62
 
 
 def test_the_papers_table_of_other_operators():
-    assert make_plan(32, GrowthConfig("slices", slices="0:24,8:32")).source == make_plan(32, GrowthConfig("dus")).source
-    yi = make_plan(32, GrowthConfig("block_repeat", a=12, b=28))
+    assert (
+        make_layer_map(32, GrowthConfig("slices", slices="0:24,8:32")).source
+        == make_layer_map(32, GrowthConfig("dus")).source
+    )
+    yi = make_layer_map(32, GrowthConfig("block_repeat", a=12, b=28))
     assert list(yi.source) == [*range(28), *range(12, 28), *range(28, 32)]
-    zeroed = make_plan(32, GrowthConfig("zeroed", m=8))
+    zeroed = make_layer_map(32, GrowthConfig("zeroed", m=8))
     assert list(zeroed.source) == [*range(24), *range(8, 24), *range(8, 24), *range(24, 32)]
     assert list(zeroed.scale) == [1.0] * 24 + [0.0] * 32 + [1.0] * 8
 
 
 def test_llama_pro_zeroes_the_copies_and_only_them():
-    plan = make_plan(4, GrowthConfig("llama_pro", every=2))
-    assert plan.scale == (1.0, 1.0, 0.0, 1.0, 1.0, 0.0)
-    assert plan.new == (False, False, True, False, False, True)
-    assert not plan.copies_only
+    layer_map = make_layer_map(4, GrowthConfig("llama_pro", every=2))
+    assert layer_map.scale == (1.0, 1.0, 0.0, 1.0, 1.0, 0.0)
+    assert layer_map.new == (False, False, True, False, False, True)
+    assert not layer_map.copies_only
 
 
 def test_zeroed_zeroes_both_middle_blocks_and_only_them():
-    plan = make_plan(6, GrowthConfig("zeroed", m=2))
-    assert plan.scale == (1.0,) * 4 + (0.0,) * 4 + (1.0,) * 2
-    assert plan.new == (False,) * 4 + (True,) * 4 + (False,) * 2
+    layer_map = make_layer_map(6, GrowthConfig("zeroed", m=2))
+    assert layer_map.scale == (1.0,) * 4 + (0.0,) * 4 + (1.0,) * 2
+    assert layer_map.new == (False,) * 4 + (True,) * 4 + (False,) * 2
 
 
 def test_average_means_a_layer_with_the_next_and_nothing_else():
-    plan = make_plan(5, GrowthConfig("average", every=2))
-    assert plan.partner == (0, 1, 2, 2, 3, 4, 4)
-    assert plan.new == (False, False, True, False, False, True, False)
-    assert set(plan.scale) == {1.0}
-    assert not plan.copies_only
+    layer_map = make_layer_map(5, GrowthConfig("average", every=2))
+    assert layer_map.partner == (0, 1, 2, 2, 3, 4, 4)
+    assert layer_map.new == (False, False, True, False, False, True, False)
+    assert set(layer_map.scale) == {1.0}
+    assert not layer_map.copies_only
 
 
 def test_operators_without_means_or_zeros_leave_both_out():
     for growth in (GrowthConfig("dus", m=2), GrowthConfig("naive"), GrowthConfig("interleave")):
-        plan = make_plan(6, growth)
-        assert plan.partner == plan.source
-        assert set(plan.scale) == {1.0}
-        assert plan.copies_only
+        layer_map = make_layer_map(6, growth)
+        assert layer_map.partner == layer_map.source
+        assert set(layer_map.scale) == {1.0}
+        assert layer_map.copies_only
 
 
 def test_the_identity_has_no_seam_and_nothing_new():
-    plan = identity(4)
-    assert plan.seams == ()
-    assert plan.distances == (1, 1, 1)
-    assert plan.runs() == [(0, 4)]
-    assert not any(plan.new)
+    layer_map = identity(4)
+    assert layer_map.seams == ()
+    assert layer_map.distances == (1, 1, 1)
+    assert layer_map.runs() == [(0, 4)]
+    assert not any(layer_map.new)
 
 
 def test_a_plan_of_one_layer_has_one_run_and_no_neighbours():
-    plan = identity(1)
-    assert (plan.seams, plan.distances, plan.runs()) == ((), (), [(0, 1)])
+    layer_map = identity(1)
+    assert (layer_map.seams, layer_map.distances, layer_map.runs()) == ((), (), [(0, 1)])
 
 
 def test_a_seam_is_any_step_but_one_forward():
     # one back, none, two forward, one forward, one back
-    plan = GrowthPlan("slices", 5, (3, 2, 2, 4))
-    assert plan.seams == (0, 1, 2)
-    assert plan.distances == (1, 0, 2)
-    assert plan.runs() == [(0, 1), (1, 2), (2, 3), (3, 4)]
-    assert plan.new == (False, False, True, False)
+    layer_map = LayerMap("slices", 5, (3, 2, 2, 4))
+    assert layer_map.seams == (0, 1, 2)
+    assert layer_map.distances == (1, 0, 2)
+    assert layer_map.runs() == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert layer_map.new == (False, False, True, False)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +146,11 @@ def test_a_seam_is_any_step_but_one_forward():
 )
 def test_numbers_that_do_not_fit_are_refused_by_operator_base_and_value(growth, found):
     with pytest.raises(UserError) as e:
-        make_plan(32, growth)
+        make_layer_map(32, growth)
     for part in (f"growth operator {growth.operator}(", "base of 32 layers", found):
         assert part in str(e.value)
 
 
 def test_an_unknown_operator_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"growth\.operator must be one of dus, .*slices, found 'solar'"):
-        make_plan(32, GrowthConfig("solar"))
+        make_layer_map(32, GrowthConfig("solar"))

@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from solar_jax.checkpoints.checkpoint import load_params, load_tokenizer
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tokenizer import load_tokenizer
 from solar_jax.config import ModelConfig
 from solar_jax.model import llama
 from tests.conftest import hf_model, save_hf

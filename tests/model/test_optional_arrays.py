@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from solar_jax.config import Config, GrowthConfig, ModelConfig, OptimizerConfig
 from solar_jax.growth.apply import grow
-from solar_jax.growth.operators import make_plan
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.model import llama
 from solar_jax.parallel import rules
 from solar_jax.parallel.collectives import constrain_on
@@ -125,11 +125,11 @@ def test_the_logits_of_a_mesh_are_those_of_one_device(shape):
 @pytest.mark.parametrize("operator", ["llama_pro", "average", "dus"])
 def test_growth_treats_them_as_it_treats_their_layer(operator):
     params = random_params(FULL)
-    plan = make_plan(3, GrowthConfig(operator, m=1, every=1))
-    grown = grow(params, plan)["layers"]
+    layer_map = make_layer_map(3, GrowthConfig(operator, m=1, every=1))
+    grown = grow(params, layer_map)["layers"]
     for name in ADDED:
         x = np.asarray(params["layers"][name])
-        for i, (a, b) in enumerate(zip(plan.source, plan.partner, strict=True)):
-            expected = (x[a] + x[b]) / 2 * (plan.scale[i] if name == "o_bias" else 1.0)
+        for i, (a, b) in enumerate(zip(layer_map.source, layer_map.partner, strict=True)):
+            expected = (x[a] + x[b]) / 2 * (layer_map.scale[i] if name == "o_bias" else 1.0)
             np.testing.assert_array_equal(np.asarray(grown[name])[i], expected)
-    assert operator != "llama_pro" or set(plan.scale) == {0.0, 1.0}
+    assert operator != "llama_pro" or set(layer_map.scale) == {0.0, 1.0}

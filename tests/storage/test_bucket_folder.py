@@ -14,13 +14,14 @@ import torch
 from etils import epath
 
 from solar_jax import convert, upscale
-from solar_jax.checkpoints import write_orbax
-from solar_jax.checkpoints.checkpoint import load_params
 from solar_jax.checkpoints.convert import Target
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.views import grown
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import make_plan
+from solar_jax.formats import safetensors
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.orbax_store import arrays
 from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.storage import bucket_folder, retry
@@ -117,7 +118,7 @@ def test_orbax_reads_what_is_in_the_bucket(bucket, source, tmp_path):
         here = tmp_path / "own2" / there.relative_to(out)
         here.parent.mkdir(parents=True, exist_ok=True)
         here.write_bytes(there.read_bytes())
-    expected = load_params(open_checkpoint(source), plan=make_plan(6, GrowthConfig("dus", m=1)))
+    expected = load_params(grown(open_checkpoint(source), make_layer_map(6, GrowthConfig("dus", m=1))))
     with CheckpointStore(tmp_path / "own2") as store:
         found = store.restore_params(0, jax.tree.map(as_it_is, expected))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -125,23 +126,23 @@ def test_orbax_reads_what_is_in_the_bucket(bucket, source, tmp_path):
 
 def test_an_orbax_checkpoint_whose_writing_stopped_is_none_and_is_gone_on_with(bucket, source, monkeypatch):
     out, read = epath.Path(f"{bucket}/stopped_own"), []
-    original = write_orbax.grown_rows
+    original = safetensors.read
 
-    def until(*args):
+    def until(name, entry, rows=slice(None)):
         if len(read) == 30:
             raise KeyboardInterrupt
-        read.append(args[2:4])
-        return original(*args)
+        read.append((name, rows.start))
+        return original(name, entry, rows)
 
     with monkeypatch.context() as m:
-        m.setattr(write_orbax, "grown_rows", until)
+        m.setattr(safetensors, "read", until)
         m.setattr(arrays, "_PENDING_BYTES", 1)  # each block is there before the next is handed over
         with pytest.raises(KeyboardInterrupt):
             orbax(source, out)
     with pytest.raises(UserError):
         open_checkpoint(str(out))
     first, read[:] = list(read), [None] * 31
-    monkeypatch.setattr(write_orbax, "grown_rows", until)
+    monkeypatch.setattr(safetensors, "read", until)
     orbax(source, out)
     assert len(set(first) - set(read)) > 20  # what was there was not read again
     found, expected = open_checkpoint(str(out)), open_checkpoint(source)

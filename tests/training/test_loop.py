@@ -14,7 +14,7 @@ import pytest
 
 from solar_jax import train
 from solar_jax.config import GrowthConfig, LoggingConfig
-from solar_jax.growth.operators import make_plan
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.hardware import compilation
 from solar_jax.model import llama
 from solar_jax.monitoring import profiling
@@ -31,10 +31,10 @@ from tests.training.test_step import FAST_COMPILE, config, initial, make_batch
 
 @pytest.mark.parametrize(("name", "layers"), [("new", [2]), ("seam", [1, 2])])
 def test_the_norm_that_is_recorded_is_of_what_trains_as_clipping_takes_it(name, layers):
-    plan = make_plan(2, GrowthConfig("slices", slices="0:2,1:2"))
+    layer_map = make_layer_map(2, GrowthConfig("slices", slices="0:2,1:2"))
     run, mesh, batch = config(remat="none"), mesh_of(1, 1, 1), jax.tree.map(jnp.array, make_batch(0))
-    assert SMALL.num_hidden_layers == plan.layers
-    trained, others = trainable_layers(name, plan)
+    assert SMALL.num_hidden_layers == layer_map.layers
+    trained, others = trainable_layers(name, layer_map)
     mask = trainable_mask(llama.shapes(SMALL), trained, others)
     optimizer = make_optimizer(run, mask)
 

@@ -14,7 +14,7 @@ import torch
 from solar_jax.config import Config, GrowthConfig, ModelConfig, OptimizerConfig, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import identity, make_plan
+from solar_jax.growth.operators import identity, make_layer_map
 from solar_jax.model import llama
 from solar_jax.training.optimizer import (
     DIRECTIONS,
@@ -296,7 +296,7 @@ def test_an_unknown_optimiser_is_refused_with_the_known_ones():
         make_optimizer(run(OptimizerConfig(name="sgd"), 3))
 
 
-PLAN = make_plan(4, GrowthConfig("dus", m=1))  # 0 1 2 | 1 2 3: the seam is 2|3, the copies are 3 and 4
+PLAN = make_layer_map(4, GrowthConfig("dus", m=1))  # 0 1 2 | 1 2 3: the seam is 2|3, the copies are 3 and 4
 OTHERS = ("embed", "final_norm", "lm_head")
 MOVES = {  # which layers, which other arrays
     "all": ([0, 1, 2, 3, 4, 5], OTHERS),
@@ -371,5 +371,5 @@ def test_an_unknown_choice_of_what_trains_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("growth", [GrowthConfig("llama_pro", every=2), GrowthConfig("average", every=2)])
 def test_new_trains_the_added_layers_of_every_operator(growth):
-    plan = make_plan(4, growth)
-    assert trainable_layers("new", plan)[0] == plan.new
+    layer_map = make_layer_map(4, growth)
+    assert trainable_layers("new", layer_map)[0] == layer_map.new

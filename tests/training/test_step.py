@@ -18,7 +18,7 @@ import pytest
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
-from solar_jax.checkpoints.checkpoint import load_params
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from solar_jax.data.pipeline import Batch

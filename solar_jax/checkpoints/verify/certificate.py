@@ -1,4 +1,4 @@
-"""certificate.json: that a conversion's result is what its source and plan say, tensor by tensor and by its logits.
+"""certificate.json: proof that a conversion's result is what its source and layer map say, by tensors and logits.
 
 The result is opened as any checkpoint and compared with the source through a second path: hashes of all bytes,
 tensors recomputed in numpy (`recompute`), and logits of both, streamed (`streamed_logits`). Damaged results go
@@ -27,7 +27,7 @@ from solar_jax.checkpoints.verify.streamed_logits import Distance, Layer, Model,
 from solar_jax.cli.progress import byte_bar
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import GrowthPlan
+from solar_jax.growth.operators import LayerMap
 from solar_jax.model.llama import shapes
 
 TOLERANCE = 1e-4  # of float32 logits, absolute, where no number was changed
@@ -50,78 +50,73 @@ NOT_CHECKED = (
 )
 
 
-def write(
-    c: Checkpoint, plan: GrowthPlan, folder: pathlib.Path, model: pathlib.Path, out: pathlib.Path, dtype: str | None
-) -> None:
-    """Certifies what was made of `c` by `plan` and puts certificate.json beside its config.
+def write_certificate(c: Checkpoint, folder: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> None:
+    """Certifies what was written of `c` and puts certificate.json beside its config.
 
     Args:
-      c: the base.
-      plan: made for its layers.
+      c: the checkpoint that was to be written, usually a view.
       folder: the result, as SRC names it.
-      model: where in it config.json lies.
-      out: the folder's name to be.
-      dtype: that was asked for; None for each tensor's own.
+      model: the folder of its config.json.
+      out: the name that the folder will have.
 
     Raises:
       UserError: a check failed; nothing is written then.
     """
-    certificate = certify(c, plan, folder, out=out, dtype=dtype)
+    certificate = certify(c, folder, out=out)
     print("\n".join(summary(certificate)), flush=True)
     if wrong := failures(certificate):
         raise UserError(f"{out}: " + "; ".join(wrong) + ".")
-    lineage.write(model, certificate, CERTIFICATE)
+    lineage.write_record(model, certificate, CERTIFICATE)
 
 
-def certify(
-    c: Checkpoint, plan: GrowthPlan, folder: pathlib.Path, *, out: pathlib.Path | None = None, dtype: str | None = None
-) -> dict[str, Any]:
-    """The content of certificate.json; what its logits say is judged by `failures`.
+def certify(c: Checkpoint, folder: pathlib.Path, *, out: pathlib.Path | None = None) -> dict[str, Any]:
+    """The content of certificate.json; its logits are judged by `failures`.
 
     Raises:
       UserError: the config, a companion or a tensor is not what it must be.
     """
     opened = open_checkpoint(str(folder))
-    identity = lineage.identity(opened) | {"where": str(out or folder)}
+    fingerprint = lineage.fingerprint(opened) | {"where": str(out or folder)}
     result = dataclasses.replace(opened, where=str(out or folder))
-    changed = _check_config(c, plan, result, dtype)
+    changed = _check_config(c, result)
     companions = _check_companions(c, result)
     stored = Stored(c)
-    with byte_bar(total_bytes(stored, plan, result), "certificate") as progress:
-        tensors = check_tensors(stored, plan, result, dtype, progress)
+    with byte_bar(total_bytes(stored, result), "certificate") as progress:
+        tensors = check_tensors(stored, result, progress)
     exact = all(record.get("max_abs_difference", 0.0) == 0.0 for record in tensors.values())
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "source": lineage.identity(c),
-        "result": identity,
-        "operator": plan.operator,
+        "source": lineage.fingerprint(c.source),
+        "result": fingerprint,
+        "operator": c.layer_map.operator,
         "config_changed": changed,
         "companions_sha256": companions,
-        **_logits(stored, plan, result, exact),
-        "layer_map": _layer_map(plan, result, tensors),
+        **_logits(stored, result, exact),
+        "layer_map": _layer_map(c.layer_map, result, tensors),
         "tensors": tensors,
         "not_checked": list(NOT_CHECKED),
         "versions": lineage.versions(),
     }
 
 
-def _check_config(c: Checkpoint, plan: GrowthPlan, result: Checkpoint, dtype: str | None) -> dict[str, Any]:
-    """config.json's keys that differ from the source's, which growth and dtype alone may change."""
-    must: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in c.hf_config.items()}
-    must["num_hidden_layers"] = (plan.layers,)
-    if isinstance(types := c.hf_config.get("layer_types"), list):
-        must["layer_types"] = ([types[i] for i in plan.source],)
+def _check_config(c: Checkpoint, result: Checkpoint) -> dict[str, Any]:
+    """The keys of config.json that differ from the source's, which growth and dtype alone may change."""
+    source, layer_map, dtype = c.source.hf_config, c.layer_map, c.cast_to
+    must: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in source.items()}
+    must["num_hidden_layers"] = (layer_map.layers,)
+    if isinstance(types := source.get("layer_types"), list):
+        must["layer_types"] = ([types[i] for i in layer_map.source],)
     for key in ("dtype", "torch_dtype"):
         stored = dtype or result.common_dtype
-        if key in result.hf_config and (stored or key not in c.hf_config):
-            must[key] = (stored,) if dtype else (stored, c.hf_config.get(key))
+        if key in result.hf_config and (stored or key not in source):
+            must[key] = (stored,) if dtype else (stored, source.get(key))
     changed = {}
     for key in sorted({*must, *result.hf_config}):
         found, allowed = result.hf_config.get(key), must.get(key, (None,))
         if not any(found == value and type(found) is type(value) for value in allowed):
             raise UserError(f"{result.where}: config.json's {key} must be {allowed[0]!r}, found {found!r}.")
-        if found != c.hf_config.get(key):
-            changed[key] = [c.hf_config.get(key), found]
+        if found != source.get(key):
+            changed[key] = [source.get(key), found]
     return changed
 
 
@@ -136,8 +131,8 @@ def _check_companions(c: Checkpoint, result: Checkpoint) -> dict[str, str]:
     return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
-def _layer_map(plan: GrowthPlan, result: Checkpoint, tensors: dict[str, Any]) -> list[dict[str, Any]]:
-    equal = [True] * plan.layers
+def _layer_map(layer_map: LayerMap, result: Checkpoint, tensors: dict[str, Any]) -> list[dict[str, Any]]:
+    equal = [True] * layer_map.layers
     for name, _, layer in hf_tensors(result.cfg):
         if layer is not None:
             equal[layer] &= tensors[name]["bitwise_equal"]
@@ -150,7 +145,7 @@ def _layer_map(plan: GrowthPlan, result: Checkpoint, tensors: dict[str, Any]) ->
             "equals_source": same,
         }
         for i, (source, partner, scale, same) in enumerate(
-            zip(plan.source, plan.partner, plan.scale, equal, strict=True)
+            zip(layer_map.source, layer_map.partner, layer_map.scale, equal, strict=True)
         )
     ]
 
@@ -161,35 +156,35 @@ def prompts(vocab_size: int, max_positions: int) -> list[np.ndarray]:
     return [stream_of_ids.integers(0, vocab_size, (n, min(t, max_positions))) for n, t in (SHORT, (1, LONG))]
 
 
-def kept_layers(plan: GrowthPlan) -> list[int] | None:
-    """The layers that are the base's own where all others add nothing; None where the plan changes outputs."""
-    kept = [i for i, scale in enumerate(plan.scale) if scale != 0]
-    as_base = all(plan.scale[i] == 1 and plan.partner[i] == plan.source[i] for i in kept)
-    return kept if as_base and [plan.source[i] for i in kept] == list(range(plan.base_layers)) else None
+def kept_layers(layer_map: LayerMap) -> list[int] | None:
+    """The layers that are the base's own where all others add nothing; None where the layer map changes outputs."""
+    kept = [i for i, scale in enumerate(layer_map.scale) if scale != 0]
+    as_base = all(layer_map.scale[i] == 1 and layer_map.partner[i] == layer_map.source[i] for i in kept)
+    return kept if as_base and [layer_map.source[i] for i in kept] == list(range(layer_map.base_layers)) else None
 
 
-def _logits(stored: Stored, plan: GrowthPlan, result: Checkpoint, exact: bool) -> dict[str, Any]:
+def _logits(stored: Stored, result: Checkpoint, exact: bool) -> dict[str, Any]:
     """The sections `logits` and `negative_control`.
 
     Args:
       stored: the base.
-      plan: made for its layers.
       result: what was made of it.
       exact: whether every number that was cast is still the same, so that logits must be too.
     """
+    layer_map = stored.layer_map
     grown = Model(
-        dataclasses.replace(stored.c.cfg, num_hidden_layers=plan.layers),
-        lambda path, layer, rows: grown_tensor(stored, plan, path, layer, rows),
+        dataclasses.replace(stored.c.cfg, num_hidden_layers=layer_map.layers),
+        lambda path, layer, rows: grown_tensor(stored, path, layer, rows),
     )
     made = Model(result.cfg, lambda path, layer, rows: result.read(TENSORS[path].hf.format(layer), rows))
     tokens = prompts(stored.c.cfg.vocab_size, stored.c.cfg.max_position_embeddings)
 
     given = [(t, grown.embed(t)) for t in tokens]
-    reference, kept = Run(grown, given), kept_layers(plan)
-    base = reference if kept is None or len(kept) == plan.layers else Run(grown, given)
+    reference, kept = Run(grown, given), kept_layers(layer_map)
+    base = reference if kept is None or len(kept) == layer_map.layers else Run(grown, given)
     steps = [
         Step(_loader(grown, i), (reference,) if base is reference or i not in (kept or ()) else (reference, base))
-        for i in range(plan.layers)
+        for i in range(layer_map.layers)
     ]
 
     given = [(t, made.embed(t)) for t in tokens]
@@ -197,7 +192,7 @@ def _logits(stored: Stored, plan: GrowthPlan, result: Checkpoint, exact: bool) -
     own = Run(made, given)
     rotary = Run(made, first, dataclasses.replace(made.cfg, rope_theta=made.cfg.rope_theta * _ROTARY))
     damaged = Run(made, first)
-    what, steps_of_result = _damage(made, plan, (own, rotary), damaged)
+    what, steps_of_result = _damage(made, layer_map, (own, rotary), damaged)
     steps += steps_of_result
     with byte_bar(len(steps) * _layer_bytes(result.cfg), "logits") as progress:
         stream(steps, progress)
@@ -238,18 +233,18 @@ def _loader(model: Model, layer: int) -> Callable[[], Layer]:
     return lambda: model.layer(layer)
 
 
-def different_neighbours(plan: GrowthPlan) -> tuple[int, int] | None:
+def different_neighbours(layer_map: LayerMap) -> tuple[int, int] | None:
     """The first two layers that differ and have nothing but layers that add nothing between them."""
-    adding = [i for i, scale in enumerate(plan.scale) if scale != 0]
+    adding = [i for i, scale in enumerate(layer_map.scale) if scale != 0]
     for i, j in itertools.pairwise(adding):
-        if {plan.source[i], plan.partner[i]} != {plan.source[j], plan.partner[j]}:
+        if {layer_map.source[i], layer_map.partner[i]} != {layer_map.source[j], layer_map.partner[j]}:
             return i, j
     return None
 
 
-def _damage(model: Model, plan: GrowthPlan, whole: tuple[Run, ...], damaged: Run) -> tuple[str, list[Step]]:
+def _damage(model: Model, layer_map: LayerMap, whole: tuple[Run, ...], damaged: Run) -> tuple[str, list[Step]]:
     """What is done to `damaged`, and the steps that take it and the `whole` runs through the model."""
-    pair = different_neighbours(plan)
+    pair = different_neighbours(layer_map)
     if pair is None:
 
         def interleaved() -> Layer:
@@ -258,11 +253,11 @@ def _damage(model: Model, plan: GrowthPlan, whole: tuple[Run, ...], damaged: Run
             pairs = q.reshape(*q.shape[:-1], 2, q.shape[-1] // 2).swapaxes(-1, -2)
             return layer | {"q_proj": pairs.reshape(q.shape)}
 
-        steps = [Step(_loader(model, i), (*whole, damaged) if i else whole) for i in range(plan.layers)]
+        steps = [Step(_loader(model, i), (*whole, damaged) if i else whole) for i in range(layer_map.layers)]
         return "rows of layer 0's q_proj interleaved", [Step(interleaved, (damaged,)), *steps]
     i, j = pair
     steps = []
-    for k in range(plan.layers):
+    for k in range(layer_map.layers):
         steps.append(Step(_loader(model, k), whole if i <= k < j else (*whole, damaged)))
         if k == j:
             steps += [Step(_loader(model, other), (damaged,)) for other in (*range(i + 1, j), i)]

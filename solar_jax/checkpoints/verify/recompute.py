@@ -18,9 +18,9 @@ import numpy as np
 from solar_jax.checkpoints.checkpoint import Checkpoint, numpy_dtype, row_blocks, row_unit
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import GrowthPlan
+from solar_jax.growth.operators import LayerMap
 
-# The tensors by which a layer adds to the residual stream: those that a plan scales.
+# The tensors by which a layer adds to the residual stream: those that a layer map scales.
 _ADDING = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
 _THREADS = 2  # tensors hashed at a time
 _PIECE = 1 << 20  # elements that are recomputed at a time
@@ -77,10 +77,11 @@ _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # the dtypes 
 
 
 class Stored:
-    """The tensors of a source by HF name: the bytes that lie in its file, and the numbers that they stand for."""
+    """The tensors of a view's source by HF name: the bytes in its file, and the numbers that they stand for."""
 
-    def __init__(self, c: Checkpoint):
-        self.c = c
+    def __init__(self, view: Checkpoint):
+        self.c = c = view.source
+        self.layer_map, self.dtype = view.layer_map, view.cast_to
         self._gguf: dict[str, Any] = {}
         self._interleaved = ()  # what llama.cpp's converter stores with rotary pairs side by side
         if len(c.files) == 1 and _starts_with(c.files[0], b"GGUF"):
@@ -140,11 +141,11 @@ def _starts_with(file: pathlib.Path, magic: bytes) -> bool:
         return f.read(len(magic)) == magic
 
 
-def source_names(plan: GrowthPlan, path: str, layer: int | None) -> list[str]:
+def source_names(layer_map: LayerMap, path: str, layer: int | None) -> list[str]:
     """The base's tensors that a tensor of the grown model is made of."""
     if layer is None:
         return [TENSORS[path].hf]
-    return [TENSORS[path].hf.format(i) for i in dict.fromkeys((plan.source[layer], plan.partner[layer]))]
+    return [TENSORS[path].hf.format(i) for i in dict.fromkeys((layer_map.source[layer], layer_map.partner[layer]))]
 
 
 def grown(parts: Sequence[np.ndarray], scale: float) -> np.ndarray:
@@ -158,38 +159,34 @@ def grown(parts: Sequence[np.ndarray], scale: float) -> np.ndarray:
     return x
 
 
-def grown_tensor(stored: Stored, plan: GrowthPlan, path: str, layer: int | None, rows: slice) -> np.ndarray:
+def grown_tensor(stored: Stored, path: str, layer: int | None, rows: slice) -> np.ndarray:
     """Rows of a tensor of the grown model, float32 in HF's layout, from the base alone."""
-    parts = [np.ascontiguousarray(stored.values(name, rows)) for name in source_names(plan, path, layer)]
+    parts = [np.ascontiguousarray(stored.values(name, rows)) for name in source_names(stored.layer_map, path, layer)]
     out = np.empty(parts[0].shape, np.float32)
-    flat, scale = [part.reshape(-1) for part in parts], _scale(plan, path, layer)
+    flat, scale = [part.reshape(-1) for part in parts], _scale(stored.layer_map, path, layer)
     for start in range(0, out.size, _PIECE):  # a mean takes several times its own memory
         piece = slice(start, start + _PIECE)
         out.reshape(-1)[piece] = grown([part[piece] for part in flat], scale)
     return out
 
 
-def _scale(plan: GrowthPlan, path: str, layer: int | None) -> float:
-    return plan.scale[layer] if layer is not None and TENSORS[path].hf.endswith(_ADDING) else 1.0
+def _scale(layer_map: LayerMap, path: str, layer: int | None) -> float:
+    return layer_map.scale[layer] if layer is not None and TENSORS[path].hf.endswith(_ADDING) else 1.0
 
 
-def total_bytes(stored: Stored, plan: GrowthPlan, result: Checkpoint) -> int:
+def total_bytes(stored: Stored, result: Checkpoint) -> int:
     """What `check_tensors` hashes."""
-    used = {name for _, path, layer in hf_tensors(result.cfg) for name in source_names(plan, path, layer)}
+    used = {name for _, path, layer in hf_tensors(result.cfg) for name in source_names(stored.layer_map, path, layer)}
     made = [(result.shape_of[name], result.dtype_of[name]) for name, _, _ in hf_tensors(result.cfg)]
     return sum(map(stored.nbytes, used)) + sum(math.prod(shape) * dtype.itemsize for shape, dtype in made)
 
 
-def check_tensors(
-    stored: Stored, plan: GrowthPlan, result: Checkpoint, dtype: str | None, progress: Callable[[int], None]
-) -> dict[str, dict[str, Any]]:
+def check_tensors(stored: Stored, result: Checkpoint, progress: Callable[[int], None]) -> dict[str, dict[str, Any]]:
     """Every tensor of the result hashed, and compared with what the source says that it must be.
 
     Args:
       stored: the base.
-      plan: made for its layers.
       result: what was made of it.
-      dtype: that was asked for; None for each tensor's own.
       progress: told the bytes hashed since the last call.
 
     Returns:
@@ -199,12 +196,12 @@ def check_tensors(
       UserError: a tensor is not what it must be.
     """
     tensors = list(hf_tensors(result.cfg))
-    used = {name: path for _, path, layer in tensors for name in source_names(plan, path, layer)}
+    used = {name: path for _, path, layer in tensors for name in source_names(stored.layer_map, path, layer)}
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
             hashes = pool.map(lambda item: _sha256(stored, item[0], item[1], progress), used.items())
             sha256 = dict(zip(used, hashes, strict=True))
-            check = functools.partial(_check, stored, plan, result, dtype, sha256, progress)
+            check = functools.partial(_check, stored, result, sha256, progress)
             return dict(pool.map(check, tensors))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -228,25 +225,25 @@ def _sha256(stored: Stored, name: str, path: str, progress: Callable[[int], None
 
 def _check(
     stored: Stored,
-    plan: GrowthPlan,
     result: Checkpoint,
-    dtype: str | None,
     sha256: dict[str, str],
     progress: Callable[[int], None],
     tensor: tuple[str, str, int | None],
 ) -> tuple[str, dict[str, Any]]:
     """(HF name, record) of one tensor."""
     name, path, layer = tensor
-    c, sources, scale = stored.c, source_names(plan, path, layer), _scale(plan, path, layer)
+    c, sources, scale = stored.c, source_names(stored.layer_map, path, layer), _scale(stored.layer_map, path, layer)
     before, after = c.dtype_of[sources[0]], result.dtype_of[name]
-    allowed = {numpy_dtype(dtype)} if dtype else {before, np.dtype(np.float32)}  # a stack of several dtypes is float32
+    allowed = (
+        {numpy_dtype(stored.dtype)} if stored.dtype else {before, np.dtype(np.float32)}
+    )  # a stack of several dtypes is float32
     if after not in allowed:
         expected = " or ".join(sorted(d.name for d in allowed))
         raise UserError(f"{result.where}: {name} must be {expected}, found {after.name}.")
     made = [stored.made(source) for source in sources[:1]]
     if len(sources) == 2:
         assert layer is not None
-        made.append(f"mean of layers {plan.source[layer]} and {plan.partner[layer]}")
+        made.append(f"mean of layers {stored.layer_map.source[layer]} and {stored.layer_map.partner[layer]}")
     made += [f"scaled by {scale}"] if scale != 1.0 else []
     made += [f"cast {before.name}->{after.name}"] if after != before else []
     digest, equal, difference = hashlib.sha256(), True, 0.0

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -13,15 +14,15 @@ import safetensors.torch
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 
-from solar_jax.checkpoints import write_hf, write_orbax
-from solar_jax.checkpoints.checkpoint import load_params
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.verify import certificate, recompute
+from solar_jax.checkpoints.views import cast, grown
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grow
-from solar_jax.growth.operators import GrowthPlan, make_plan
+from solar_jax.growth.operators import LayerMap, make_layer_map
 from solar_jax.model import llama
 from tests.checkpoints import test_gguf, test_parity
 from tests.conftest import TINY, hf_model, save_hf
@@ -35,15 +36,15 @@ UP = "model.layers.3.mlp.up_proj.weight"
 def convert(source, out, growth=IDENTITY, form="hf", dtype=None, verify=True) -> dict:
     """The certificate of a conversion; empty where none is asked for."""
     c = open_checkpoint(str(source))
-    plan = make_plan(c.cfg.num_hidden_layers, growth)
-    convert_checkpoint(c, plan, Target(out, form, dtype), "convert", verify=verify)
+    layer_map = make_layer_map(c.cfg.num_hidden_layers, growth)
+    convert_checkpoint(grown(c, layer_map), Target(out, form, dtype), "convert", verify=verify)
     file = (out if form == "hf" else out / "model") / "certificate.json"
     return json.loads(file.read_text()) if verify else {}
 
 
 def certify(source, out, growth=IDENTITY, dtype=None) -> dict:
     c = open_checkpoint(str(source))
-    return certificate.certify(c, make_plan(c.cfg.num_hidden_layers, growth), out, dtype=dtype)
+    return certificate.certify(cast(grown(c, make_layer_map(c.cfg.num_hidden_layers, growth)), dtype), out)
 
 
 def refusal(source, out, growth=IDENTITY, dtype=None) -> str:
@@ -283,11 +284,18 @@ def test_an_array_of_our_own_form_that_was_changed_is_named(tmp_path, tiny):
 
 @pytest.mark.parametrize("form", ["hf", "orbax"])
 def test_a_wrong_writer_leaves_no_folder(tmp_path, tiny, monkeypatch, form):
-    def wrong(c, plan, path, layer, rows=slice(None)):
-        return c.read(write_hf.source_name(path, layer, plan), rows)  # without the mean
+    rightly = grown
 
-    for module in (write_hf, write_orbax):
-        monkeypatch.setattr(module, "grown_rows", wrong)
+    def wrong(c, layer_map):
+        right = rightly(c, layer_map)
+
+        def read(name, rows=slice(None)):
+            source = re.sub(r"layers\.(\d+)", lambda m: f"layers.{layer_map.source[int(m[1])]}", name)
+            return c.read(source, rows)  # without the mean
+
+        return dataclasses.replace(right, read=read)
+
+    monkeypatch.setitem(globals(), "grown", wrong)
     with pytest.raises(UserError, match=r"out: model\.layers\.3\..* is not mean of layers 2 and 3"):
         convert(tiny, tmp_path / "out", AVERAGE, form)
     assert list(tmp_path.iterdir()) == []
@@ -339,7 +347,7 @@ def test_the_controls_are_the_damage_that_they_say(tmp_path, tiny):
     params, logits = load_params(c), jax.jit(llama.logits, static_argnums=0)
     tokens = [t[:, : certificate.CONTROL] for t in certificate.prompts(c.cfg.vocab_size, 1024)]
     faster = dataclasses.replace(c.cfg, rope_theta=10 * c.cfg.rope_theta)
-    swapped = grow(params, GrowthPlan("swap", 8, (1, 0, 2, 3, 4, 5, 6, 7)))
+    swapped = grow(params, LayerMap("swap", 8, (1, 0, 2, 3, 4, 5, 6, 7)))
     for record, (cfg, damaged) in zip(found, ((faster, params), (c.cfg, swapped)), strict=True):
         expected = max(float(abs(logits(c.cfg, params, t) - logits(cfg, damaged, t)).max()) for t in tokens)
         assert record["max_abs_difference"] == pytest.approx(expected, rel=1e-4)
@@ -348,7 +356,7 @@ def test_the_controls_are_the_damage_that_they_say(tmp_path, tiny):
 
 def test_layers_that_may_be_swapped_differ_and_add_something():
     def neighbours(operator: str, **numbers) -> tuple[int, int] | None:
-        return certificate.different_neighbours(make_plan(3, GrowthConfig(operator, **numbers)))
+        return certificate.different_neighbours(make_layer_map(3, GrowthConfig(operator, **numbers)))
 
     assert neighbours("interleave", copies=2) == (1, 2)  # 0 0 1 1 2 2
     assert neighbours("llama_pro", every=1) == (0, 2)  # 0 0' 1 1' 2 2'
@@ -358,7 +366,7 @@ def test_layers_that_may_be_swapped_differ_and_add_something():
 
 def test_only_plans_whose_added_layers_add_nothing_are_compared_with_the_base():
     def kept(operator: str, **numbers) -> list[int] | None:
-        return certificate.kept_layers(make_plan(3, GrowthConfig(operator, **numbers)))
+        return certificate.kept_layers(make_layer_map(3, GrowthConfig(operator, **numbers)))
 
     assert kept("identity") == [0, 1, 2]
     assert kept("llama_pro", every=1) == [0, 2, 4]
@@ -366,7 +374,7 @@ def test_only_plans_whose_added_layers_add_nothing_are_compared_with_the_base():
     assert kept("slices", slices="0:2,2:3") == [0, 1, 2]
     for other in (kept("dus", m=1), kept("average", every=1), kept("slices", slices="0:2")):
         assert other is None
-    assert certificate.kept_layers(GrowthPlan("half", 2, (0, 1), scale=(1.0, 0.5))) is None
+    assert certificate.kept_layers(LayerMap("half", 2, (0, 1), scale=(1.0, 0.5))) is None
 
 
 def test_the_tokens_of_prompts_are_the_same_everywhere():

@@ -7,7 +7,7 @@ import torch
 
 from solar_jax.checkpoints.checkpoint import numpy_dtype
 from solar_jax.checkpoints.verify import recompute
-from solar_jax.growth.operators import GrowthPlan
+from solar_jax.growth.operators import LayerMap
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -43,7 +43,7 @@ def test_a_mean_and_a_scale_are_rounded_each_to_the_sources_dtype():
 
 
 def test_a_tensor_comes_from_its_layers_source_and_partner():
-    plan = GrowthPlan("by hand", 3, (0, 2, 2), partner=(0, 1, 2))
-    names = [recompute.source_names(plan, "layers/up_proj", i) for i in range(3)]
+    layer_map = LayerMap("by hand", 3, (0, 2, 2), partner=(0, 1, 2))
+    names = [recompute.source_names(layer_map, "layers/up_proj", i) for i in range(3)]
     assert names == [[f"model.layers.{j}.mlp.up_proj.weight" for j in js] for js in ([0], [2, 1], [2])]
-    assert recompute.source_names(plan, "final_norm", None) == ["model.norm.weight"]
+    assert recompute.source_names(layer_map, "final_norm", None) == ["model.norm.weight"]

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from solar_jax.checkpoints.checkpoint import Checkpoint, load_params
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import TENSORS
 from solar_jax.checkpoints.verify import streamed_logits

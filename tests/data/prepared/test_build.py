@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from solar_jax import prepare as command
-from solar_jax.checkpoints.checkpoint import eos_id, load_tokenizer
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.config import Config, DataConfig
 from solar_jax.data import packing
 from solar_jax.data.corpus import heldout_rows, load_corpus

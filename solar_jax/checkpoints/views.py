@@ -1,0 +1,91 @@
+"""Views: checkpoints computed from others while they are read. Each takes checkpoints and gives one."""
+
+import dataclasses
+
+import numpy as np
+
+from solar_jax.checkpoints.checkpoint import Checkpoint, Origin, View, numpy_dtype
+from solar_jax.checkpoints.hf_config import grown_hf_config, with_dtype
+from solar_jax.checkpoints.tensor_table import TENSORS, hf_tensors
+from solar_jax.growth.apply import SCALED, grown_config
+from solar_jax.growth.operators import LayerMap
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """How one tensor of a grown checkpoint is made: (source + partner) / 2 * scale, each step in the source's dtype."""
+
+    source: str  # HF name in the base
+    partner: str  # the same where there is none
+    scale: float
+
+    @property
+    def is_copy(self) -> bool:
+        return self.partner == self.source and self.scale == 1.0
+
+
+def _made(path: str, layer: int | None, layer_map: LayerMap) -> _Made:
+    if layer is None:
+        return _Made(TENSORS[path].hf, TENSORS[path].hf, 1.0)
+    source, partner = (TENSORS[path].hf.format(of[layer]) for of in (layer_map.source, layer_map.partner))
+    return _Made(source, partner, layer_map.scale[layer] if path.rpartition("/")[2] in SCALED else 1.0)
+
+
+def grown(c: Checkpoint, layer_map: LayerMap) -> Checkpoint:
+    """The checkpoint that a layer map makes of `c`: what `growth.apply.grow` does, without holding the model.
+
+    Tensors keep their dtypes. A tensor that is a copy has its source's origin.
+
+    Args:
+      c: has as many layers as the layer map's base.
+      layer_map: identity gives `c` itself.
+    """
+    if layer_map.is_identity:
+        return c
+    cfg = grown_config(c.cfg, layer_map)
+    made = {name: _made(path, layer, layer_map) for name, path, layer in hf_tensors(cfg)}
+
+    def origin(m: _Made) -> Origin:
+        source = c.origin(m.source)
+        return source if m.is_copy else (source, c.origin(m.partner), m.scale)
+
+    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
+        m = made[name]
+        x = c.read(m.source, rows)
+        if m.partner != m.source:
+            x = ((x.astype(np.float32) + c.read(m.partner, rows).astype(np.float32)) / 2).astype(x.dtype)
+        return x if m.scale == 1.0 else x * np.asarray(m.scale, x.dtype)
+
+    return dataclasses.replace(
+        c,
+        hf_config=grown_hf_config(c.hf_config, layer_map.source),
+        cfg=cfg,
+        shape_of={name: c.shape_of[m.source] for name, m in made.items()},
+        dtype_of={name: c.dtype_of[m.source] for name, m in made.items()},
+        read=read,
+        entry_of={name: c.entry_of[m.source] for name, m in made.items() if m.is_copy and m.source in c.entry_of},
+        origins={name: origin(m) for name, m in made.items()},
+        view=View(c, layer_map=layer_map),
+    )
+
+
+def cast(c: Checkpoint, dtype: str | None) -> Checkpoint:
+    """The checkpoint with every tensor in one dtype; `c` itself if None. Values too large for float16 become inf."""
+    if dtype is None:
+        return c
+    wanted = numpy_dtype(dtype)
+    kept = {name for name, stored in c.dtype_of.items() if stored == wanted}
+
+    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return c.read(name, rows).astype(wanted, copy=False)
+
+    return dataclasses.replace(
+        c,
+        hf_config=with_dtype(c.hf_config, dtype),
+        dtype_of=dict.fromkeys(c.dtype_of, wanted),
+        read=read,
+        entry_of={name: entry for name, entry in c.entry_of.items() if name in kept},
+        origins={name: c.origin(name) if name in kept else (c.origin(name), dtype) for name in c.shape_of},
+        view=View(c, dtype=dtype),
+    )
