@@ -33,6 +33,7 @@ from solar_jax.planning.aot import compile_step
 from solar_jax.planning.memory import GIB, Need
 from solar_jax.planning.search import Devices, Option
 from solar_jax.storage.json_files import read_json_object, write_json
+from solar_jax.training.partition import Partition, make_partition
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what the compiler's refusal begins with
 
@@ -81,7 +82,8 @@ def plan(
     # ---- What is asked for ------------------------------------------------------------------------------------------
     begin = time.monotonic()
     base = config.model if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
-    cfg = grown_config(base, make_layer_map(base.num_hidden_layers, config.growth))
+    layer_map = make_layer_map(base.num_hidden_layers, config.growth)
+    cfg, partition = grown_config(base, layer_map), make_partition(config.train.trainable, layer_map)
     step_tokens = config.train.batch_size * config.data.sequence_length
     tokens = config.train.steps * step_tokens if tokens is None else tokens
     if not tokens > 0:
@@ -103,9 +105,9 @@ def plan(
     rows = []
     for wanted in slices:
         devices = search.of_slice(wanted)
-        result = estimated(cfg, config, wanted, devices)
+        result = estimated(cfg, config, wanted, devices, partition)
         if compiles and result.fits:
-            result = checked(cfg, config, wanted, devices, begin + time_limit) or result
+            result = checked(cfg, config, wanted, devices, begin + time_limit, partition) or result
         rows.append(row(cfg, wanted, result, tokens, (prices or {}).get(wanted.chip, wanted.facts.price)))
 
     # ---- What came of it --------------------------------------------------------------------------------------------
@@ -149,28 +151,28 @@ def no_compiler(wanted: Slice) -> str:
     return ""
 
 
-def estimated(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices) -> Result:
+def estimated(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices, partition: Partition) -> Result:
     """The best way by shapes alone, and what every policy needs on its mesh, printed."""
     chip = wanted.facts
-    found = search.options(cfg, config, devices)
+    found = search.options(cfg, config, devices, partition)
     say(
         f"\n{wanted.name}: {wanted.chips:,} chips, a device {chip.memory:.1f} GiB and {chip.peak / 1e12:,.0f} TFLOP/s; "
         f"{len(found):,} meshes and policies"
     )
-    option, need = search.best(cfg, found, devices)
-    say(policies(cfg, option, devices))
+    option, need = search.best(cfg, found, devices, partition)
+    say(policies(cfg, option, devices, partition))
     fits = search.fits(need, devices)
     say(f"{'best' if fits else 'does not fit; least'}: {option}, {need}")
     assert option.time is not None
     return Result(option, need.total, option.time.total, compiled=False, fits=fits)
 
 
-def policies(cfg: ModelConfig, option: Option, devices: Devices) -> str:
+def policies(cfg: ModelConfig, option: Option, devices: Devices, partition: Partition) -> str:
     """A line for every remat policy on an option's mesh, GiB a device."""
     parts = [field.name for field in dataclasses.fields(Need)]
     lines = [f"{'remat':<12}{'HBM GiB':>9}" + "".join(f"{name:>13}" for name in parts) + f"{'step s':>9}"]
-    for other in search.other_policies(cfg, option, devices):
-        need = search.need(cfg, other)
+    for other in search.other_policies(cfg, option, devices, partition):
+        need = search.need(cfg, other, partition)
         sizes = "".join(f"{getattr(need, name) / GIB:>13.2f}" for name in parts)
         mark = " <" if other.config == option.config else "" if search.fits(need, devices) else " does not fit"
         seconds = other.time.total if other.time else 0.0
@@ -178,11 +180,13 @@ def policies(cfg: ModelConfig, option: Option, devices: Devices) -> str:
     return "\n".join(lines)
 
 
-def checked(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices, deadline: float) -> Result | None:
+def checked(
+    cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices, deadline: float, partition: Partition
+) -> Result | None:
     """The best way that the TPU compiler takes, with its figures; None where time ran out first."""
     smallest = devices.memory
-    for option in search.options(cfg, config, devices):
-        need = search.need(cfg, option)
+    for option in search.options(cfg, config, devices, partition):
+        need = search.need(cfg, option, partition)
         if not search.fits(need, devices) or need.total >= smallest:
             continue
         if time.monotonic() > deadline:
@@ -192,7 +196,7 @@ def checked(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices, d
         say(f"compiling {option} for {wanted.name}")
         try:
             with ticking(f"compiling for {wanted.name}"):
-                compiled = compile_step(cfg, option.config, wanted)
+                compiled = compile_step(cfg, option.config, wanted, partition=partition)
         except jax.errors.JaxRuntimeError as e:
             if OUT_OF_MEMORY not in str(e):
                 raise

@@ -55,7 +55,8 @@ from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.paths import is_local
 from solar_jax.training import preemption, run_folder
 from solar_jax.training.loop import train
-from solar_jax.training.optimizer import make_optimizer, trainable_layers
+from solar_jax.training.optimizer import make_optimizer
+from solar_jax.training.partition import Partition, make_partition
 from solar_jax.training.run import Arm, Run, evaluate, first_params, say
 
 
@@ -103,13 +104,15 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     devices = search.present()
     if config.model.num_hidden_layers:  # the shape is known, so what cannot fit is told without a checkpoint
         layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
-        search.choose(grown_config(config.model, layer_map), config, devices)
+        search.choose(
+            grown_config(config.model, layer_map), config, devices, make_partition(config.train.trainable, layer_map)
+        )
     checkpoint = open_checkpoint(config.source)
     check_model(config, checkpoint)
     layer_map = make_layer_map(checkpoint.cfg.num_hidden_layers, config.growth)
-    trained = trainable_layers(config.train.trainable, layer_map)[0]
+    partition = make_partition(config.train.trainable, layer_map)
     deeper = grown(checkpoint, layer_map)
-    option, need = search.choose(deeper.cfg, config, devices)
+    option, need = search.choose(deeper.cfg, config, devices, partition)
     mesh = make_mesh(option.config.mesh)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     goes_on = run_folder.check_owner(folder, config, allowed)
@@ -124,7 +127,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
 
     # ---- What will be done ----------------------------------------------------------------------------------------
     heldout = heldout_rows(corpus, config.evaluation.windows)
-    announce(config, folder, deeper, trained, option, need, corpus, len(heldout), goes_on)
+    announce(config, folder, deeper, partition, option, need, corpus, len(heldout), goes_on)
     processes.wait("everything is checked")
     if processes.is_first():
         if goes_on:
@@ -213,7 +216,7 @@ def check_model(config: Config, checkpoint: Checkpoint) -> None:
 
 
 def announce(
-    config: Config, folder: pathlib.Path, deeper: Checkpoint, trained: tuple[bool, ...],
+    config: Config, folder: pathlib.Path, deeper: Checkpoint, partition: Partition,
     option: search.Option, need: Need, corpus: Corpus, windows: int, goes_on: bool,
 ) -> None:  # fmt: skip
     """Says everything that is about to happen."""
@@ -223,7 +226,7 @@ def announce(
     say(f"\n{'Going on with' if goes_on else 'Starting'} {config.name} in {folder}")
     say(f"base      {checkpoint.where}: {base.num_hidden_layers} layers, stored as {checkpoint.dtype}")
     say(f"growth    {picture(deeper.layer_map, parameter_count(base), parameter_count(cfg))}")
-    say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(trained) if t])}")
+    say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(partition.layers) if t])}")
     readings = passes(corpus, config.train.steps * config.train.batch_size)
     for (source, rows), times in zip(corpus.train, readings, strict=True):
         say(

@@ -32,7 +32,8 @@ from solar_jax.model.precision import PRECISIONS
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.training.optimizer import DIRECTIONS, make_optimizer
-from solar_jax.training.step import abstract_state, make_eval_step, make_train_step, mean_loss, state_shardings
+from solar_jax.training.state import abstract_state, state_shardings
+from solar_jax.training.step import make_eval_step, make_train_step, mean_loss
 
 RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "dus_48l.py"
 RATES = {"lion": 0.3}  # of AdamW's rate: the step of a sign is a larger one

@@ -20,7 +20,8 @@ from solar_jax.model.precision import compute_dtype, precision
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.training.optimizer import learning_rate, make_optimizer
-from solar_jax.training.step import make_train_step, state_shardings
+from solar_jax.training.state import state_shardings
+from solar_jax.training.step import make_train_step
 
 Step = Callable[[int], float]  # the step of that number -> its loss
 Profile = Callable[[], str]

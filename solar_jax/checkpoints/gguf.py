@@ -1,8 +1,8 @@
-"""GGUF files of the Llama and Qwen architectures, seen as a Hugging Face checkpoint: config, tokenizer, tensors.
+"""GGUF files of Llama and Qwen architectures, presented as a Hugging Face checkpoint: config, tokenizer, tensors.
 
-Quantised tensors are dequantised to float32. In files of the architecture `llama`, which Mistral and SOLAR have too,
-llama.cpp stores q_proj and k_proj with the two halves of each rotary pair interleaved; they come out in Hugging Face's
-half-split order.
+Quantised tensors are dequantised to float32. In files of architecture `llama`, which includes Mistral and SOLAR,
+llama.cpp stores q_proj and k_proj with the two halves of each rotary pair interleaved; they are returned in Hugging
+Face's half-split order.
 """
 
 import dataclasses
@@ -23,77 +23,77 @@ from solar_jax.formats import gguf_tokenizer
 from solar_jax.formats.gguf_header import read_header, short
 from solar_jax.formats.safetensors import Entry
 
-# `general.architecture`, which is `model_type` of config.json too -> the tensors whose heads are interleaved
+# `general.architecture`, the same as config.json's `model_type` -> tensors with interleaved heads
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "llama": ("layers/q_proj", "layers/q_bias", "layers/k_proj", "layers/k_bias"),
     "qwen2": (),
     "qwen3": (),
 }
 
-# GGUF key of the architecture -> (config.json key, what an absent one means; ... if it must be there)
+# GGUF key of the architecture -> (config.json key, default if absent; ... if required)
 CONFIG_KEYS: dict[str, tuple[str, Any]] = {
     "block_count": ("num_hidden_layers", ...),
     "embedding_length": ("hidden_size", ...),
     "feed_forward_length": ("intermediate_size", ...),
     "attention.head_count": ("num_attention_heads", ...),
-    "attention.head_count_kv": ("num_key_value_heads", None),  # as many as heads
+    "attention.head_count_kv": ("num_key_value_heads", None),  # the number of heads
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", ...),
     "attention.key_length": ("head_dim", None),  # hidden_size / num_attention_heads
     "context_length": ("max_position_embeddings", ...),
     "rope.freq_base": ("rope_theta", 10000.0),
-    "vocab_size": ("vocab_size", None),  # the rows of the embedding
+    "vocab_size": ("vocab_size", None),  # the number of embedding rows
 }
-# Keys that speak of what another key decides, or of nothing.
+# Keys without effect, or redundant with another key.
 _OTHER_KEYS = {"rope.scaling.type", "rope.scaling.factor", "rope.dimension_count", "attention.value_length"}
 _OTHER_KEYS |= {"rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout"}
-_FIXED = {"attention.causal": True}  # keys that change the maths, with the value that the model computes
+_FIXED = {"attention.causal": True}  # keys that change the maths -> the only supported value
 
 ROPE_FREQS = "rope_freqs.weight"
-# What Llama 3.1, 3.2 and 3.3 have; their files hold the frequencies that follow and not these numbers.
+# Values of Llama 3.1, 3.2 and 3.3; their files hold the resulting frequency factors, not these numbers.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUF:
-    """An opened file."""
+    """An open GGUF file."""
 
     path: pathlib.Path
     fields: dict[str, Any]  # metadata
-    tensors: dict[str, Entry]  # by HF name; the code is the quantisation type
-    interleaved: dict[str, int]  # HF name -> heads, of the tensors that are in llama.cpp's order
-    rope_factors: np.ndarray | None  # each rotary frequency is divided by its own, [head_dim / 2]
+    tensors: dict[str, Entry]  # by HF name; `code` is the quantisation type
+    interleaved: dict[str, int]  # HF name -> number of heads, for tensors in llama.cpp's order
+    rope_factors: np.ndarray | None  # divisor of each rotary frequency, [head_dim / 2]
 
     @property
     def architecture(self) -> str:
         return self.fields["general.architecture"]
 
     def field(self, key: str) -> Any:
-        """The metadata of a key of the architecture; None if absent."""
+        """Returns the metadata value of an architecture key, or None if absent."""
         return self.fields.get(f"{self.architecture}.{key}")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """In torch's order, [out, in]."""
+        """Returns a tensor's shape in torch order, [out, in]."""
         return self.tensors[name].shape
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """The tensor, or rows of its first axis, as float32 in HF's layout; reads those rows alone.
+        """Reads the tensor, or only some rows of its first axis, as float32 in HF layout.
 
         Raises:
-          UserError: the file has become shorter.
+          UserError: the file has been truncated.
         """
         entry = self.tensors[name]
         start, stop, _ = rows.indices(entry.shape[0])
         if name not in self.interleaved:
             return _rows(name, entry, start, stop)
         width = entry.shape[0] // self.interleaved[name]
-        first, last = start // width, -(-stop // width)  # heads that hold the rows
+        first, last = start // width, -(-stop // width)  # range of heads that contain the rows
         x = _rows(name, entry, first * width, last * width)
         x = x.reshape(last - first, width // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
         return x[start - first * width : stop - first * width]
 
 
 def _rows(name: str, entry: Entry, first: int, last: int) -> np.ndarray:
-    """Rows of a tensor, dequantised."""
+    """Reads and dequantises rows of a tensor."""
     if len(entry.shape) == 1:  # blocks run along the only axis
         whole = _dequantised(name, entry, entry.start, entry.stop, entry.shape)
         return whole[first:last]
@@ -114,14 +114,14 @@ def _dequantised(name: str, entry: Entry, start: int, stop: int, shape: tuple[in
     if 0 in shape:
         return np.zeros(shape, np.float32)
     packed = np.frombuffer(data, np.uint8).reshape(math.prod(shape[:-1]), -1)
-    with np.errstate(all="ignore"):  # scales that are not finite give weights that are not
+    with np.errstate(all="ignore"):  # non-finite scales give non-finite weights
         x = gguf.quants.dequantize(packed, GGMLQuantizationType[entry.code])
     return x.astype(np.float32, copy=False).reshape(shape)
 
 
 @functools.cache
 def _can_dequantise(code: str) -> bool:
-    """Whether the package knows how; it says so only when asked to do it."""
+    """Returns whether the package `gguf` supports the type, which only a trial run shows."""
     kind = GGMLQuantizationType[code]
     try:
         gguf.quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
@@ -131,11 +131,11 @@ def _can_dequantise(code: str) -> bool:
 
 
 def open_gguf(path: pathlib.Path) -> GGUF:
-    """Reads a file's metadata; tensors stay on disk.
+    """Opens a GGUF file and reads its metadata; tensors stay on disk.
 
     Raises:
-      UserError: not a GGUF file, cut short, another architecture, a quantisation type that cannot be read, or a tensor
-        with no place in the model.
+      UserError: the file is not GGUF or is truncated; or its architecture, a quantisation type or a tensor is not
+        supported.
     """
     fields, entries = read_header(path)
     kind = fields.get("general.architecture")
@@ -145,17 +145,17 @@ def open_gguf(path: pathlib.Path) -> GGUF:
     if fields.get("general.type", "model") != "model":
         raise UserError(f"{path}: general.type must be 'model', found {short(fields['general.type'])}.")
     if (parts := fields.get("split.count", 1)) not in (0, 1):
-        raise UserError(f"{path}: is one of {parts} parts of a model; merge them into one file first.")
+        raise UserError(f"{path}: is one of {parts} parts of a model; merge them with llama-gguf-split first.")
     for name, entry in entries.items():
         if not _can_dequantise(entry.code):
-            raise UserError(f"{path}: {name} has the quantisation type {entry.code}, which cannot be read.")
+            raise UserError(f"{path}: {name} has the quantisation type {entry.code}, which is not supported.")
     factors = entries.pop(ROPE_FREQS, None)
     rows = {row.gguf: (name, row.hf) for name, row in TENSORS.items()}
     tensors, interleaved = {}, {}
     for name, entry in entries.items():
         generic = re.sub(r"^blk\.(\d+)\.", "blk.{}.", name)
         if generic not in rows:
-            raise UserError(f"{path}: the tensor {name} has no place in the model.")
+            raise UserError(f"{path}: the tensor {name} does not belong to the model.")
         layer = re.match(r"blk\.(\d+)\.", name)
         row, hf_name = rows[generic]
         hf_name = hf_name.format(layer[1] if layer else "")
@@ -169,7 +169,7 @@ def open_gguf(path: pathlib.Path) -> GGUF:
 
 
 def _heads(path: pathlib.Path, fields: dict[str, Any], kind: str, row: str) -> int:
-    """Heads of the query or the key tensor."""
+    """Returns the number of heads of the query or key tensor."""
     key = f"{kind}.attention.head_count"
     if row.startswith("layers/k_") and f"{key}_kv" in fields:
         key += "_kv"
@@ -179,10 +179,10 @@ def _heads(path: pathlib.Path, fields: dict[str, Any], kind: str, row: str) -> i
 
 
 def hf_config(file: GGUF) -> dict[str, Any]:
-    """The content of config.json that says the same as the file's metadata.
+    """Builds the config.json content equivalent to the file's metadata.
 
     Raises:
-      UserError: a key is missing, or says what config.json cannot express.
+      UserError: a key is missing, or has a value that config.json cannot express.
     """
     kind, family = file.architecture, FAMILIES[file.architecture]
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": kind, "hidden_act": "silu"}
@@ -197,9 +197,9 @@ def hf_config(file: GGUF) -> dict[str, Any]:
     _check_keys(file, config)
     if scaling := _rope_scaling(file, config):
         config["rope_scaling"] = scaling
-    if len(family.bias) > 1:  # the family has both, and only the tensors tell
+    if len(family.bias) > 1:  # the family allows both; only the tensors tell which
         config["attention_bias"] = TENSORS["layers/q_bias"].hf.format(0) in file.tensors
-    if config["num_hidden_layers"] > len(file.tensors):  # before anyone counts up to it
+    if config["num_hidden_layers"] > len(file.tensors):  # before anything loops over it
         raise UserError(
             f"{file.path}: {kind}.block_count must fit the file's {len(file.tensors)} tensors, "
             f"found {config['num_hidden_layers']}."
@@ -212,13 +212,13 @@ def hf_config(file: GGUF) -> dict[str, Any]:
 
 
 def _complete(file: GGUF, config: dict[str, Any]) -> None:
-    """What absent keys mean, which in GGUF follows from other keys for every architecture."""
+    """Fills in absent keys, whose defaults GGUF derives from other keys for every architecture."""
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = heads
     if config["head_dim"] is None:
         if type(heads) is not int or heads < 1 or hidden % heads:
-            raise UserError(f"{file.path}: {heads} heads must divide the embedding's length {hidden}.")
+            raise UserError(f"{file.path}: {heads} heads must divide the embedding length {hidden}.")
         config["head_dim"] = hidden // heads
     if config["vocab_size"] is None:
         embed = TENSORS["embed"].hf
@@ -228,7 +228,7 @@ def _complete(file: GGUF, config: dict[str, Any]) -> None:
 
 
 def _check_keys(file: GGUF, config: dict[str, Any]) -> None:
-    """Raises a UserError for a key of the architecture that says something which is not computed."""
+    """Raises a UserError for an architecture key that asks for something the model does not compute."""
     prefix = f"{file.architecture}."
     expected = _FIXED | dict.fromkeys(("rope.dimension_count", "attention.value_length"), config["head_dim"])
     for name, value in file.fields.items():
@@ -239,7 +239,7 @@ def _check_keys(file: GGUF, config: dict[str, Any]) -> None:
             if value != expected[key]:
                 raise UserError(f"{file.path}: {name} must be {expected[key]!r}, found {short(value)}.")
         elif key not in CONFIG_KEYS and key not in _OTHER_KEYS and not (_is_number(value) and value == 0):
-            raise UserError(f"{file.path}: the key {name} is not understood by this program, found {short(value)}.")
+            raise UserError(f"{file.path}: the key {name} is not supported, found {short(value)}.")
 
 
 def _is_number(value: Any) -> bool:
@@ -247,13 +247,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _rope_scaling(file: GGUF, config: dict[str, Any]) -> dict[str, Any] | None:
-    """`rope_scaling` of config.json."""
+    """Returns config.json's `rope_scaling`."""
     kind, factor = file.field("rope.scaling.type"), file.field("rope.scaling.factor")
     if kind not in (None, "none", "linear"):
         raise UserError(f"{file.path}: rope scaling must be 'none' or 'linear', found {short(kind)}.")
     if factor is not None and not _is_number(factor):
-        raise UserError(f"{file.path}: the factor of rope scaling must be a number, found {short(factor)}.")
-    # llama.cpp takes a factor without a type for linear, and a factor of 0 for none.
+        raise UserError(f"{file.path}: the rope scaling factor must be a number, found {short(factor)}.")
+    # llama.cpp treats a factor without a type as linear, and a factor of 0 as none.
     linear = 1.0 if kind == "none" else float(factor or 1)
     factors = file.rope_factors
     if factors is None:
@@ -263,27 +263,27 @@ def _rope_scaling(file: GGUF, config: dict[str, Any]) -> dict[str, Any] | None:
         scaling = {"rope_type": "llama3", "factor": float(factors.max())} | _LLAMA3
     if scaling is None or not np.allclose(factors, _llama3_factors(scaling, config), rtol=1e-5, atol=0):
         raise UserError(
-            f"{file.path}: {ROPE_FREQS} scales the rotary frequencies in another way than Llama 3 does, which "
-            "config.json cannot express."
+            f"{file.path}: {ROPE_FREQS} scales the rotary frequencies differently from Llama 3, which config.json "
+            "cannot express."
         )
     return scaling if scaling["factor"] != 1 else None
 
 
 def _llama3_factors(scaling: dict[str, Any], config: dict[str, Any]) -> np.ndarray:
-    """What Llama 3 divides each rotary frequency by: long waves by `factor`, short ones by 1, smoothly in between."""
+    """Returns Llama 3's divisor of each rotary frequency: `factor` for low ones, 1 for high ones, smooth in between."""
     low, high, length = (scaling[key] for key in _LLAMA3)
-    with np.errstate(all="ignore"):  # a base that is not positive is refused later
+    with np.errstate(all="ignore"):  # a non-positive base is rejected later
         waves = (
             2 * np.pi * np.float64(config["rope_theta"]) ** (np.arange(0, config["head_dim"], 2) / config["head_dim"])
         )
-        share = np.clip((length / waves - low) / (high - low), 0, 1)  # of the frequency that stays as it is
+        share = np.clip((length / waves - low) / (high - low), 0, 1)  # unscaled share of the frequency
         return 1 / ((1 - share) / scaling["factor"] + share)
 
 
 def tokenizer_files(file: GGUF) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json made from the file's vocabulary, merges or scores, and chat template.
+    """Builds tokenizer.json and tokenizer_config.json from the vocabulary, merges or scores, and chat template.
 
     Raises:
-      UserError: a kind of tokenizer that is not read, or metadata that contradict each other.
+      UserError: the tokenizer type is not supported, or metadata contradict each other.
     """
     return gguf_tokenizer.files(file.path, file.fields, file.field("context_length"))

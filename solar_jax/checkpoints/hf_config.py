@@ -1,7 +1,7 @@
-"""Hugging Face `config.json` keys per architecture, to a ModelConfig and, grown, back to config.json.
+"""Converts Hugging Face `config.json` per architecture to a ModelConfig, and back to config.json for a grown model.
 
-A key is understood, fixed to the values that the model computes, or known to leave the maths alone. Any other key that
-says something is refused: ignored, it would give another model than the one that was trained.
+Each key is read, restricted to the values that the model computes, or known not to affect the maths. Any other key with
+a value is rejected: ignoring it would give a different model from the one that was trained.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What transformers' classes of one `model_type` make of config.json."""
+    """How transformers' classes of one `model_type` interpret config.json."""
 
     architecture: str
-    defaults: dict[str, Any]  # keys that are read, each with what an absent one means
-    bias: dict[bool, str]  # `attention_bias` -> the projections that have one; other values are refused
+    defaults: dict[str, Any]  # keys that are read -> default if absent
+    bias: dict[bool, str]  # `attention_bias` -> projections with a bias; other values are rejected
     qk_norm: bool = False
-    fixed: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)  # as `FIXED`, of this family
+    fixed: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)  # like `FIXED`, for this family
     ignored: frozenset[str] = frozenset()  # keys that change the maths of other families, not of this one
 
 
@@ -38,7 +38,7 @@ _COMMON = {
     "attention_bias": False,
     "sliding_window": None,
     "use_sliding_window": True,
-    "max_window_layers": 0,  # layers under it have no window, but for what `layer_types` says
+    "max_window_layers": 0,  # layers below it have no window, unless `layer_types` is set
     "layer_types": None,
 }
 _WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers")
@@ -50,11 +50,11 @@ _QWEN = _COMMON | {
     "max_window_layers": 28,
 }
 
-# By `model_type`. SOLAR 10.7B, SmolLM2, TinyLlama and Yi are llama; Mistral-Nemo is mistral; Qwen2.5 is qwen2.
+# `model_type` -> family. SOLAR 10.7B, SmolLM2, TinyLlama and Yi are llama; Mistral-Nemo is mistral; Qwen2.5 is qwen2.
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
-        _COMMON | {"num_key_value_heads": None, "max_position_embeddings": 2048},  # None: as many as heads
+        _COMMON | {"num_key_value_heads": None, "max_position_embeddings": 2048},  # None: number of heads
         bias={False: "", True: "qkvo"},
         ignored=frozenset(_WINDOW_KEYS),
     ),
@@ -68,7 +68,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, bias={False: "", True: "qkvo"}, qk_norm=True),
 }
 
-# Keys that change the maths, and the only values of them that the model computes; null or absent counts as the first.
+# Keys that change the maths -> the only supported values; null or absent counts as the first.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "mlp_bias": (False,),
@@ -78,7 +78,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
 }
 
-# Keys that may hold anything: notes on how a file was made, and what concerns training, generation or other programs.
+# Keys with any value: provenance, and settings for training, generation or other programs.
 HARMLESS = {
     # transformers' PretrainedConfig, old and new
     "_name_or_path", "name_or_path", "_commit_hash", "model_type", "architectures", "auto_map", "transformers_version",
@@ -88,7 +88,7 @@ HARMLESS = {
     "tie_last_hidden_states", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
     "_flash_attn_2_enabled", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
     "cls_token_id", "mask_token_id", "decoder_start_token_id",
-    # training; dropout is not applied here
+    # training; we never apply dropout
     "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range",
     "pretraining_tp",
     # generation, as configs carried it before generation_config.json
@@ -104,25 +104,25 @@ HARMLESS = {
     "max_sequence_length", "model_max_length", "custom_pipelines", "license", "language",
 }  # fmt: skip
 
-# rope type -> the numbers that it has; other types, and other keys with a value, are refused
+# rope type -> its parameters; other types, and other keys with a value, are rejected
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
-PER_LAYER = ("layer_types",)  # keys that list a value for each layer
+PER_LAYER = ("layer_types",)  # keys that list one value per layer
 
 
 def model_config(hf: dict[str, Any], where: str) -> ModelConfig:
-    """The architecture that `hf`, the content of config.json, describes.
+    """Parses `hf`, the content of config.json, into a ModelConfig.
 
     Args:
       hf: HF config keys.
-      where: the file, for messages.
+      where: the file name, for messages.
 
     Raises:
-      UserError: an architecture, a key or a key's value that the model does not compute, or a size that is missing.
+      UserError: an architecture, key or value is not supported, or a size is missing.
     """
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -153,7 +153,7 @@ def model_config(hf: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _check_keys(hf: dict[str, Any], family: Family, where: str) -> None:
-    """Raises a UserError for a key that says something which is not computed."""
+    """Raises a UserError for a key that asks for something the model does not compute."""
     found = hf.get("architectures")
     if found and found != [family.architecture]:
         raise UserError(f"{where}: architectures must be [{family.architecture!r}], found {_short(found)}.")
@@ -164,11 +164,11 @@ def _check_keys(hf: dict[str, Any], family: Family, where: str) -> None:
             if value is not None and value not in fixed[key]:
                 raise UserError(f"{where}: {key} must be {fixed[key][0]!r}, found {_short(value)}.")
         elif key not in known and value is not None and value is not False and value != {} and value != []:
-            raise UserError(f"{where}: the key {_name(key)} is not understood by this program, found {_short(value)}.")
+            raise UserError(f"{where}: the key {_name(key)} is not supported, found {_short(value)}.")
 
 
 def _name(key: str) -> str:
-    """A key as it is, or what is left of one that would break a message."""
+    """Returns a key as is, or quoted and shortened if it would break a message."""
     return key if key.isprintable() and len(key) <= 80 else _short(key)
 
 
@@ -178,7 +178,7 @@ def _short(value: Any) -> str:
 
 
 def _one_of(value: Any, allowed: tuple[Any, ...], key: str, where: str) -> Any:
-    """`value`, null being the first of those allowed."""
+    """Returns `value` if allowed; null counts as the first allowed value."""
     if value is None:
         return allowed[0]
     if value not in allowed or type(value) is not type(allowed[0]):
@@ -187,7 +187,7 @@ def _one_of(value: Any, allowed: tuple[Any, ...], key: str, where: str) -> Any:
 
 
 def _positive(value: Any, kind: type, key: str, where: str) -> Any:
-    """`value` as a positive, finite int or float; Python's integers have no bound, those of other programs do."""
+    """Returns `value` as a positive, finite int or float; ints must fit 64 bits, as other programs require."""
     if type(value) not in (int, kind) or not 0 < value <= (_LARGEST if kind is int else sys.float_info.max):
         name = "integer" if kind is int else "number"
         raise UserError(f"{where}: {key} must be a positive {name}, found {_short(value)}.")
@@ -195,7 +195,7 @@ def _positive(value: Any, kind: type, key: str, where: str) -> Any:
 
 
 def _head_dim(found: Any, family: Family, hidden_size: int, heads: int, where: str) -> int:
-    """H, as config.json says or, where the family may leave it out, D / N."""
+    """Returns H: as in config.json, or D / N where the family may omit it."""
     if found is None and family.defaults["head_dim"] is None:
         if hidden_size % heads:
             raise UserError(f"{where}: num_attention_heads={heads} must divide hidden_size={hidden_size}.")
@@ -208,7 +208,7 @@ def _head_dim(found: Any, family: Family, hidden_size: int, heads: int, where: s
 
 
 def _window(known: dict[str, Any], layers: int, where: str) -> int:
-    """The sliding window of all layers, 0 for none; one for some layers only is refused."""
+    """Returns the sliding window of all layers, 0 for none; a window on only some layers is rejected."""
     used = _one_of(known["use_sliding_window"], (False, True), "use_sliding_window", where)
     window = known["sliding_window"] if used else None
     window = 0 if window is None else _positive(window, int, "sliding_window", where)
@@ -217,7 +217,7 @@ def _window(known: dict[str, Any], layers: int, where: str) -> int:
         first = known["max_window_layers"]
         if window and first != 0:
             raise UserError(
-                f"{where}: max_window_layers must be 0, so that sliding_window={window} holds for every layer, "
+                f"{where}: max_window_layers must be 0, so that sliding_window={window} applies to every layer, "
                 f"found {_short(first)}."
             )
     elif not isinstance(types, list) or len(types) != layers:
@@ -240,7 +240,7 @@ def _rope(known: dict[str, Any], theta_given: bool, positions: int, where: str) 
             found[key] = _rope_dict(known[key], known["rope_theta"], theta_given, positions, key, where)
     if len({tuple(sorted(rope.items())) for rope in found.values()}) > 1:
         raise UserError(
-            f"{where}: rope_scaling and rope_parameters must say the same, found {_short(known['rope_scaling'])} "
+            f"{where}: rope_scaling and rope_parameters must agree, found {_short(known['rope_scaling'])} "
             f"and {_short(known['rope_parameters'])}."
         )
     for rope in found.values():
@@ -249,9 +249,9 @@ def _rope(known: dict[str, Any], theta_given: bool, positions: int, where: str) 
 
 
 def _rope_dict(rope: Any, theta: Any, theta_given: bool, positions: int, key: str, where: str) -> dict[str, Any]:
-    """ModelConfig's rope keys of one `rope_scaling` or `rope_parameters`."""
+    """Returns ModelConfig's rope keys from one `rope_scaling` or `rope_parameters`."""
     if not isinstance(rope, dict):
-        raise UserError(f"{where}: {key} must hold keys, found {_short(rope)}.")
+        raise UserError(f"{where}: {key} must be a JSON object, found {_short(rope)}.")
     kinds = {name: rope[name] for name in ("rope_type", "type") if rope.get(name) is not None} or {"": "default"}
     for name, kind in kinds.items():
         if not isinstance(kind, str) or kind not in ROPE_TYPES:
@@ -265,13 +265,13 @@ def _rope_dict(rope: Any, theta: Any, theta_given: bool, positions: int, key: st
             continue
         if name not in ("rope_type", "type", "rope_theta", *ROPE_TYPES[kind]) and value is not None:
             raise UserError(
-                f"{where}: {key}.{_name(name)} is not understood for rope type {kind!r}, found {_short(value)}."
+                f"{where}: {key}.{_name(name)} is not supported for rope type {kind!r}, found {_short(value)}."
             )
     inner = rope.get("rope_theta")
     if inner is not None and theta_given and inner != theta:
         raise UserError(f"{where}: {key}.rope_theta={_short(inner)} contradicts rope_theta={_short(theta)}.")
     numbers: dict[str, Any] = {name: rope.get(name) for name in ROPE_TYPES[kind]}
-    if numbers.get("original_max_position_embeddings", 1) is None:  # then transformers takes the other
+    if numbers.get("original_max_position_embeddings", 1) is None:  # then transformers uses max_position_embeddings
         numbers["original_max_position_embeddings"] = positions
     for name, value in numbers.items():
         numbers[name] = _positive(value, int if name.startswith("original") else float, f"{key}.{name}", where)
@@ -305,7 +305,7 @@ def with_dtype(hf: dict[str, Any], dtype: str | None) -> dict[str, Any]:
 
 
 def differences(expected: ModelConfig, found: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys that `expected` sets and `found` has otherwise, as (expected, found)."""
+    """Returns keys that `expected` sets and that differ in `found`, as (expected, found)."""
     if not expected.num_hidden_layers:
         return {}
     return {k: (v, getattr(found, k)) for k, v in vars(expected).items() if v and v != getattr(found, k)}

@@ -1,7 +1,7 @@
-"""The one table between our arrays and the tensors of Hugging Face and GGUF files; it serves both directions.
+"""Single table that maps our arrays to the tensors of Hugging Face and GGUF files, for both directions.
 
-A torch linear layer stores [out, in]. Ours keep the contracted axes first and heads apart, so each conversion is a
-reshape and a transpose, never arithmetic: a tensor that comes in and goes out again is the same bits.
+A torch linear layer stores [out, in]. Our arrays have contracted axes first and heads on an axis of their own, so each
+conversion is a reshape and a transpose, never arithmetic: a round trip is bit-exact.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from solar_jax.model.llama import LAYER_AXES, Params, axes, sizes
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     axes: str  # ours, without L
-    hf_axes: tuple[str, ...]  # the file's; letters that share a string share an axis of the file
-    hf: str  # name in a Hugging Face checkpoint, {} the layer
+    hf_axes: tuple[str, ...]  # the file's; letters in one string are merged into one file axis
+    hf: str  # name in a Hugging Face checkpoint; {} is the layer
     gguf: str  # name in a GGUF file
 
 
@@ -45,25 +45,25 @@ TENSORS = {
 }
 assert {f"layers/{name}" for name in LAYER_AXES} == {path for path in TENSORS if "/" in path}
 
-# Buffers that old checkpoints carry and that config.json determines.
+# Buffers in old checkpoints that are fully determined by config.json.
 DERIVED = (".self_attn.rotary_emb.inv_freq", ".self_attn.rotary_emb.cos_cached", ".self_attn.rotary_emb.sin_cached")
 
 
 def paths(cfg: ModelConfig) -> list[str]:
-    """The table's rows that a model of `cfg` has."""
+    """Returns the table rows that a model of `cfg` has."""
     tree = axes(cfg)
     present = set(tree) | {f"layers/{name}" for name in tree["layers"]}
     return [path for path in TENSORS if path in present]
 
 
 def hf_shape(path: str, cfg: ModelConfig) -> tuple[int, ...]:
-    """The shape that the file's tensor must have."""
+    """Returns the shape that the file's tensor must have."""
     size = sizes(cfg)
     return tuple(math.prod(size[x] for x in group) for group in TENSORS[path].hf_axes)
 
 
 def hf_tensors(cfg: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
-    """(HF name, path, layer) of every tensor of a checkpoint, in the order that HF writes them."""
+    """Yields (HF name, path, layer) of every checkpoint tensor, in the order HF writes them."""
     per_layer = [path for path in paths(cfg) if path.startswith("layers/")]
     for path in paths(cfg):
         if path == per_layer[0]:
@@ -75,16 +75,16 @@ def hf_tensors(cfg: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
 
 
 def pick(params: Params, path: str, layer: int | None = None) -> Any:
-    """The array of a path in the stacked state, one layer of it where a layer is given."""
+    """Returns the array at a path of the stacked state, or one layer of it if a layer is given."""
     group, _, leaf = path.rpartition("/")
     x = params[group][leaf] if group else params[leaf]
     return x if layer is None else x[layer]
 
 
 def from_hf(x: np.ndarray, path: str, cfg: ModelConfig) -> np.ndarray:
-    """The file's tensor, e.g. [N*H, D], as ours, e.g. [D, N, H]; a view where numpy can make one.
+    """Converts a file tensor, e.g. [N*H, D], to our layout, e.g. [D, N, H]; a view where numpy can make one.
 
-    It may be a block of rows, whole heads where the rows are heads.
+    `x` may be a block of rows; where rows are heads, it must hold complete heads.
     """
     row, size = TENSORS[path], sizes(cfg)
     letters = "".join(row.hf_axes)
@@ -92,7 +92,7 @@ def from_hf(x: np.ndarray, path: str, cfg: ModelConfig) -> np.ndarray:
 
 
 def to_hf(x: np.ndarray, path: str, cfg: ModelConfig) -> np.ndarray:
-    """The inverse of `from_hf`, of a block too."""
+    """Inverse of `from_hf`, also for a block of rows."""
     row = TENSORS[path]
     letters = "".join(row.hf_axes)
     return x.transpose([row.axes.index(a) for a in letters]).reshape(-1, *hf_shape(path, cfg)[1:])

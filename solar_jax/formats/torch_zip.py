@@ -272,7 +272,7 @@ def _unpickle(data: bytes) -> Any:
                 stack.append(memo[arg])
             case "GLOBAL":
                 if arg not in _GLOBALS:
-                    raise ValueError(f"it names {_short(arg.replace(' ', '.'))}, which is not part of a dict of tensors")
+                    raise ValueError(f"it names {_short(arg.replace(' ', '.'))}, which is no part of a dict of tensors")
                 stack.append(_Global(arg))
             case "BINPERSID":
                 stack.append(_storage(*pop(1)))

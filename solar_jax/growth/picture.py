@@ -1,12 +1,12 @@
-"""A growth layer map drawn in text: which source layer stands where, and what the seams are."""
+"""A growth layer map drawn as text: the source of each output layer, and the seams."""
 
 from solar_jax.growth.operators import LayerMap
 
-_MOST_BARS = 12  # with more runs than this a bar for each would hide the pattern; then a grid of numbers is drawn
+_MOST_BARS = 12  # with more runs than this, bars would hide the pattern and a grid of numbers is drawn
 
 
 def _bar(layer_map: LayerMap, start: int, stop: int) -> str:
-    """One character a source layer: where the run's layers come from, `o` a zeroed copy."""
+    """One character per source layer, marking the sources of the run's layers; `o` is a zeroed copy."""
     cells = ["·"] * layer_map.base_layers
     for i in range(start, stop):
         cells[layer_map.source[i]] = "o" if layer_map.scale[i] == 0 else "█"
@@ -14,7 +14,7 @@ def _bar(layer_map: LayerMap, start: int, stop: int) -> str:
 
 
 def _grid(layer_map: LayerMap) -> list[str]:
-    """Sixteen output layers a line, each as its source layer: `*` a new copy, `o` a zeroed one, `a/b` a mean."""
+    """Sixteen output layers per line, each as its source layer: `*` a new copy, `o` a zeroed one, `a/b` a mean."""
     cells = []
     for source, partner, scale, new in zip(
         layer_map.source, layer_map.partner, layer_map.scale, layer_map.new, strict=True
@@ -29,7 +29,7 @@ def _grid(layer_map: LayerMap) -> list[str]:
 
 
 def picture(layer_map: LayerMap, base_parameters: int, parameters: int) -> str:
-    """The layer map for a person to check: layers and parameters before and after, the map, distances, seams."""
+    """The layer map for review: layers and parameters before and after, the map, distances, seams."""
     lines = [
         f"{layer_map.operator}: {layer_map.base_layers} -> {layer_map.layers} layers, "
         f"{base_parameters:,} -> {parameters:,} parameters ({parameters / base_parameters:.2f}x)"
@@ -71,7 +71,7 @@ def picture(layer_map: LayerMap, base_parameters: int, parameters: int) -> str:
 
 
 def layer_list(layers: list[int]) -> str:
-    """Layer numbers as ranges, e.g. "0-23, 30"."""
+    """Formats layer numbers as ranges, e.g. "0-23, 30"."""
     parts, i = [], 0
     while i < len(layers):
         j = i

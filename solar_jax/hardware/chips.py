@@ -1,4 +1,4 @@
-"""What accelerators can do and cost, in one table of chips, and how much memory a device here has."""
+"""Accelerator specifications and prices in one table, and memory and FLOP/s queries for local devices."""
 
 import dataclasses
 import os
@@ -11,26 +11,26 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of TPU; a device is what jax counts as one, which of a TPU7x are two a chip."""
+    """One TPU generation. A device is what jax counts as one; a TPU7x chip has two."""
 
     kinds: tuple[str, ...]  # `device.device_kind`
-    devices: int  # a chip
-    cores: int  # a chip, as slices are named by: a v5p-128 has 64 chips
-    peak: float  # dense bfloat16 FLOP/s of a device, as its maker states it
-    matmul_rate: float  # of the peak, that a training step's matmuls reach by the compiler's figures
+    devices: int  # per chip
+    cores: int  # per chip, as counted in slice names: a v5p-128 has 64 chips
+    peak: float  # dense bfloat16 FLOP/s of a device, as published
+    matmul_rate: float  # fraction of peak that a training step's matmuls reach, by the compiler's estimate
     clock: float  # Hz
-    memory: float  # GiB of a device's HBM that the compiler lets a program use
-    bandwidth: float  # bytes/s between a device and its HBM
-    links: float  # bytes/s of a device over the axes of the torus together, both ways
-    network: float  # bytes/s of a device to other slices, over its host's network
-    price: float  # US dollars a chip and hour, on demand
-    vector_memory: int  # MiB of a core, as the compiler bounds a kernel's
-    scoped_memory: bool = True  # whether `compiler_options` widens the vector memory of a fusion
+    memory: float  # GiB of HBM per device that the compiler lets a program use
+    bandwidth: float  # HBM bytes/s of a device
+    links: float  # ICI bytes/s of a device over all torus axes together, both directions
+    network: float  # DCN bytes/s of a device to other slices, through its host
+    price: float  # US dollars per chip-hour, on demand
+    vector_memory: int  # MiB of VMEM per core, the compiler's limit for a kernel
+    scoped_memory: bool = True  # whether `compiler_options` raises the scoped VMEM limit of fusions
 
 
-# Rates from Google's pages on each chip (cloud.google.com/tpu/docs/v4 ... /tpu7x), links at 90 % of what is stated;
-# the clock is the one at which the matrix units reach the peak; memory as libtpu 0.0.44's compiler names it.
-# Prices: cloud.google.com/tpu/pricing, on demand in us regions, list prices of 2025.
+# Rates from Google's page on each chip (cloud.google.com/tpu/docs/v4 ... /tpu7x), ICI at 90 % of the stated bandwidth;
+# the clock is the one at which the matrix units reach the peak; memory as reported by libtpu 0.0.44's compiler.
+# Prices: cloud.google.com/tpu/pricing, on-demand list prices of 2025 in US regions.
 CHIPS = {
     "v4": Chip(
         kinds=("TPU v4",), devices=1, cores=2, peak=275e12, matmul_rate=0.93, clock=1.05e9, memory=30.75,
@@ -54,7 +54,7 @@ CHIPS = {
     ),
 }  # fmt: skip
 
-# `device.device_kind` -> dense bfloat16 FLOP/s of one device that is no TPU
+# `device.device_kind` of a GPU -> dense bfloat16 FLOP/s per device
 GPU_PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -62,36 +62,36 @@ GPU_PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
 }
 
-# More vector memory for a fusion's operands than the default lets matmuls keep whole tiles of them: 98 % of peak on a
-# v5p where it was 74 to 93 %, by the compiler.
+# A scoped VMEM limit above the default lets matmul fusions keep full operand tiles: 98 % of peak on a v5p instead of
+# 74 to 93 %, by the compiler's estimate.
 _SCOPED = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 
 
 def chip_name(device: jax.Device) -> str | None:
-    """The name in `CHIPS` of a device's chip; None of what is no TPU."""
+    """Returns the name in `CHIPS` of a device's chip, or None if it is not a TPU."""
     return next((name for name, chip in CHIPS.items() if device.device_kind in chip.kinds), None)
 
 
 def vector_memory(device: jax.Device) -> int:
-    """Bytes that a kernel may use of a core's vector memory; of what is no TPU, as much as any has."""
+    """Returns the bytes of VMEM that a kernel may use; for anything but a TPU, as much as any chip has."""
     name = chip_name(device)
     return (CHIPS[name].vector_memory if name else 128) * 2**20
 
 
 def compiler_options(device: jax.Device) -> dict[str, str]:
-    """What to pass to `.compile()` for a training step on such devices."""
+    """Returns the options to pass to `.compile()` for a training step on such devices."""
     name = chip_name(device)
     return _SCOPED if name and CHIPS[name].scoped_memory else {}
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """bfloat16 FLOP/s of a device; None where it is not known, as for a CPU."""
+    """Returns the peak bfloat16 FLOP/s of a device, or None if unknown, as for a CPU."""
     name = chip_name(device)
     return CHIPS[name].peak if name else GPU_PEAK_FLOPS.get(device.device_kind)
 
 
 def memory_bytes(device: jax.Device) -> int:
-    """Bytes that a program may use on a device; CPU devices share what the machine has available now."""
+    """Returns the bytes that a program may use on a device; CPU devices share the host memory available now."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -99,20 +99,20 @@ def memory_bytes(device: jax.Device) -> int:
 
 
 def host_memory_bytes() -> int:
-    """Bytes of memory available on this machine, within the limit of its container."""
+    """Returns the bytes of memory available on this machine, capped by its container's limit."""
     try:
         lines = dict(line.split(":", 1) for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux: all there is
+    except (OSError, KeyError):  # not Linux: fall back to total memory
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         return min(available, int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
+    except (OSError, ValueError):  # no container, or no limit set
         return available
 
 
 def measured_flops(dtype: jnp.dtype) -> float:
-    """FLOP/s of one large matmul on one device, where no table tells: CPU devices share the same cores."""
+    """Measures FLOP/s of one large matmul on one device, for devices in no table; CPU devices share the same cores."""
     n = 1536
     x = jnp.ones((n, n), dtype)
     matmul = jax.jit(lambda a: a @ a)
@@ -126,7 +126,7 @@ def measured_flops(dtype: jnp.dtype) -> float:
 
 
 def memory_peaks() -> list[float] | None:
-    """The most GiB of memory that each device of this process has held; None where a device does not tell."""
+    """Returns peak memory in GiB per local device, or None if any device does not report it."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] / 2**30 for s in stats if s and "peak_bytes_in_use" in s]
     return peaks if len(peaks) == len(stats) else None

@@ -1,4 +1,4 @@
-"""The TPU slices that Google rents out: their names, chips and topologies, and their devices without being there."""
+"""Cloud TPU slices: names, chips, topologies, and device descriptions for compiling without a TPU."""
 
 import dataclasses
 import difflib
@@ -18,7 +18,7 @@ _CUBES = (
     "8x8x16", "8x12x16", "8x16x16", "12x12x24", "16x16x16", "16x16x24",
 )  # fmt: skip
 
-# chip -> the topologies of its slices. Of those with as many chips as another one only the most compact is named.
+# chip -> topologies of its slices. Among topologies with the same number of chips, only the most compact is listed.
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "v4": _CUBES[:-1],
     "v5e": _PLANE,
@@ -26,17 +26,17 @@ TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "v6e": _PLANE,
     "tpu7x": ("1x1x1", *_CUBES),
 }
-_OTHER_NAMES = {"v5litepod": "v5e", "v7x": "tpu7x"}  # of chips, in names of slices
+_OTHER_NAMES = {"v5litepod": "v5e", "v7x": "tpu7x"}  # aliases of chips in slice names
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """One slice, or several of a kind that train together over the network between them."""
+    """One slice, or several of a kind that train together over DCN."""
 
     name: str  # e.g. "v5p-128" or "2xv5p-128"
-    chip: str  # a name of CHIPS
+    chip: str  # a key of CHIPS
     topology: str  # of one slice, in chips, e.g. "4x4x4"
-    count: int = 1  # how many slices
+    count: int = 1  # number of slices
 
     @property
     def facts(self) -> Chip:
@@ -44,21 +44,21 @@ class Slice:
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        """Of one slice's torus, in chips."""
+        """Torus dimensions of one slice, in chips."""
         return tuple(map(int, self.topology.split("x")))
 
     @property
     def chips(self) -> int:
-        """Of all slices together."""
+        """Number of chips in all slices together."""
         return self.count * math.prod(self.dimensions)
 
     @property
     def devices(self) -> int:
-        """As jax counts them."""
+        """Number of devices in all slices, as jax counts them."""
         return self.chips * self.facts.devices
 
 
-# Every slice by its name: the chip and how many cores, as Google counts them.
+# Slice name (chip and number of cores, as Google counts them) -> slice.
 SLICES = {
     s.name: s
     for chip, topologies in TOPOLOGIES.items()
@@ -68,10 +68,10 @@ SLICES = {
 
 
 def find_slice(name: str) -> Slice:
-    """The slice of a name such as v5p-128, v5litepod-16 or 2xv6e-256.
+    """Looks up a slice by a name such as v5p-128, v5litepod-16 or 2xv6e-256.
 
     Raises:
-      UserError: there is none.
+      UserError: no slice has that name.
     """
     match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*)-(\d+)", name.strip().lower())
     if match:
@@ -82,29 +82,29 @@ def find_slice(name: str) -> Slice:
             return dataclasses.replace(found, name=f"{prefix}{found.name}", count=count)
         if chip in CHIPS:
             sizes = ", ".join(s.name.partition("-")[2] for s in SLICES.values() if s.chip == chip)
-            raise UserError(f"--slice: there is no slice {name!r}; slices of {chip} have the sizes {sizes}.")
+            raise UserError(f"--slice: there is no slice {name!r}; {chip} slices come in sizes {sizes}.")
     near = difflib.get_close_matches(name, SLICES, 1)
-    hint = f"did you mean {near[0]}?" if near else f"chips are {', '.join(CHIPS)}, a slice is written v5p-128."
+    hint = f"did you mean {near[0]}?" if near else f"chips are {', '.join(CHIPS)}, and slice names look like v5p-128."
     raise UserError(f"--slice: there is no slice {name!r}; {hint}")
 
 
 def described_devices(wanted: Slice) -> list[Any]:
-    """Devices of a slice that is not here, to compile for.
+    """Returns device descriptions of a slice to compile for, without having the slice.
 
     Raises:
       UserError: no TPU compiler (package libtpu) is installed.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU VM's metadata server to wait for
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # who only compiles needs no TPU for himself
-    from jax.experimental import topologies  # here, since few runs need it
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not wait for a TPU VM metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not need exclusive use of a TPU
+    from jax.experimental import topologies  # imported lazily: few runs need it
 
     more: dict[str, Any] = {"num_slices": wanted.count} if wanted.count > 1 else {}
-    if wanted.chip == "v4":  # whose two cores work as one device
+    if wanted.chip == "v4":  # its two cores act as one device
         more["chip_config_name"] = "megacore"
     try:
         return topologies.get_topology_desc(f"{wanted.chip}:{wanted.topology}", "tpu", **more).devices
     except (RuntimeError, ImportError, jax.errors.JaxRuntimeError) as e:
         raise UserError(
-            f"{wanted.name}: the TPU compiler does not start; it needs the package libtpu, in the extra tpu "
+            f"{wanted.name}: the TPU compiler does not start; it needs the package libtpu, from the extra `tpu` "
             f"({str(e).splitlines()[0]})."
         ) from e

@@ -1,4 +1,4 @@
-"""Grouped-query attention as plain array operations, for any device and length."""
+"""Grouped-query attention in plain array operations, for any device and sequence length."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,32 +10,32 @@ from jax.ad_checkpoint import checkpoint_name
 
 from solar_jax.model.rope import apply_rope
 
-# (q [B, T, N, H] and k [B, S, K, H] before rotation, v [B, S, K, H], cosines and sines [B, T, H/2], what a query may
-# see in the form that it takes) -> [B, T, N, H]
+# (q [B, T, N, H] and k [B, S, K, H] before RoPE, v [B, S, K, H], cosines and sines [B, T, H/2], a mask or segment ids,
+# whichever the implementation takes) -> [B, T, N, H]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array], jax.Array | None], jax.Array]
 
-SAVED = "attention"  # the name under which a remat policy keeps the output, and a kernel's logarithms of softmax sums
+SAVED = "attention"  # checkpoint_name of the output and of a kernel's log-sum-exps, for remat policies
 
 
 def chunk_order(shards: int) -> list[int]:
-    """Which of a row's 2 x shards chunks each shard has, two a shard, shard after shard.
+    """Zigzag order of a row's 2 x shards chunks: two chunks per shard, shard by shard.
 
-    One is as far from the row's start as the other from its end: the queries of every shard then see, under a causal
-    mask, equally many keys.
+    One chunk is as far from the start of the row as the other is from its end, which balances causal attention: the
+    queries of every shard see equally many keys.
     """
     return [chunk for i in range(shards) for chunk in (i, 2 * shards - 1 - i)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The tokens of one device, of rows that are split over `count` of them by `chunk_order`."""
+    """One device's share of the tokens when rows are split over `count` devices in `chunk_order`."""
 
     count: int = 1
-    index: jax.Array | int = 0  # which of them
-    all_gather: Callable[[jax.Array], jax.Array] | None = None  # [...] -> [count, ...], every device's
+    index: jax.Array | int = 0  # this device, 0 to count - 1
+    all_gather: Callable[[jax.Array], jax.Array] | None = None  # [...] -> [count, ...], gathered from all devices
 
     def own(self, x: jax.Array, axis: int) -> jax.Array:
-        """Of whole rows along `axis`, in the order of the text, this device's tokens."""
+        """Slices this device's tokens out of full rows along `axis`, which are in text order."""
         if self.count == 1:
             return x
         size = x.shape[axis] // (2 * self.count)
@@ -43,7 +43,7 @@ class Shard:
         return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x, i * size, size, axis) for i in chunks], axis)
 
     def whole(self, x: jax.Array, axis: int) -> jax.Array:
-        """The inverse of `own`: whole rows along `axis`, from what every device has."""
+        """Inverse of `own`: gathers full rows along `axis`, in text order, from all devices."""
         if self.all_gather is None:
             return x
         halves = x.reshape(*x.shape[:axis], 2, x.shape[axis] // 2, *x.shape[axis + 1 :])
@@ -52,20 +52,20 @@ class Shard:
         return jnp.moveaxis(chunks, 0, axis).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
-WHOLE = Shard()  # every token is on one device
+WHOLE = Shard()  # all tokens on one device
 
 
 def attention_mask(length: int, segment_ids: jax.Array | None, sliding_window: int, shard: Shard = WHOLE) -> jax.Array:
-    """Which key each query may see.
+    """Builds the mask of keys that each query attends to.
 
     Args:
-      length: S, and T where one device has all queries.
-      segment_ids: [B, S], the document that a token belongs to, or None where a row is one document.
-      sliding_window: keys that a query sees, itself included (HF `sliding_window`); 0 for all before it.
-      shard: which queries.
+      length: S, which equals T where one device has all queries.
+      segment_ids: [B, S], document index of each token; None if every row is one document.
+      sliding_window: keys each query sees, including itself (HF `sliding_window`); 0 for all earlier ones.
+      shard: selects the queries.
 
     Returns:
-      Booleans [B or 1, T, S].
+      bool [B or 1, T, S].
     """
     query, key = shard.own(jnp.arange(length), 0)[:, None], jnp.arange(length)[None, :]
     mask = key <= query
@@ -78,14 +78,14 @@ def attention_mask(length: int, segment_ids: jax.Array | None, sliding_window: i
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, shard: Shard = WHOLE) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v, the softmax in float32.
+    """Computes softmax(q k^T / sqrt(H)) v, with the softmax in float32.
 
     Args:
       q: [B, T, N, H].
-      k: [B, S, K, H]; query head n uses key head n // (N / K). Of a shard, its own: S = T.
+      k: [B, S, K, H]; query head n uses key head n // (N / K). With a shard, its own tokens: S = T.
       v: [B, S, K, H].
-      mask: [B or 1, T, S], as `attention_mask` makes it; None: every query sees every key.
-      shard: whose keys and values are gathered from all.
+      mask: [B or 1, T, S] from `attention_mask`; None: every query sees every key.
+      shard: this device's tokens; keys and values are gathered from all devices.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -94,8 +94,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, 
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     k, v = (shard.whole(x, 1).swapaxes(1, 2) for x in (k, v))
     K, S = k.shape[1:3]
-    # The queries of all heads that share a key head lie on one axis, M: each product then sums over one axis, in the
-    # backward pass too, and XLA on a CPU makes no transposed copies of what it multiplies.
+    # Queries of all heads that share a key head are merged into one axis, M, so that each product contracts a single
+    # axis, in the backward pass too, and XLA on CPU makes no transposed copies of the operands.
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
     scores = jnp.einsum("bkmh,bksh->bkms", q, k, precision=precision, preferred_element_type=jnp.float32)
     scores *= H**-0.5
@@ -111,7 +111,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, 
 def rotated_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array | None
 ) -> jax.Array:
-    """`attention` of queries and keys that are rotated first; an `Attend`."""
+    """`attention` after applying RoPE to queries and keys; an `Attend`."""
     return attention(apply_rope(q, rope), apply_rope(k, rope), v, mask)
 
 
@@ -119,7 +119,7 @@ def sharded_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, *,
     sliding_window: int, shard: Shard,
 ) -> jax.Array:  # fmt: skip
-    """`rotated_attention` of a shard's queries, its mask made of the whole rows' segment ids [B, S]."""
+    """`rotated_attention` of a shard's queries, with the mask built from the full rows' segment ids [B, S]."""
     mask = attention_mask(q.shape[1] * shard.count, segment_ids, sliding_window, shard)
     return attention(apply_rope(q, rope), apply_rope(k, rope), v, mask, shard)
 
@@ -128,13 +128,13 @@ def library_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, *,
     sliding_window: int, implementation: Literal["xla", "cudnn"],
 ) -> jax.Array:  # fmt: skip
-    """`rotated_attention` by `jax.nn.dot_product_attention`: "cudnn" has no [T, S] scores in memory, and needs a GPU.
+    """`rotated_attention` via `jax.nn.dot_product_attention`; "cudnn" needs a GPU and never materialises [T, S] scores.
 
     Args:
-      q, k, v, rope: as an `Attend` takes them, in 16 bits for cudnn.
-      segment_ids: [B, T]; None: a row is one document.
-      sliding_window: keys that a query sees, itself included; 0 for all before it.
-      implementation: which of the library's.
+      q, k, v, rope: as in `Attend`; 16-bit for cudnn.
+      segment_ids: [B, T]; None if every row is one document.
+      sliding_window: keys each query sees, including itself; 0 for all earlier ones.
+      implementation: backend of the library call.
     """
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     out = jax.nn.dot_product_attention(
@@ -145,7 +145,7 @@ def library_attention(
 
 
 def attention_of_rows(rows: int, mask: jax.Array) -> Attend:
-    """`rotated_attention` of so many rows that lie end to end as one; `mask` [B or 1, T, S] is that of the rows."""
+    """`rotated_attention` of `rows` rows concatenated into one; `mask` [B or 1, T, S] is that of the separate rows."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], _: Any) -> jax.Array:
         q_rows, k_rows, v_rows, cos, sin = (x.reshape(rows, -1, *x.shape[2:]) for x in (q, k, v, *rope))

@@ -1,9 +1,9 @@
-"""Causal grouped-query attention with its rotary embedding in two TPU kernels that hold whole rows of a head.
+"""Causal grouped-query attention fused with RoPE, in two TPU kernels that hold a head's full row in VMEM.
 
-Splash attention, which streams blocks of a row of any length, leaves to XLA what costs passes over memory: the rotation
-of queries and keys before and of their gradients after, the sum of dq's parts, the first of 128 equal lanes of the
-softmax sums. Where a head's row fits vector memory all of that happens there, blocks may be small, and blocks of keys
-that no query of a block sees, be they later or of another document, are passed over.
+Splash attention streams blocks of rows of any length, but leaves to XLA several steps that cost HBM passes: RoPE on
+queries and keys before and on their gradients after, summing the partial dq, taking the first of 128 equal lanes of
+the softmax sums. Where a head's row fits in VMEM, the kernels do all of that there, blocks can be small, and key blocks
+that no query of a block sees, because they are later or of another document, are skipped.
 """
 
 import functools
@@ -15,10 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from solar_jax.model.attention import SAVED
 
-LANES = 128  # a TPU vector's; T and H have to be multiples
-BLOCK = 512  # queries and keys a step, at most: matmuls of 512 x 512 x H are enough between two turns of a loop
-MASKED = -1e30  # finite, so that a masked score gives 0 and no NaN
-SCORES = 16 * 2**20  # bytes of vector memory for blocks of scores and what is made of them
+LANES = 128  # lanes of a TPU vector; T and H must be multiples
+BLOCK = 512  # queries and keys per step, at most: 512 x 512 x H matmuls amortise the loop overhead
+MASKED = -1e30  # finite, so that a masked score gives 0 rather than NaN
+SCORES = 16 * 2**20  # bytes of VMEM for score blocks and the values derived from them
 
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
 _ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))  # a b
@@ -27,15 +27,15 @@ _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32
 
 
 def block_size(length: int, largest: int) -> int:
-    """The largest multiple of `LANES` that divides T and is at most `largest`."""
+    """Returns the largest multiple of `LANES` that divides T and is at most `largest`."""
     return max(b for b in range(LANES, min(length, largest) + 1, LANES) if length % b == 0)
 
 
 def needed_memory(length: int, width: int, itemsize: int) -> int:
-    """Bytes of vector memory that the backward kernel, the larger one, needs for T = `length`, H = `width`.
+    """VMEM bytes needed by the backward kernel, the larger one, for T = `length`, H = `width`.
 
-    Twice what moves for every query head (q, do, dq) or is written (dk, dv), once what stays for a group or a row (k,
-    v, k rotated; cosines, sines and segment ids in float32 and int32), and float32 sums of dk and dv.
+    Double-buffered: per-query-head arrays (q, do, dq) and outputs (dk, dv). Single-buffered: arrays kept for a group or
+    row (k, v, rotated k; float32 cosines and sines, int32 segment ids). Plus float32 accumulators for dk and dv.
     """
     row = length * width
     lanes = length * LANES * 4
@@ -43,12 +43,12 @@ def needed_memory(length: int, width: int, itemsize: int) -> int:
 
 
 def first_blocks(segment_ids: jax.Array, block: int, sliding_window: int) -> jax.Array:
-    """[B, T] -> int32 [B, T / block]: the first block of keys that any query of a block may see.
+    """Returns the first key block that any query of each block sees; [B, T] -> int32 [B, T / block].
 
-    Segment ids do not fall along a row, so the first query's first key is the earliest one.
+    Segment ids are non-decreasing along a row, so the first query's first key is the earliest one.
     """
     T = segment_ids.shape[1]
-    starts = segment_ids[:, ::block]  # of each block's first query
+    starts = segment_ids[:, ::block]  # segment id of each block's first query
     first = jnp.sum(segment_ids[:, None, :] < starts[:, :, None], axis=-1)  # keys of earlier documents
     if sliding_window:
         first = jnp.maximum(first, jnp.arange(0, T, block)[None] - sliding_window + 1)
@@ -56,14 +56,14 @@ def first_blocks(segment_ids: jax.Array, block: int, sliding_window: int) -> jax
 
 
 def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """float32 [T, H] rotated by the angles whose sines have the sign of their half; by minus them with -sin."""
+    """Applies RoPE to float32 [T, H]; `sin` carries the sign of each half, and -sin rotates back."""
     from jax.experimental.pallas import tpu as pltpu
 
     return x * cos + pltpu.roll(x, x.shape[1] // 2, 1) * sin
 
 
 def _rotate(source: Any, cos: Any, sin: Any, way: int, target: Any, block: int) -> None:
-    """Rotates all rows from one reference to another, a block at a time, which keeps the program short."""
+    """Rotates all rows from one ref into another, block by block to keep the program small."""
     from jax.experimental import pallas as pl
 
     def one(i, _):
@@ -74,7 +74,7 @@ def _rotate(source: Any, cos: Any, sin: Any, way: int, target: Any, block: int) 
 
 
 def _seen(i: Any, j: Any, block: int, q_segment: jax.Array, k_segment: jax.Array, sliding_window: int) -> jax.Array:
-    """Which keys of block j (down) the queries of block i (across) see."""
+    """Mask [keys of block j, queries of block i] of the keys each query sees."""
     shape = (block, block)
     age = (i - j) * block + (
         jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(jnp.int32, shape, 0)
@@ -87,10 +87,10 @@ def _forward_kernel(
     first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, q_segment_ref, k_segment_ref, out_ref, lse_ref,
     k_rotated, out_sum, *, block: int, sliding_window: int, scale: float,
 ):  # fmt: skip
-    """One query head. first: [B, T / block]; q, k, v, cos, sin, out: [T, H]; q_segment, lse: [1, T].
+    """Forward kernel for one query head. first: [B, T / block]; q, k, v, cos, sin, out: [T, H]; q_segment, lse: [1, T].
 
-    k_segment: [T, LANES], the same in all lanes. Scores are [keys, queries], so that what belongs to a query lies
-    across the lanes; out_sum is float32 [H, block] for the same reason.
+    k_segment: [T, LANES], the same in all lanes. Scores are [keys, queries], so that per-query values run along the
+    lanes; out_sum is float32 [H, block] for the same reason.
     """
     from jax.experimental import pallas as pl
 
@@ -130,9 +130,9 @@ def _backward_kernel(
     first_ref, q_ref, k_ref, v_ref, cos_ref, sin_ref, q_segment_ref, k_segment_ref, do_ref, lse_ref, di_ref,
     dq_ref, dk_ref, dv_ref, k_rotated, dq_sum, dk_sum, dv_sum, *, block: int, sliding_window: int, scale: float,
 ):  # fmt: skip
-    """One query head; shapes as forward, and do, dq, dk, dv: [T, H], di: [1, T].
+    """Backward kernel for one query head; shapes as in forward, plus do, dq, dk, dv: [T, H], di: [1, T].
 
-    Sums are float32: dq's [block, H], the others' [T, H] over all query heads of a key head.
+    Accumulators are float32: dq [block, H]; dk and dv [T, H], summed over all query heads of a key head.
     """
     from jax.experimental import pallas as pl
 
@@ -174,10 +174,10 @@ def _backward_kernel(
 
 @functools.cache
 def _specs(N: int, K: int, T: int, H: int) -> dict[str, Any]:
-    """How each kind of array is cut for a grid of (rows, key heads, query heads of each)."""
+    """BlockSpecs by kind of array, for a grid of (rows, key heads, query heads per key head)."""
     from jax.experimental import pallas as pl
 
-    # What does not change from one query head to the next needs no second buffer.
+    # Arrays that stay the same from one query head to the next need no double buffering.
     once = {"pipeline_mode": pl.Buffered(buffer_count=1)}
     G = N // K
     return {
@@ -196,7 +196,7 @@ def _attention(
     q: jax.Array, k: jax.Array, v: jax.Array, cos: jax.Array, sin: jax.Array, segment_ids: jax.Array,
     sliding_window: int, interpret: bool,
 ) -> jax.Array:  # fmt: skip
-    """[B, N, T, H] from q [B, N, T, H], k and v [B, K, T, H], angles [B, T, H] and segment ids int32 [B, T]."""
+    """Attention [B, N, T, H] of q [B, N, T, H], k and v [B, K, T, H], angles [B, T, H] and segment ids int32 [B, T]."""
     return _forward(q, k, v, cos, sin, segment_ids, sliding_window, interpret)[0]
 
 
@@ -208,13 +208,13 @@ def _run(
 
     Args:
       kernel: `_forward_kernel` or `_backward_kernel`.
-      name: of the kernel, in profiles.
+      name: the kernel's name in profiles.
       inputs: q, k, v, cos, sin, segment_ids, as `_attention` takes them.
-      extra: further inputs, each with its kind in `_specs`.
-      outputs: arrays that the results are shaped like, each with its kind.
-      sums: shapes of float32 scratch.
-      sliding_window: keys that a query sees, itself included; 0 for all before it.
-      interpret: run as array operations.
+      extra: additional inputs, each with its kind in `_specs`.
+      outputs: arrays with the shapes and dtypes of the results, each with its kind.
+      sums: shapes of the float32 scratch buffers.
+      sliding_window: keys each query sees, including itself; 0 for all earlier ones.
+      interpret: run the kernel in interpret mode.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
@@ -249,7 +249,7 @@ def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, cos: jax.Array, sin: jax.Array, segment_ids: jax.Array,
     sliding_window: int, interpret: bool,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:  # fmt: skip
-    """The result, and what the backward pass needs: the inputs, the result, logarithms of softmax sums [B, N, 1, T]."""
+    """Returns the output and the residuals for the backward pass: inputs, output, log-sum-exps [B, N, 1, T]."""
     (B, N, T, H), inputs = q.shape, (q, k, v, cos, sin, segment_ids)
     sums = jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32)
     out, lse = _run(
@@ -282,16 +282,16 @@ def flash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, *,
     sliding_window: int, interpret: bool,
 ) -> jax.Array:  # fmt: skip
-    """Attention of rotated queries and keys, no [T, S] scores in memory; angles get no gradient.
+    """Attention fused with RoPE, without materialising [T, S] scores; angles get no gradient.
 
     Args:
-      q: [B, T, N, H] before rotation, T and H multiples of `LANES`, the rows of one device.
-      k: [B, T, K, H] before rotation.
+      q: [B, T, N, H] before RoPE, T and H multiples of `LANES`; the rows of one device.
+      k: [B, T, K, H] before RoPE.
       v: [B, T, K, H].
-      rope: cosines and sines, float32 [B, T, H/2], as `model.rope.rope_angles` gives them.
-      segment_ids: [B, T], the document that a token belongs to, which does not fall along a row; None: a row is one.
-      sliding_window: keys that a query sees, itself included; 0 for all before it.
-      interpret: run the kernels as array operations, where there is no TPU.
+      rope: cosines and sines, float32 [B, T, H/2], from `model.rope.rope_angles`.
+      segment_ids: [B, T], document index of each token, non-decreasing along a row; None if every row is one document.
+      sliding_window: keys each query sees, including itself; 0 for all earlier ones.
+      interpret: run the kernels in interpret mode, for machines without a TPU.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -299,7 +299,7 @@ def flash_attention(
     cos, sin = rope
     if segment_ids is None:
         segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
-    # The kernels take heads before tokens; XLA lets the projections write that order.
+    # The kernels take heads before tokens; XLA has the projections write that layout directly.
     out = _attention(
         *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)),
         jnp.concatenate((cos, cos), axis=-1), jnp.concatenate((-sin, sin), axis=-1),

@@ -1,12 +1,12 @@
 """The Llama-family decoder: one block, stacked over a leading layer axis and scanned.
 
-The state is a plain pytree whose layers lie on axis L. What an array is called and which axes it has is said once,
-in `LAYER_AXES`, `OPTIONAL` and `axes`; shapes, sharding rules and the conversion table all read it there.
+The state is a plain pytree with the layers stacked on axis L. Array names and axes are defined once, in `LAYER_AXES`,
+`OPTIONAL` and `axes`; shapes, sharding rules and the conversion table are all derived from them.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,8 +19,8 @@ from solar_jax.model.attention import Attend, attention_mask, rotated_attention
 from solar_jax.model.rope import rope_angles
 
 Params = dict[str, Any]  # {"embed", "layers": {...}, "final_norm", "lm_head"}, arrays or anything shaped like them
-# (array, its axis letters) -> the same array, laid out on a mesh; a dot is an axis that is kept whole. An array with a
-# B is an activation. One without is a parameter: it is gathered for use, and its gradient goes back to where it rests.
+# (array, its axis letters) -> the same array, laid out on a mesh; a dot is an unsharded axis. An array with a B is an
+# activation. One without is a parameter: it is all-gathered for use, and its gradient is sharded as it is at rest.
 Constrain = Callable[[jax.Array, str], jax.Array]
 # (subscripts, activations, weight) -> their product in the activations' dtype
 Einsum = Callable[[str, jax.Array, jax.Array], jax.Array]
@@ -43,7 +43,7 @@ LAYER_AXES = {
     "down_proj": "FD",
 }
 
-# The arrays of `LAYER_AXES` that only some architectures have, and which.
+# Arrays of `LAYER_AXES` that only some architectures have -> the condition on the config.
 OPTIONAL: dict[str, Callable[[ModelConfig], bool]] = {
     "q_bias": lambda cfg: "q" in cfg.attention_bias,
     "k_bias": lambda cfg: "k" in cfg.attention_bias,
@@ -53,14 +53,14 @@ OPTIONAL: dict[str, Callable[[ModelConfig], bool]] = {
     "k_norm": lambda cfg: cfg.qk_norm,
 }
 
-# Names of a layer's values -> their axes, from the cheapest in memory for what it saves in time. "attention" is what
-# the kernel's backward pass needs of its forward one, "mid" the sum after attention.
+# Names of a layer's saveable values -> their axes, ordered by memory per recompute time saved, cheapest first.
+# "attention" holds the residuals of the attention kernel, "mid" the residual stream after attention.
 SAVEABLE = {
     "attention": "BTNH", "q": "BTNH", "k": "BTKH", "v": "BTKH", "mid": "BTD", "gate": "BTF", "up": "BTF",
 }  # fmt: skip
 
-# Which of them the backward pass finds saved instead of computing them again; a layer's input always is. None saves
-# whatever differentiation asks for.
+# Remat policy -> values saved for the backward pass; the others are recomputed, and a layer's input is always saved.
+# None saves whatever differentiation asks for.
 REMAT: dict[str, tuple[str, ...] | None] = {
     "none": None,
     "matmuls": ("attention", "q", "k", "v", "mid", "gate", "up"),
@@ -71,28 +71,28 @@ REMAT: dict[str, tuple[str, ...] | None] = {
     "offload": ("attention",),
     "full": (),
 }
-# What a policy of `REMAT` saves besides, in the host's memory: it takes time on the link to it instead of room.
+# Values that a `REMAT` policy also offloads to host memory, trading transfer time for HBM.
 OFFLOADED: dict[str, tuple[str, ...]] = {"offload": ("q", "k", "v", "mid")}
 
 
 def layer_axes(cfg: ModelConfig) -> dict[str, str]:
-    """The rows of `LAYER_AXES` that a model of `cfg` has."""
+    """Returns the entries of `LAYER_AXES` that a model of `cfg` has."""
     return {name: letters for name, letters in LAYER_AXES.items() if name not in OPTIONAL or OPTIONAL[name](cfg)}
 
 
 def is_vector(name: str) -> bool:
-    """Whether an array is a norm's scale or a bias, which stay float32 and do not decay."""
+    """Returns whether an array is a norm scale or a bias, which stay float32 and are not decayed."""
     return name.endswith(("norm", "bias"))
 
 
 def axes(cfg: ModelConfig) -> Params:
-    """The axis letters of every array of the state, as a tree of strings."""
+    """Returns the axis letters of every array of the state, as a tree of strings."""
     tree: Params = {"embed": "VD", "layers": {k: "L" + v for k, v in layer_axes(cfg).items()}, "final_norm": "D"}
     return tree if cfg.tie_word_embeddings else tree | {"lm_head": "DV"}
 
 
 def sizes(cfg: ModelConfig) -> dict[str, int]:
-    """The size of each axis letter."""
+    """Returns the size of each axis letter."""
     return {
         "V": cfg.vocab_size,
         "D": cfg.hidden_size,
@@ -105,12 +105,12 @@ def sizes(cfg: ModelConfig) -> dict[str, int]:
 
 
 def size(cfg: ModelConfig, letters: str) -> int:
-    """Elements of an array of these axes."""
+    """Number of elements of an array with these axes."""
     return math.prod(sizes(cfg)[letter] for letter in letters)
 
 
 def shapes(cfg: ModelConfig, weights: str = "float32") -> Params:
-    """Every array of the state as a tree of `jax.ShapeDtypeStruct`: matrices of dtype `weights`, vectors float32."""
+    """Returns the state as a tree of `jax.ShapeDtypeStruct`: matrices of dtype `weights`, vectors float32."""
     size = sizes(cfg)
 
     def one(path: Any, letters: str) -> jax.ShapeDtypeStruct:
@@ -120,19 +120,19 @@ def shapes(cfg: ModelConfig, weights: str = "float32") -> Params:
     return jax.tree.map_with_path(one, axes(cfg))
 
 
-@functools.cache  # planners ask again and again
+@functools.cache  # the planner calls it repeatedly
 def parameter_count(cfg: ModelConfig) -> int:
     return sum(s.size for s in jax.tree.leaves(shapes(cfg)))
 
 
 def unconstrained(x: jax.Array, axes: str) -> jax.Array:
-    """The `Constrain` of a single device."""
+    """No-op `Constrain` for a single device."""
     del axes
     return x
 
 
 def _initial(rngs: nnx.Rngs, cfg: ModelConfig, name: str, letters: str) -> nnx.Param:
-    """Ones for a norm's scale, zeros for a bias, normal(0, 0.02) for a matrix (HF `initializer_range`), float32."""
+    """Initialises a float32 parameter: ones (norm scale), zeros (bias) or normal(0, 0.02) (HF `initializer_range`)."""
     shape = tuple(sizes(cfg)[x] for x in letters)
     if is_vector(name):
         return nnx.Param(jnp.ones(shape) if name.endswith("norm") else jnp.zeros(shape))
@@ -147,10 +147,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def _einsum(subscripts: str, x: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
-    """An einsum in x's dtype; float32 is then float32 on a TPU too, whose default is bfloat16 passes.
+    """Einsum in x's dtype; float32 is true float32 on TPU too, where the default is bfloat16 passes.
 
-    The axes that are summed over are x's last and the weight's first ones. A single row is multiplied as a matrix:
-    its gradient is then summed over one axis, where XLA on a CPU copies both operands, transposed, to sum over two.
+    Contracts x's last axes with the weight's first ones. A batch of one is multiplied as a matrix, so that its gradient
+    contracts a single axis; for two axes XLA on CPU would copy both operands, transposed.
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     weight = weight.astype(x.dtype)
@@ -165,7 +165,7 @@ def _einsum(subscripts: str, x: jax.Array, weight: jax.Array, out: Any = None) -
 
 @jax.custom_vjp
 def _product_in_parts(h: jax.Array, weight: jax.Array) -> jax.Array:
-    """[B, T, F] x [F, D] -> [B, T, D] in up to 16 parts of F; its gradient, no sum over F, is the plain product's."""
+    """[B, T, F] x [F, D] -> [B, T, D], summed in up to 16 parts of F; the gradient is the plain product's."""
     B, T, F = h.shape
     parts = next(n for n in (16, 8, 4, 2, 1) if F % n == 0)
     h, weight = h.reshape(B, T, parts, F // parts), weight.reshape(parts, F // parts, -1)
@@ -173,7 +173,7 @@ def _product_in_parts(h: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _plain_gradient(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of [B, T, F] x [F, D] -> [B, T, D] with respect to both, by what is saved of them."""
+    """Gradient of [B, T, F] x [F, D] -> [B, T, D] with respect to both operands, from the saved operands."""
     h, weight = saved
     (dh,) = jax.linear_transpose(lambda h: _einsum("btf,fd->btd", h, weight), h)(g)
     (d_weight,) = jax.linear_transpose(lambda weight: _einsum("btf,fd->btd", h, weight), weight)(g)
@@ -184,28 +184,28 @@ _product_in_parts.defvjp(lambda h, weight: (_product_in_parts(h, weight), (h, we
 
 
 def _down_projection(h: jax.Array, weight: jax.Array, einsum: Einsum) -> jax.Array:
-    """[B, T, F] x [F, D] -> [B, T, D], in float32 summed in parts of F.
+    """[B, T, F] x [F, D] -> [B, T, D]; in float32, summed in parts of F.
 
-    SwiGLU's few huge activations swallow the small terms of one long float32 sum: on a real model that alone moves
-    logits by 1e-4. Narrower dtypes are accumulated in float32 anyway and take the plain product.
+    SwiGLU's few huge activations swamp the small terms of one long float32 sum, which by itself shifts the logits of a
+    real model by 1e-4. Narrower dtypes accumulate in float32 anyway and take the plain product.
     """
     return _product_in_parts(h, weight) if h.dtype == jnp.float32 else einsum("btf,fd->btd", h, weight)
 
 
 def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """x plus the bias of its last axes, summed in float32; x where the architecture has none."""
+    """Adds a bias over x's last axes, in float32; returns x unchanged if the architecture has none."""
     return x if bias is None else (x.astype(jnp.float32) + bias[...]).astype(x.dtype)
 
 
 class Block(nnx.Module):
-    """One decoder layer: attention and SwiGLU, each behind an RMSNorm and a residual sum."""
+    """One decoder layer: pre-norm attention and SwiGLU with residual connections."""
 
     attn_norm: nnx.Param  # [D]
     q_proj: nnx.Param  # [D, N, H]
     k_proj: nnx.Param  # [D, K, H]
     v_proj: nnx.Param  # [D, K, H]
     o_proj: nnx.Param  # [N, H, D]
-    q_bias: nnx.Param | None  # [N, H]; this and the next five where `OPTIONAL` says so
+    q_bias: nnx.Param | None  # [N, H]; this and the next five only where `OPTIONAL` says so
     k_bias: nnx.Param | None  # [K, H]
     v_bias: nnx.Param | None  # [K, H]
     o_bias: nnx.Param | None  # [D]
@@ -231,7 +231,7 @@ class Block(nnx.Module):
         attend: Attend = rotated_attention,
         einsum: Einsum = _einsum,
     ) -> jax.Array:
-        """x: [B, T, D] -> [B, T, D]; `seen` says what a query may see, in the form that `attend` takes."""
+        """Applies the layer: x [B, T, D] -> [B, T, D]; `seen` is the mask or segment ids that `attend` takes."""
 
         def weight(name: str) -> jax.Array:
             return constrain(getattr(self, name)[...], LAYER_AXES[name])
@@ -258,7 +258,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """Embedding, L scanned blocks, final norm, logits."""
+    """Full decoder: embedding, L scanned blocks, final norm, logits."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -279,14 +279,15 @@ class Llama(nnx.Module):
         constrain: Constrain,
         attend: Attend | None,
         einsum: Einsum,
+        stacks: Sequence[Any],
     ) -> jax.Array:
-        """Final-norm output [B, T, D] in compute_dtype, for tokens, positions and segment ids [B, T]."""
+        """Returns the final-norm output [B, T, D] in compute_dtype for tokens, positions and segment ids [B, T]."""
         rope = rope_angles(positions, self.cfg)
         seen = segment_ids
         if attend is None:
             attend, seen = rotated_attention, attention_mask(tokens.shape[1], segment_ids, self.cfg.sliding_window)
-        # The table is gathered before the look-up: a look-up in a table split over D and V makes XLA fall back to
-        # full rematerialisation of the result.
+        # All-gather the table before the look-up: with a table sharded over D and V, XLA falls back to full
+        # rematerialisation of the result.
         x = constrain(constrain(self.embed[...].astype(compute_dtype), ".D")[tokens], "BTD")
 
         def body(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
@@ -300,28 +301,36 @@ class Llama(nnx.Module):
                 offload_dst="pinned_host",
             )
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, self.layers)
+
+        def run(x: jax.Array, stack: Any) -> tuple[jax.Array, None]:
+            if isinstance(stack, tuple):  # stacks in turns: [repeats, n, ...] each
+                turn = lambda x, parts: (functools.reduce(lambda x, s: run(x, s)[0], parts, x), None)  # noqa: E731
+                return jax.lax.scan(turn, x, stack)
+            return jax.lax.scan(body, x, stack)
+
+        for stack in stacks:
+            x, _ = run(x, stack)
         return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
 
     def head(self) -> jax.Array:
-        """The output projection [D, V]."""
+        """Returns the output projection [D, V]."""
         return self.embed[...].T if self.cfg.tie_word_embeddings else self.lm_head[...]
 
 
 def graph(cfg: ModelConfig) -> nnx.GraphDef:
-    """The model without its arrays: `nnx.merge(graph(cfg), params)` is a Llama."""
+    """Returns the model structure without arrays: `nnx.merge(graph(cfg), params)` is a Llama."""
     return nnx.split(nnx.eval_shape(lambda: Llama(cfg, nnx.Rngs(0))))[0]
 
 
 def initial_params(cfg: ModelConfig, seed: int) -> Params:
-    """Random float32 parameters; wrap in `jax.jit(..., out_shardings=...)` to create them sharded."""
+    """Creates random float32 parameters; wrap in `jax.jit(..., out_shardings=...)` to create them sharded."""
     return nnx.to_pure_dict(nnx.state(Llama(cfg, nnx.Rngs(seed))))
 
 
 def compute_copy(params: Params, compute_dtype: Any) -> Params:
-    """The parameters as matmuls use them: matrices in compute_dtype, norm scales and biases left as they are.
+    """Casts matrices to compute_dtype for matmuls; norm scales and biases are left as they are.
 
-    Cast before the scan, so that what moves between chips for each layer is the narrow copy.
+    The cast happens before the scan, so that each layer's all-gather moves the narrow copy.
     """
     return jax.tree.map_with_path(lambda path, p: p if is_vector(path[-1].key) else p.astype(compute_dtype), params)
 
@@ -339,36 +348,46 @@ def hidden(
     attend: Attend | None = None,
     einsum: Einsum = _einsum,
 ) -> tuple[jax.Array, jax.Array]:
-    """What the logits are the product of.
+    """Computes the two factors of the logits: hidden states and output projection.
 
     Args:
       cfg: the architecture.
-      params: the state, any float dtype.
+      params: the state, in any float dtype.
       tokens: [B, T] integers.
-      positions: [B, T], a token's place in its document; counted from the row's start if None.
-      segment_ids: [B, T], the document of each token within its row; one document if None.
-      compute_dtype: of matmuls and activations.
-      remat: a name of `REMAT`.
-      constrain: lays activations and gathered parameters out on a mesh.
-      attend: attention from segment ids; None for plain array operations.
-      einsum: the product of the layers' projections.
+      positions: [B, T], each token's position in its document; counted from the row's start if None.
+      segment_ids: [B, T], document index of each token within its row; one document if None.
+      compute_dtype: dtype of matmuls and activations.
+      remat: a policy name in `REMAT`.
+      constrain: lays out activations and gathered parameters on a mesh.
+      attend: attention that takes segment ids; None for plain array operations.
+      einsum: the einsum used for the layers' projections.
 
     Returns:
       The final norm's output [B, T, D] and the output projection [D, V], both in compute_dtype.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    model = nnx.merge(graph(cfg), compute_copy(params, compute_dtype))
+    params, whole = compute_copy(params, compute_dtype), graph(cfg)
+    layers = params["layers"]
+
+    def blocks(stack: Any) -> Any:
+        return tuple(map(blocks, stack)) if isinstance(stack, tuple) else merge(stack).layers
+
+    def merge(stack: Any) -> Llama:
+        return nnx.merge(whole, params | {"layers": stack})
+
+    stacks = tuple(map(blocks, layers)) if isinstance(layers, tuple) else None
+    model = merge(jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, dict))[0])
     x = model.hidden(
         tokens, positions, segment_ids,
         compute_dtype=compute_dtype, remat=remat, constrain=constrain, attend=attend,
-        einsum=einsum,
+        einsum=einsum, stacks=stacks or (model.layers,),
     )  # fmt: skip
     return x, model.head()
 
 
 def unembed(x: jax.Array, head: jax.Array) -> jax.Array:
-    """[..., D] x [D, V] -> float32 logits [..., V]."""
+    """Projects to logits: [..., D] x [D, V] -> float32 [..., V]."""
     return _einsum("...d,dv->...v", x, head, jnp.float32)
 
 
@@ -382,6 +401,6 @@ def logits(
     constrain: Constrain = unconstrained,
     **how: Any,
 ) -> jax.Array:
-    """Next-token logits, float32 [B, T, V]; the arguments are those of `hidden`."""
+    """Computes next-token logits, float32 [B, T, V]; arguments as in `hidden`."""
     x, head = hidden(cfg, params, tokens, positions, segment_ids, constrain=constrain, **how)
     return constrain(unembed(x, constrain(head, "DV")), "BTV")

@@ -1,4 +1,4 @@
-"""Precision as one policy: what weights, optimiser state and matmuls are kept and computed in, by name."""
+"""Named precision policies: dtypes of weights, optimiser state and matmuls."""
 
 import dataclasses
 import importlib.util
@@ -11,15 +11,15 @@ from solar_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Dtypes. Norm scales, biases, softmax, loss and rotary angles are float32 whatever it says.
+    """Dtypes of one policy. Norm scales, biases, softmax, loss and rotary angles are always float32.
 
-    Weights and moments in bfloat16 are rounded stochastically after each step (training.stochastic_rounding).
+    bfloat16 weights and moments are rounded stochastically after each step (training.stochastic_rounding).
     """
 
-    weights: str  # the matrices that training moves
-    moments: str  # what the optimiser keeps for them
-    compute: str  # of matmuls and activations
-    projections: str = ""  # a name of model.quantised.QTYPES, where their operands are narrower
+    weights: str  # trained matrices
+    moments: str  # optimiser moments of those matrices
+    compute: str  # matmuls and activations
+    projections: str = ""  # a key of model.quantised.QTYPES if projections take narrower operands
 
 
 # config.train.precision
@@ -34,22 +34,22 @@ PRECISIONS = {
 
 
 def precision(cfg: TrainConfig) -> Precision:
-    """The policy of a run.
+    """Returns the precision policy of a run.
 
     Raises:
-      UserError: no such policy, or its package is missing.
+      UserError: the policy does not exist, or its package is not installed.
     """
     if cfg.precision not in PRECISIONS:
         raise UserError(f"config.train.precision must be one of {', '.join(PRECISIONS)}, found {cfg.precision!r}.")
     policy = PRECISIONS[cfg.precision]
     if policy.projections and importlib.util.find_spec("qwix") is None:
         raise UserError(
-            f"config.train.precision={cfg.precision!r} needs the package qwix, which is not installed (the extra "
-            "`quantised`)."
+            f"config.train.precision={cfg.precision!r} needs the package qwix, which is not installed; it "
+            "comes with the extra `quantised`."
         )
     return policy
 
 
 def compute_dtype(cfg: TrainConfig) -> jnp.dtype:
-    """Of a run's matmuls and activations."""
+    """Returns the dtype of a run's matmuls and activations."""
     return jnp.dtype(precision(cfg).compute)

@@ -1,4 +1,4 @@
-"""Projections whose operands are 8 bits wide while they are multiplied, through qwix."""
+"""Projections with 8-bit matmul operands, through qwix."""
 
 import functools
 from collections.abc import Callable
@@ -6,19 +6,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# kind -> (what activations and weights become, what gradients become). Floats of 8 bits need range for gradients.
+# kind -> (dtype of activations and weights, dtype of gradients). 8-bit float gradients need the wider range of e5m2.
 QTYPES = {"int8": (jnp.int8, jnp.int8), "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2)}
 
 
 @functools.cache
 def quantised_einsum(kind: str) -> Callable[[str, jax.Array, jax.Array], jax.Array]:
-    """(subscripts, activations, weight) -> their product in the activations' dtype, for an einsum of contractions.
+    """Returns an einsum for contractions: (subscripts, activations, weight) -> product in the activations' dtype.
 
-    Every row of activations and every column of the weight has a scale of its own, its largest value's. The gradient
-    goes straight through the rounding: that of the activations is a product in 8 bits too, that of the weight, which
-    sums over all tokens, is not (arXiv 2304.13013).
+    Each row of activations and each column of the weight has its own absmax scale. Gradients use the straight-through
+    estimator: the gradient of the activations is an 8-bit product too, that of the weight, which sums over all tokens,
+    is not (arXiv 2304.13013).
     """
-    # qwix's trainable product; what it exports wraps it in modules, which there are none of within our scan.
+    # qwix's trainable dot_general; its public API wraps modules, and there are none inside our scan.
     from qwix._src.core.dot_general_qt import DotGeneralQtConfig, dot_general_qt
 
     forward, backward = QTYPES[kind]

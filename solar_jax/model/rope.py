@@ -10,15 +10,15 @@ from solar_jax.config import ModelConfig
 
 
 def _linear(frequencies: np.ndarray, cfg: ModelConfig) -> np.ndarray:
-    """HF `factor`: every position counts as 1 / factor."""
+    """Linear scaling by HF `factor`: every position counts as 1 / factor."""
     return frequencies / cfg.rope_factor
 
 
 def _llama3(frequencies: np.ndarray, cfg: ModelConfig) -> np.ndarray:
-    """Llama 3.1: slow rotations slowed down by HF `factor`, fast ones kept, a linear blend between.
+    """Llama 3.1 scaling: low frequencies divided by HF `factor`, high ones kept, a linear blend in between.
 
-    What counts is how often a pair turns within `original_max_position_embeddings`: `high_freq_factor` times or more
-    is kept, `low_freq_factor` times or less is slowed down.
+    The criterion is the number of turns of a pair within `original_max_position_embeddings`: `high_freq_factor` or more
+    is kept, `low_freq_factor` or fewer is scaled.
     """
     turns = cfg.rope_original_positions * frequencies / (2 * np.pi)
     low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
@@ -26,7 +26,7 @@ def _llama3(frequencies: np.ndarray, cfg: ModelConfig) -> np.ndarray:
     return frequencies * (kept + (1.0 - kept) / cfg.rope_factor)
 
 
-# ModelConfig.rope_scaling -> (float64 frequencies [H/2], cfg) -> what they become
+# ModelConfig.rope_scaling -> (float64 frequencies [H/2], cfg) -> scaled frequencies
 SCALINGS: dict[str, Callable[[np.ndarray, ModelConfig], np.ndarray]] = {
     "": lambda frequencies, cfg: frequencies,
     "linear": _linear,
@@ -35,20 +35,20 @@ SCALINGS: dict[str, Callable[[np.ndarray, ModelConfig], np.ndarray]] = {
 
 
 def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
-    """float32 [H/2], radians a position of each pair: HF `rope_theta` ** (-2i / H), scaled as the config says.
+    """Frequency of each pair, float32 [H/2] radians per position: HF `rope_theta` ** (-2i / H), scaled per config.
 
-    Computed in float64 while tracing: an error of a float32 power would grow with the position.
+    Computed in float64 at trace time: the error of a float32 power would grow with the position.
     """
     plain = cfg.rope_theta ** (-np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
     return SCALINGS[cfg.rope_scaling](plain, cfg).astype(np.float32)
 
 
 def rope_angles(positions: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotation of each position.
+    """Computes cosines and sines of the rotation at each position.
 
     Args:
-      positions: [B, T] integers, a token's place in its document.
-      cfg: its head_dim, rope_theta and rope scaling.
+      positions: [B, T] integers, each token's position in its document.
+      cfg: provides head_dim, rope_theta and rope scaling.
 
     Returns:
       Two float32 arrays [B, T, H/2].

@@ -1,4 +1,4 @@
-"""Grouped-query attention for TPUs in jax's splash kernels, which stream blocks of rows of any length."""
+"""Grouped-query attention on TPU via jax's splash kernels, which stream blocks of rows of any length."""
 
 import typing
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from solar_jax.model.attention import SAVED, WHOLE, Shard, chunk_order
 from solar_jax.model.flash import block_size
 from solar_jax.model.rope import apply_rope
 
-# Queries and keys a block. Larger blocks mean fewer partial sums of dq and fewer passes over k and v; what fits the
-# vector memory of every supported chip is the bound.
+# Queries and keys per block. Larger blocks mean fewer partial sums of dq and fewer passes over k and v; the bound is
+# the VMEM of every supported chip.
 BLOCK = {"forward": 1024, "backward": 2048, "compute": 512}
 
 
@@ -20,22 +20,22 @@ def splash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, rope: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None, *,
     sliding_window: int, interpret: bool, shard: Shard = WHOLE,
 ) -> jax.Array:  # fmt: skip
-    """Attention without its [T, S] scores in memory: a causal kernel, its backward pass in one more.
+    """Causal attention without materialising [T, S] scores, with a fused backward kernel.
 
     Args:
-      q: [B, T, N, H] before rotation, rows and tokens of one device, T a multiple of `flash.LANES`; of a shard T / 2.
-      k: [B, T, K, H] before rotation.
+      q: [B, T, N, H] before RoPE, on one device; T, or T / 2 with a shard, must be a multiple of `flash.LANES`.
+      k: [B, T, K, H] before RoPE.
       v: [B, T, K, H].
-      rope: cosines and sines, float32 [B, T, H/2], as `model.rope.rope_angles` gives them.
-      segment_ids: [B, S], the document that a token of the whole row belongs to; None: a row is one document.
-      sliding_window: keys that a query sees, itself included; 0 for all before it.
-      interpret: run the kernels as array operations, where there is no TPU.
-      shard: which queries, and how the keys and values of all are had.
+      rope: cosines and sines, float32 [B, T, H/2], from `model.rope.rope_angles`.
+      segment_ids: [B, S], document index of each token of the full row; None if every row is one document.
+      sliding_window: keys each query sees, including itself; 0 for all earlier ones.
+      interpret: run the kernels in interpret mode, for machines without a TPU.
+      shard: selects the queries and gathers all keys and values.
 
     Returns:
       [B, T, N, H] in q's dtype.
     """
-    # Here, since the import takes a second that no CPU run needs.
+    # Imported lazily: it takes a second, which CPU runs need not spend.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -45,7 +45,7 @@ def splash_attention(
     if shard.count > 1:
         mask.q_sequence = mask.q_sequence.reshape(2 * shard.count, -1)[chunk_order(shard.count)].reshape(S)
     forward, backward, compute = (block_size(S, BLOCK[name]) for name in ("forward", "backward", "compute"))
-    queries = forward if shard.count == 1 else block_size(T // 2, forward)  # of one chunk
+    queries = forward if shard.count == 1 else block_size(T // 2, forward)  # within one chunk
     kernel: Callable[..., Any] = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * N),
         block_sizes=splash.BlockSizes(
@@ -58,17 +58,17 @@ def splash_attention(
         residual_checkpoint_name=SAVED,
         interpret=interpret,
     )  # fmt: skip
-    if shard.count > 1:  # of what the kernel knows of every shard's queries, the part of this one's
+    if shard.count > 1:  # slice this shard's part out of the kernel's per-query data
 
         def part(x: jax.Array) -> jax.Array:
-            axis = 1 if x.ndim == 3 else 0  # [1, blocks of queries, blocks of keys], and the queries' places [S]
+            axis = 1 if x.ndim == 3 else 0  # [1, query blocks, key blocks], or query positions [S]
             size = x.shape[axis] // shard.count
             return jax.lax.dynamic_slice_in_dim(x, shard.index * size, size, axis)
 
         kernel = jax.tree.map(part, kernel)
     q, k = apply_rope(q, rope), apply_rope(k, rope)
     q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)  # the kernel does not scale
-    # The kernel takes heads before tokens; XLA lets the projections write that order.
+    # The kernel takes heads before tokens; XLA has the projections write that layout directly.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     k, v = shard.whole(k, 2), shard.whole(v, 2)
     if segment_ids is None:

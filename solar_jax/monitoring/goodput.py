@@ -1,4 +1,4 @@
-"""Where the wall time goes: of each step, and of a whole run over all its restarts."""
+"""Wall-time accounting: per step, and per run over all its restarts."""
 
 import collections
 import contextlib
@@ -14,18 +14,18 @@ from solar_jax.parallel import processes
 from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.paths import is_local
 
-OUTSIDE = ("evaluation", "checkpoint")  # what comes between steps and is told by name
-LEDGER = (*OUTSIDE, "compilation", "lost")  # lost: in steps that a restart took again
-_RECENT = 20  # steps that a median is taken over
+OUTSIDE = ("evaluation", "checkpoint")  # work between steps, reported by name
+LEDGER = (*OUTSIDE, "compilation", "lost")  # lost: steps repeated after a restart
+_RECENT = 20  # steps in the running median
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds from the end of the step before to the end of this one; `outside` came before it and is not in them."""
+    """Seconds from the end of the previous step to the end of this one; `outside` came before and is not included."""
 
-    data: float  # the devices had nothing to do, as the batch was not there
-    compute: float  # all else
-    outside: dict[str, float]  # by name of OUTSIDE
+    data: float  # devices idle, waiting for the batch
+    compute: float  # everything else
+    outside: dict[str, float]  # by name in OUTSIDE
 
     @property
     def total(self) -> float:
@@ -33,10 +33,10 @@ class StepTime:
 
 
 class StepClock:
-    """Splits the time of one session's steps, and tells what is left.
+    """Splits step time within one session and estimates the time remaining.
 
-    The devices work on a step while the host prepares the next, so a step begins where the one before ended, or
-    where the loop took up its work after something outside it.
+    The devices run one step while the host prepares the next, so a step begins where the previous one ended, or where
+    the loop resumed after work outside the steps.
     """
 
     def __init__(self, remaining_steps: int):
@@ -46,19 +46,19 @@ class StepClock:
         self._begin = time.perf_counter()
 
     def resume(self) -> None:
-        """The next step begins now."""
+        """Starts the next step now."""
         self._begin = time.perf_counter()
 
     @contextlib.contextmanager
     def outside(self, name: str) -> Iterator[None]:
-        """Around what is no step; no step may be under way."""
+        """Context manager that times work outside steps; no step may be in flight."""
         begin = time.perf_counter()
         yield
         self.resume()
         self._outside[name] += self._begin - begin
 
     def step(self, asked: float, ready: float, end: float) -> StepTime:
-        """A finished step, by `time.perf_counter()`: its batch asked for and there, its numbers there."""
+        """Records a finished step from `time.perf_counter()` times: batch requested, batch ready, metrics ready."""
         data = max(0.0, ready - max(self._begin, asked))
         spent = StepTime(data, max(0.0, end - self._begin - data), self._outside)
         self._outside = dict.fromkeys(OUTSIDE, 0.0)
@@ -68,23 +68,23 @@ class StepClock:
         return spent
 
     def median(self) -> float:
-        """Seconds of a step; the first of a session is not counted if there are others, as it warms up."""
+        """Returns the median seconds per step; a session's first step is warm-up and ignored once there are others."""
         seconds = list(self._recent)
         return statistics.median_high(seconds[1:] or seconds) if seconds else 0.0
 
     def eta(self) -> float:
-        """Seconds that the remaining steps will take."""
+        """Estimates the seconds that the remaining steps will take."""
         return self.remaining * self.median()
 
 
 class Ledger:
-    """`goodput.json` of a run: since when it is under way, how often it was started, what was not training.
+    """`goodput.json` of a run: time of the first start, number of starts, and time not spent on training.
 
-    What training took stands in the metrics, whose lines are those of the steps that count.
+    Training time is in the metrics, which have one line for each step that counts.
     """
 
     def __init__(self, workdir: pathlib.Path, started: float):
-        """`started` is when this session began, in Unix seconds; the first session's is kept."""
+        """Opens the ledger; `started` is this session's start in Unix seconds, of which the first session's is kept."""
         self._file = workdir / "goodput.json"
         found: dict[str, Any] = read_json(self._file, {})
         self.first_start: float = found.get("first_start", started)
@@ -93,22 +93,22 @@ class Ledger:
         self.write()
 
     def add(self, name: str, seconds: float) -> None:
-        """Seconds spent on a name of LEDGER."""
+        """Adds seconds spent on a name in LEDGER."""
         self._seconds[name] += seconds
-        if is_local(self._file):  # a bucket takes too long to be told of each: `write` is called now and then
+        if is_local(self._file):  # a bucket is too slow to update each time: `write` is called periodically
             self.write()
 
     def summary(self, lines: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        """Goodput, 0 to 1: the share of the time since the first start that went into steps that count.
+        """Computes goodput, 0 to 1: the share of time since the first start spent on steps that count.
 
         Args:
-          lines: of the metrics of every arm.
+          lines: metrics lines of every arm.
         """
         wall = max(time.time() - self.first_start, 1e-9)
         lines = list(lines)
         spent = {name: sum(r.get(f"{name}_seconds", 0.0) for r in lines) for name in ("compute", "data")}
         spent |= self._seconds
-        spent["other"] = max(0.0, wall - sum(spent.values()))  # reading, export, and standing still
+        spent["other"] = max(0.0, wall - sum(spent.values()))  # reading, export and downtime
         return {
             "goodput": round(spent["compute"] / wall, 4),
             "starts": self.starts,
@@ -122,13 +122,13 @@ class Ledger:
 
 
 def goodput_line(s: dict[str, Any]) -> str:
-    """A ledger's summary for a person."""
+    """Formats a ledger's summary as one human-readable line."""
     parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in s["spent_seconds"].items() if seconds >= 0.5)
-    starts = f" and {s['starts']} starts" if s["starts"] > 1 else ""
+    starts = f" over {s['starts']} starts" if s["starts"] > 1 else ""
     return f"goodput {100 * s['goodput']:.1f} % of {duration(s['wall_seconds'])}{starts}: {parts}"
 
 
 def step_note(spent: StepTime, share: float = 0.05) -> str:
-    """What of a step's time is worth a word in its line: what took more than `share` of it."""
+    """Formats the parts that took more than `share` of a step's time, for its log line."""
     parts = {"data": spent.data} | spent.outside
     return "".join(f"  {name} {s:.1f} s" for name, s in parts.items() if s > share * spent.total and s >= 0.05)

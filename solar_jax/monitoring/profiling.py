@@ -1,6 +1,6 @@
-"""Windows of a few steps under jax's profiler: one that the config asks for, and one whenever SIGUSR1 comes.
+"""Profiling windows of a few steps with jax's profiler: one set in the config, and one on every SIGUSR1.
 
-What is written is for xprof or TensorBoard's profile plugin. On several processes the first records its own devices.
+Profiles open in xprof or TensorBoard's profile plugin. With several processes, the first records its own devices.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ _asked = threading.Event()
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Makes SIGUSR1, which would end the process, ask for a window; only the main thread can."""
+    """Makes SIGUSR1 request a window instead of ending the process; works in the main thread only."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1"):
         yield
         return
@@ -31,19 +31,19 @@ def listening() -> Iterator[None]:
 
 
 class Profiler:
-    """The windows of one arm. A profile that fails is told and is not worth a run."""
+    """Profiling windows of one arm. A profiler failure is reported and never stops the run."""
 
     def __init__(self, folder: pathlib.Path, arm: str, start: int, steps: int, say: Callable[[str], None]):
-        """`start`: first step of a window, 0 for none; `steps`: of every window."""
+        """Sets `start`, first step of the configured window (0 for none), and `steps`, length of every window."""
         self._folder, self._arm, self._start, self._steps, self._say = folder, arm, start, steps, say
-        self._first = self._last = 0  # steps of the window that is open
+        self._first = self._last = 0  # first and last step of the open window
 
     def opens(self, step: int) -> bool:
-        """Whether a window begins before this step."""
+        """Returns whether a window begins before this step."""
         return processes.is_first() and not self._last and (step == self._start or _asked.is_set())
 
     def closes(self, step: int) -> bool:
-        """Whether the open window ends after this step."""
+        """Returns whether the open window ends after this step."""
         return 0 < self._last <= step
 
     def begin(self, step: int) -> None:
@@ -55,7 +55,7 @@ class Profiler:
             self._failed(e)
 
     def end(self) -> None:
-        """Closes the window, if one is open; some of its steps may be missing."""
+        """Closes the window if one is open, even if some of its steps are missing."""
         if not self._last:
             return
         try:
@@ -70,4 +70,4 @@ class Profiler:
 
     def _failed(self, error: Exception) -> None:
         self._last = 0
-        self._say(f"{self._arm}: no profile of step {self._first}: {error}")
+        self._say(f"{self._arm}: profiling of step {self._first} failed: {error}")

@@ -1,4 +1,4 @@
-"""The metrics once more, for TensorBoard and for Weights & Biases; the first process writes."""
+"""Metrics export to TensorBoard and Weights & Biases, from the first process."""
 
 import hashlib
 import importlib
@@ -10,7 +10,7 @@ from solar_jax.config import LoggingConfig
 from solar_jax.errors import UserError
 from solar_jax.parallel import processes
 
-# config key -> (the module that it needs, what installs it)
+# config key -> (required module, install command)
 PACKAGES = {
     "tensorboard": ("tensorboardX", "pip install tensorboardX"),
     "wandb_project": ("wandb", "pip install wandb"),
@@ -19,23 +19,23 @@ _FLUSH_SECONDS = 10
 
 
 def check_packages(cfg: LoggingConfig) -> None:
-    """Raises a UserError where the config asks for a package that is not installed."""
+    """Raises a UserError if the config needs a package that is not installed."""
     for key, (module, install) in PACKAGES.items():
         if getattr(cfg, key) and importlib.util.find_spec(module) is None:
             raise UserError(
-                f"config.logging.{key}={getattr(cfg, key)!r} needs the package {module}, which is not installed "
-                f"({install})."
+                f"config.logging.{key}={getattr(cfg, key)!r} needs the package {module}, which is not installed; "
+                f"run `{install}`."
             )
 
 
 class Writers:
-    """Scalars by arm and step. A resumed run goes on in its own curves: steps that are taken again replace theirs."""
+    """Scalars by arm and step. A resumed run continues its own curves: repeated steps replace the earlier values."""
 
     def __init__(self, cfg: LoggingConfig, workdir: pathlib.Path, name: str, first_start: float, config: Any):
-        """`first_start`, the run's in Unix seconds, tells it from others of its name; `config` is its JSON.
+        """Opens the writers; `first_start`, in Unix seconds, distinguishes runs of one name; `config` is its JSON.
 
         Raises:
-          UserError: Weights & Biases does not start.
+          UserError: Weights & Biases fails to start.
         """
         self._tensorboard = workdir / "tensorboard" if cfg.tensorboard and processes.is_first() else None
         self._events: dict[str, Any] = {}  # arm -> its TensorBoard writer
@@ -44,11 +44,11 @@ class Writers:
             self._wandb = self._start_wandb(cfg.wandb_project, workdir, name, first_start, config)
 
     def write(self, arm: str, step: int, values: dict[str, float | None]) -> None:
-        """What is None is left out."""
+        """Writes one step's values, skipping those that are None."""
         known = {key: value for key, value in values.items() if value is not None}
         if self._tensorboard is not None:
             if arm not in self._events:
-                # Of an earlier session's events those from here on are void. Its file, named by the second, stays.
+                # Purges an earlier session's events from this step on. Its file, named by the second, stays.
                 self._events[arm] = importlib.import_module("tensorboardX").SummaryWriter(
                     str(self._tensorboard / arm), purge_step=step, flush_secs=_FLUSH_SECONDS, filename_suffix=f".{step}"
                 )
@@ -71,11 +71,11 @@ class Writers:
             run = wandb.init(
                 project=project, name=name, id=run_id, resume="allow", dir=str(workdir), config=config
             )  # fmt: skip
-        except Exception as e:  # of its own types: no login, no network
+        except Exception as e:  # wandb's own exception types: no login, no network
             raise UserError(
-                f"config.logging.wandb_project={project!r}: Weights & Biases does not start: {' '.join(str(e).split())}"
+                f"config.logging.wandb_project={project!r}: Weights & Biases did not start: {' '.join(str(e).split())}"
             ) from e
-        # Each arm counts its own steps, and a resumed one counts some again, which W&B's own counter refuses.
+        # Each arm counts its own steps, and a resumed arm repeats some, which W&B's own step counter rejects.
         for arm in ("healed", "control"):
             run.define_metric(f"{arm}/*", step_metric=f"{arm}/step")
         return run

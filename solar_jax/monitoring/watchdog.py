@@ -1,4 +1,4 @@
-"""A thread that notices when no step finishes, and writes down what every thread was doing."""
+"""Watchdog thread that detects stalled steps and dumps the stacks of all threads."""
 
 import faulthandler
 import pathlib
@@ -10,31 +10,31 @@ from types import TracebackType
 from solar_jax.cli.progress import duration
 from solar_jax.parallel import processes
 
-FACTOR = 10  # a step may take so many times the median one
+FACTOR = 10  # a step may take this many times the median
 
 
 class Watchdog:
-    """Dumps all Python stacks once a stall, and ends nothing.
+    """Dumps all Python stacks once per stall, and never ends the run.
 
-    Every process writes its own file, since the one that hangs is seldom the first.
+    Every process writes its own file, since the one that hangs is rarely the first.
     """
 
     def __init__(self, folder: pathlib.Path, name: str, seconds: float, tell: Callable[[str], None]):
-        """`seconds` is the least time without a step that is a stall; 0: nothing is watched."""
+        """Sets `seconds`, the minimum time without a step that counts as a stall; 0 disables the watchdog."""
         self._folder, self._name, self._seconds, self._tell = folder, name, seconds, tell
         self._limit, self._step, self._last, self._told = seconds, 0, time.monotonic(), False
         self._changed, self._stopped = threading.Condition(), False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self, step: int, median: float) -> None:
-        """Something finished: `step` is the last step that did, `median` what one takes in seconds."""
+        """Reports progress: `step` is the last finished step, `median` the median step time in seconds."""
         with self._changed:
             stalled, silent = self._told, time.monotonic() - self._last
             self._limit, self._step = max(self._seconds, FACTOR * median), step
             self._last, self._told = time.monotonic(), False
             self._changed.notify()
         if stalled:
-            self._tell(f"{self._name}: going on after {duration(silent)}")
+            self._tell(f"{self._name}: steps resumed after {duration(silent)}")
 
     def _watch(self) -> None:
         with self._changed:
@@ -53,10 +53,10 @@ class Watchdog:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(file, "w") as f:
-                f.write(f"No step of {self._name} finished for {silent}, the last was {self._step}. All threads:\n\n")
+                f.write(f"No step of {self._name} finished for {silent}; last step: {self._step}. All threads:\n\n")
                 f.flush()
                 faulthandler.dump_traceback(f, all_threads=True)
-            self._tell(f"{self._name}: no step finished for {silent}; the stacks of all threads are in {file}")
+            self._tell(f"{self._name}: no step finished for {silent}; stack traces of all threads are in {file}")
         except OSError as e:
             self._tell(f"{self._name}: no step finished for {silent}; {file} cannot be written: {e.strerror}")
 

@@ -113,12 +113,12 @@ def stored_shapes(step: pathlib.Path, parts: Iterable[str]) -> dict[str, tuple[t
     return found
 
 
-def is_narrow(step: pathlib.Path) -> bool:
-    """Whether a checkpoint's optimiser state is of a policy that rounds (`training.stochastic_rounding.Narrow`)."""
+def shapes_of(step: pathlib.Path, part: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every array in a part of a checkpoint, by path; none where it cannot be read."""
     try:
-        return any(path.startswith("inner/") for path in array_paths(step / "opt_state"))
+        return {path: tuple(open_array(step / part, path).shape) for path in array_paths(step / part)}
     except (ValueError, OSError):
-        return False
+        return {}
 
 
 def _sizes(step: pathlib.Path) -> dict[str, int]:

@@ -28,10 +28,12 @@ from solar_jax.orbax_store.retention import kept
 from solar_jax.parallel import processes
 from solar_jax.storage import paths, retry
 from solar_jax.storage.paths import is_local
-from solar_jax.training.stochastic_rounding import as_kept, as_wanted
 
 FOLDER = "checkpoints"
 MODEL_FOLDER = "model"
+# (shapes of a checkpoint's optimiser arrays by path) -> the abstract state to restore, and a function of what was
+# restored and its step that gives the state which is wanted
+OlderForm = Callable[[Mapping[str, tuple[int, ...]]], tuple[Any, Callable[[Any, int], Any]]]
 PARTS = ("params", "opt_state")  # the arrays of a checkpoint; beside them is `host`, JSON
 NONE_YET = "there is no earlier checkpoint"
 _CHUNK_BYTES = 1 << 26
@@ -273,13 +275,16 @@ class CheckpointStore:
 
     # ---- Reading ------------------------------------------------------------------------------------------------
 
-    def restore_newest(self, state: dict[str, Any], last: int = 0) -> dict[str, Any] | None:
+    def restore_newest(
+        self, state: dict[str, Any], last: int = 0, older: OlderForm | None = None
+    ) -> dict[str, Any] | None:
         """The newest good checkpoint; each that is damaged is told and left out.
 
         Args:
           state: abstract trees of `params` and `opt_state` (shapes with shardings and dtypes, which may be others
             than those that were saved).
           last: of a checkpoint of this step `params` alone is restored.
+          older: finds the form in which a checkpoint holds `opt_state`, where that may be another one.
 
         Returns:
           {"params", "opt_state", "host"}, the first two laid out as `state` says; None where there is none at all.
@@ -291,7 +296,7 @@ class CheckpointStore:
         for step in steps:
             parts = {"params": state["params"]} if step == last else state
             try:
-                return self._load(step, parts)
+                return self._load(step, parts, older)
             except Damaged as e:
                 self._bad.add(step)
                 self._warn(f"{self._folder / str(step)}: is left out: {e}")
@@ -319,10 +324,11 @@ class CheckpointStore:
         """
         return self._load(step, {"params": params})["params"]
 
-    def _load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
-        folder, wanted = self._folder / str(step), state.get("opt_state")
-        if wanted is not None:
-            state = state | {"opt_state": as_kept(wanted, checksums.is_narrow(folder))}
+    def _load(self, step: int, state: dict[str, Any], older: OlderForm | None = None) -> dict[str, Any]:
+        folder, finish = self._folder / str(step), None
+        if older is not None and "opt_state" in state:
+            stored, finish = older(checksums.shapes_of(folder, "opt_state"))
+            state = state | {"opt_state": stored}
         found, sums, host, problem, seal = {}, {}, {}, None, None
         try:
             problem = checksums.problem(folder, state)
@@ -343,8 +349,8 @@ class CheckpointStore:
         self._agree(problem)
         if seal is not None:
             self._agree(checksums.differing(seal["sums"], checksums.together(sums)))
-        if wanted is not None:
-            found["opt_state"] = as_wanted(found["opt_state"], wanted, step)
+        if finish is not None:
+            found["opt_state"] = finish(found["opt_state"], step)
         return found | host
 
     @staticmethod

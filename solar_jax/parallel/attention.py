@@ -1,4 +1,4 @@
-"""Which attention a mesh runs: kernels of TPUs or GPUs, or array operations that XLA splits."""
+"""Attention implementation of a mesh: TPU or GPU kernels, or array operations that XLA partitions."""
 
 import functools
 from collections.abc import Callable
@@ -20,15 +20,15 @@ ATTENTION = ("auto", "splash", "cudnn", "xla")  # config.train.attention
 
 
 def attention_choice(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> str:
-    """What attention runs in: "splash", kernels on TPUs; "cudnn", those of GPUs; or "xla", array operations.
+    """Selects the attention implementation: "splash", TPU kernels; "cudnn", GPU kernels; or "xla", array operations.
 
     Raises:
-      UserError: no such choice, kernels are asked for that do not take the shapes, or context does not divide a row.
+      UserError: unknown choice, requested kernels do not support the shapes, or context does not divide a row.
     """
     wanted, length, context = config.train.attention, config.data.sequence_length, mesh.shape["context"]
     if wanted not in ATTENTION:
         raise UserError(f"config.train.attention must be one of {', '.join(ATTENTION)}, found {wanted!r}.")
-    chunks = 1 if context == 1 else 2 * context  # of consecutive tokens on one device
+    chunks = 1 if context == 1 else 2 * context  # runs of consecutive tokens per row; each lies on one device
     if length % chunks:
         raise UserError(
             f"config.mesh.context={context} needs a config.data.sequence_length that is a multiple of {chunks}, "
@@ -56,7 +56,7 @@ def attention_choice(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh
 
 
 def attention_kernel(cfg: ModelConfig, config: Config, mesh: Mesh) -> Attend | None:
-    """The kernels for `mesh`, or None for array operations that XLA splits; without a TPU kernels are interpreted."""
+    """Returns the kernel for `mesh`, or None to let XLA partition array operations; off TPU, it is interpreted."""
     split, choice = mesh.shape["context"] > 1, attention_choice(cfg, config, mesh)
     if choice == "xla":
         plain = functools.partial(sharded_attention, sliding_window=cfg.sliding_window)
@@ -75,9 +75,9 @@ def attention_kernel(cfg: ModelConfig, config: Config, mesh: Mesh) -> Attend | N
 
 
 def per_device(mesh: Mesh, kernel: Callable[..., jax.Array]) -> Attend:
-    """A kernel for the rows, heads and queries of one device, run on each device's own.
+    """Wraps a per-device kernel in shard_map, so that each device runs it on its own rows, heads and queries.
 
-    Segment ids are taken whole, [B, T] in the order of the text. Where a row is split, the kernel gets its `shard`.
+    Segment ids are unsharded along T: [B, T] in text order. Where a row is split, the kernel gets its `shard`.
     """
     q, k, angles, ids = (spec(letters, ACTIVATIONS) for letters in ("BTNH", "BTKH", "BTH", "B."))
 
@@ -87,11 +87,11 @@ def per_device(mesh: Mesh, kernel: Callable[..., jax.Array]) -> Attend:
         split = {"shard": context_shard(mesh)} if mesh.shape["context"] > 1 else {}
         return kernel(q, k, v, rope, segment_ids, **split)
 
-    # check_vma: kernels do not say over which axes their results vary.
+    # check_vma is off: kernels do not declare over which axes their results vary.
     return jax.shard_map(local, mesh=mesh, in_specs=(q, k, k, angles, ids), out_specs=q, check_vma=False)
 
 
 def context_shard(mesh: Mesh) -> Shard:
-    """Within a `shard_map` over `mesh`: which tokens of its rows a device has."""
+    """Returns the device's `Shard` of row tokens; call inside a `shard_map` over `mesh`."""
     gather = functools.partial(jax.lax.all_gather, axis_name="context")
     return Shard(mesh.shape["context"], jax.lax.axis_index("context"), gather)

@@ -1,4 +1,4 @@
-"""What moves between devices within a step, as constraints and reshapes that XLA turns into collectives."""
+"""Data movement within a step, as sharding constraints and reshapes that XLA turns into collectives."""
 
 import functools
 from collections.abc import Callable
@@ -20,10 +20,10 @@ ROW_MAJOR, SAVED = Layout(major_to_minor=(0, 1, 2)), ("BTD", "BTF")
 
 
 def whole_layers(tree: Any, mesh: Mesh) -> Any:
-    """Lays out a tree that holds copies of the layers' tree so that a device has all of some layers' matrices.
+    """Reshards a tree containing copies of the layer tree along L, so each device has full matrices of some layers.
 
-    For what needs a whole matrix, layer by layer. L need not divide over the devices. What is outside the layers, and
-    their vectors, stay as they are.
+    Used where full matrices are needed, layer by layer. L need not be divisible by the devices. Vectors and everything
+    outside the layers are left as they are.
     """
     over = tuple(dict.fromkeys(a for e in PARAMETERS.values() for a in ((e,) if isinstance(e, str) else e or ())))
     sharding = NamedSharding(mesh, PartitionSpec(over))
@@ -36,7 +36,7 @@ def whole_layers(tree: Any, mesh: Mesh) -> Any:
 
 
 def layers_at_rest(tree: Any, mesh: Mesh) -> Any:
-    """Undoes `whole_layers`: every array of the layers lies as its parameter."""
+    """Undoes `whole_layers`: shards every array of the layers like its parameter."""
 
     def one(path: Any, x: jax.Array) -> jax.Array:
         if not _in_layers(path):
@@ -48,19 +48,19 @@ def layers_at_rest(tree: Any, mesh: Mesh) -> Any:
 
 
 def _in_layers(path: Any) -> bool:
-    """Whether a path ends as that of one of the layers' parameters."""
+    """Returns whether a path ends like the path of a layer parameter."""
     return [getattr(key, "key", None) for key in path[-2:-1]] == ["layers"] and path[-1].key in LAYER_AXES
 
 
 def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> Callable[[jax.Array, str], jax.Array]:
-    """A `model.llama.Constrain` that lays activations and gathered parameters out on `mesh`."""
+    """Returns a `model.llama.Constrain` that lays out activations and gathered parameters on `mesh`."""
 
     def one(x: jax.Array, letters: str) -> jax.Array:
         if "B" not in letters and "." not in letters:
             return gathered(x, letters)
         x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, activations)))
-        # Left to itself XLA may write what is saved for the backward pass in another order than that reads it in, and
-        # then copies it layer by layer.
+        # Otherwise XLA may save residuals in another layout than the backward pass reads, and then copy them layer
+        # by layer.
         return with_layout_constraint(x, ROW_MAJOR) if letters in SAVED and platform(mesh) == "tpu" else x
 
     stages = fsdp_stages(mesh)
@@ -70,12 +70,12 @@ def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> 
     staged = Mesh(mesh.devices.reshape(shape), axis_names, axis_types=(AxisType.Auto,) * len(shape))
 
     def split(x: jax.Array, letters: str, over: int) -> jax.Array:
-        """A parameter split over the outermost `over` stages of FSDP, as it rests otherwise."""
+        """Shards a parameter over the outermost `over` FSDP stages; other axes as at rest."""
         entries = ((names[:over] or None) if PARAMETERS[a] == FSDP else PARAMETERS[a] for a in letters)
         return jax.lax.with_sharding_constraint(x, NamedSharding(staged, PartitionSpec(*entries)))
 
-    # The transpose of a constraint is the same constraint, which here would sum every gradient whole on every device
-    # before it is cut: an all-reduce where a reduce-scatter does.
+    # The transpose of a constraint is the same constraint, which here would sum every full gradient on every device
+    # before slicing it: an all-reduce where a reduce-scatter suffices.
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
     def gathered(x: jax.Array, letters: str) -> jax.Array:
         for over in reversed(range(len(stages))):
@@ -95,10 +95,10 @@ def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> 
 
 
 def over_slices(mesh: Mesh, function: Callable[[Params, Arrays], Any]) -> Callable[[Params, Arrays], Any]:
-    """The sum over slices of what `function` gives of (params, a slice's rows), as of (params, all rows).
+    """Makes `function`, called with (params, all rows), run per slice on (params, slice's rows) and sum the results.
 
-    The slices' results lie on an axis of their own until they are summed, so that nothing within `function` waits for
-    another slice, and what crosses from slice to slice is its result, once, split as it is within a slice.
+    The slices' results stay on an axis of their own until they are summed, so that nothing inside `function` waits for
+    another slice, and only its result crosses DCN, once, sharded as within a slice.
     """
     slices = mesh.shape["slice"]
     if slices == 1:
@@ -115,7 +115,7 @@ def over_slices(mesh: Mesh, function: Callable[[Params, Arrays], Any]) -> Callab
 
 
 def tokens_of_devices(mesh: Mesh, x: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [B * context, T / context, ...], laid out by `TOKENS`: nothing moves, each device has its own."""
+    """[B, T, ...] -> [B * context, T / context, ...], laid out by `TOKENS`: each device keeps its own tokens."""
     context = mesh.shape["context"]
     if context == 1:
         return x
@@ -127,7 +127,7 @@ def tokens_of_devices(mesh: Mesh, x: jax.Array) -> jax.Array:
 
 
 def zigzag(mesh: Mesh, batch: Arrays) -> Arrays:
-    """Rows [B, T] with their tokens in the order in which `Shard`s have them, split over context."""
+    """Reorders the tokens of rows [B, T] into the zigzag order of `Shard` and splits them over context."""
     count = mesh.shape["context"]
     if count == 1:
         return batch

@@ -1,4 +1,4 @@
-"""The device mesh: slice x data x fsdp x context x tensor, over whatever devices there are."""
+"""Device mesh: slice x data x fsdp x context x tensor, over all available devices."""
 
 import math
 from collections.abc import Sequence
@@ -10,26 +10,26 @@ from jax.experimental import mesh_utils
 from solar_jax.config import MeshConfig
 from solar_jax.errors import UserError
 
-# From the axis that moves the fewest bytes to the one that moves the most. `slice` alone crosses the network between
-# TPU slices; the others stay on the links of one.
+# Ordered from the axis that moves the fewest bytes to the one that moves the most. Only `slice` crosses DCN between TPU
+# slices; the others stay on the ICI of one.
 AXES = ("slice", "data", "fsdp", "context", "tensor")
 
 
 def mesh_shape(cfg: MeshConfig, devices: int, slices: int = 1) -> tuple[int, ...]:
-    """The sizes of `AXES`, a -1 filled with what is left of the devices.
+    """Resolves the sizes of `AXES`; a -1 takes all remaining devices.
 
-    Sizes of 0, which nothing has chosen, are 1, and of fsdp what is left if no other axis takes it.
+    A size of 0 means not set: it becomes 1, or for fsdp all remaining devices unless another axis takes them.
 
     Args:
-      cfg: what is asked for.
-      devices: how many there are.
-      slices: that they form, as far as they know; the config may only part a single one.
+      cfg: the requested sizes.
+      devices: number of devices.
+      slices: number of slices that the devices report; the config may only subdivide a single one.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or not to that of a slice.
+      UserError: the sizes do not multiply to the number of devices, or `slice` does not match the devices' slices.
     """
     if slices > 1 and cfg.slice not in (0, slices):
-        raise UserError(f"config.mesh.slice={cfg.slice} does not fit the devices, which form {slices} slices.")
+        raise UserError(f"config.mesh.slice={cfg.slice} does not match the devices, which form {slices} slices.")
     sizes = {name: getattr(cfg, name) for name in AXES}
     rest = 1 if -1 in sizes.values() else -1
     shape = [size or {"slice": slices, "fsdp": rest}.get(name, 1) for name, size in sizes.items()]
@@ -44,7 +44,7 @@ def mesh_shape(cfg: MeshConfig, devices: int, slices: int = 1) -> tuple[int, ...
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh of the devices, all there are if None, in Auto mode: shardings are given at the ends and as constraints.
+    """Builds a mesh of the devices (all if None) in Auto mode: shardings are set on inputs, outputs and constraints.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -55,28 +55,28 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
     if slices > 1:
         inner, outer = (1, *shape[1:]), (slices, *(1 for _ in shape[1:]))
         laid_out = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-    else:  # slices that only the config knows of are blocks of devices in their order, process after process
+    else:  # slices set only in the config are blocks of consecutive devices, process by process
         laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(laid_out, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def axis_size(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, *axes: str) -> int:
-    """The product of the sizes of some axes."""
+    """Returns the product of the sizes of the given axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def platform(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
-    """What its devices are, "tpu" or "cpu" for example; "" for an abstract mesh that does not say."""
+    """Returns the devices' platform, such as "tpu" or "cpu"; "" for an abstract mesh without one."""
     if isinstance(mesh, jax.sharding.Mesh):
         return mesh.devices.flat[0].platform
     return mesh.abstract_device.platform if mesh.abstract_device else ""
 
 
 def fsdp_stages(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
-    """Sizes whose product is fsdp x context, outermost first; a parameter is gathered over one after the other.
+    """Returns all-gather stages of a parameter, outermost first; their sizes multiply to fsdp x context.
 
-    Over all three dimensions of a TPU's torus at once, XLA makes an all-reduce of zeros of every all-gather: twice
-    the bytes. So where the axes have all three, the innermost dimension is a stage of its own.
+    Over all three dimensions of a TPU torus at once, XLA lowers every all-gather to an all-reduce of zero-padded
+    shards: twice the bytes. So where the axes span all three, the innermost dimension is a stage of its own.
     """
     line = mesh.devices[0, 0, :, :, 0].reshape(-1)
     if not hasattr(line[0], "coords"):
@@ -85,7 +85,7 @@ def fsdp_stages(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
     if sum(len(set(c)) > 1 for c in coords.T) < 3:
         return (len(line),)
     moved = (coords != coords[0]).sum(axis=1) > 1
-    inner = int(np.argmax(moved))  # the first device that is away from the first one in two dimensions, or none
+    inner = int(np.argmax(moved))  # first device that differs from device 0 in two dimensions, if any
     while len(line) % inner:
         inner -= 1
     return (len(line) // inner, inner)

@@ -1,4 +1,4 @@
-"""Several processes that run one command together: found, started, and kept in step."""
+"""Multi-process runs: detection, initialisation and synchronisation."""
 
 import os
 import pathlib
@@ -6,9 +6,9 @@ import pathlib
 import jax
 import numpy as np
 
-# What tells that this process is one of several; `jax.distributed.initialize` finds the rest by itself.
+# Environment variables that mark a multi-process run; `jax.distributed.initialize` detects the rest.
 _SEVERAL = {
-    "JAX_COORDINATOR_ADDRESS": lambda value: bool(value),  # given by hand, with JAX_NUM_PROCESSES, JAX_PROCESS_ID
+    "JAX_COORDINATOR_ADDRESS": lambda value: bool(value),  # set by the user, with JAX_NUM_PROCESSES, JAX_PROCESS_ID
     "TPU_WORKER_HOSTNAMES": lambda value: "," in value,  # hosts of a slice, on GKE
     "MEGASCALE_COORDINATOR_ADDRESS": lambda value: bool(value),  # several slices
     "SLURM_NTASKS": lambda value: value.isdigit() and int(value) > 1,
@@ -17,15 +17,15 @@ _SEVERAL = {
 
 
 def start() -> None:
-    """Joins the other processes, if there are any; call before any other use of jax.
+    """Joins the other processes, if any; call before any other use of jax.
 
-    A Cloud TPU VM learns its fellow workers from its metadata server, so there it is always asked.
+    A Cloud TPU VM finds its fellow workers through its metadata server, so there initialisation always runs.
     """
     if jax.distributed.is_initialized():
         return
     several = any(test(os.environ.get(name, "")) for name, test in _SEVERAL.items())
     if several or _on_tpu_vm():
-        jax.distributed.initialize(  # what is None it finds by itself
+        jax.distributed.initialize(  # jax detects arguments that are None
             coordinator_address=os.environ.get("JAX_COORDINATOR_ADDRESS"),
             num_processes=_number("JAX_NUM_PROCESSES"),
             process_id=_number("JAX_PROCESS_ID"),
@@ -37,32 +37,32 @@ def _number(name: str) -> int | None:
 
 
 def _on_tpu_vm() -> bool:
-    """Whether TPU chips are attached and meant to be used."""
+    """Returns whether TPU chips are attached and selected for use."""
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu" or "TPU_SKIP_MDS_QUERY" in os.environ:
         return False
     return any(pathlib.Path("/dev").glob("accel[0-9]*")) and "TPU_WORKER_HOSTNAMES" not in os.environ
 
 
 def index_and_count() -> tuple[int, int]:
-    """This process among those that run together; (0, 1) alone, without starting a backend."""
+    """Returns the process index and count, (0, 1) for a single process, without starting a backend."""
     return (jax.process_index(), jax.process_count()) if jax.distributed.is_initialized() else (0, 1)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Returns whether this is the first process, which does all single-writer I/O."""
     return index_and_count()[0] == 0
 
 
 def wait(what: str) -> None:
-    """Returns when every process has come here; `what` names the place, the same for all."""
+    """Barrier: returns when every process has called it with the same name `what`."""
     if index_and_count()[1] > 1:
-        from jax.experimental import multihost_utils  # here, since only several processes need it
+        from jax.experimental import multihost_utils  # imported lazily: only multi-process runs need it
 
         multihost_utils.sync_global_devices(what)
 
 
 def least(value: float) -> float:
-    """The smallest of the processes' values; all have to call."""
+    """Returns the minimum over processes; a collective that every process must call."""
     if index_and_count()[1] == 1:
         return value
     from jax.experimental import multihost_utils
@@ -71,7 +71,7 @@ def least(value: float) -> float:
 
 
 def added(values: np.ndarray) -> np.ndarray:
-    """The processes' uint32 [N] added up modulo 2 ** 32; all have to call."""
+    """Sums uint32 [N] over processes modulo 2 ** 32; a collective that every process must call."""
     if index_and_count()[1] == 1:
         return values
     from jax.experimental import multihost_utils
@@ -80,5 +80,5 @@ def added(values: np.ndarray) -> np.ndarray:
 
 
 def agree(fine: bool) -> bool:
-    """Whether it is so in every process; all have to call."""
+    """Returns whether `fine` is true in every process; a collective that every process must call."""
     return least(float(fine)) == 1.0

@@ -1,8 +1,8 @@
-"""Sharding as tables of axis letters: where parameters rest, and how activations are laid out.
+"""Sharding rules as tables of axis letters, for parameters at rest and for activations.
 
-Parameters, and optimiser state with them, are split over fsdp and context on D and over tensor on heads, mlp and
-vocabulary; every slice and every replica of `data` has them all. Activations are split over their batch, over context
-on their tokens, and over tensor where a weight made them so.
+Parameters and optimiser state are sharded over fsdp and context on D, and over tensor on heads, MLP and vocabulary;
+they are replicated over `slice` and `data`. Activations are sharded over data and fsdp on the batch, over context on
+tokens, and over tensor where a weight shards them.
 """
 
 from typing import Any
@@ -21,15 +21,15 @@ FSDP = ("fsdp", "context")
 PARAMETERS: dict[str, MeshAxes] = {
     "L": None, "V": "tensor", "D": FSDP, "F": "tensor", "N": "tensor", "K": "tensor", "H": None,
 }  # fmt: skip
-# Of one slice: what crosses slices is only the sum of their gradients.
+# Within one slice: only the gradient sum crosses slices.
 ACTIVATIONS: dict[str, MeshAxes] = {
     "B": ("data", "fsdp"), "T": "context", "D": None, "F": "tensor", "N": "tensor", "K": "tensor", "H": None,
     "V": "tensor", ".": None,
 }  # fmt: skip
-# Where it does not matter which tokens make a row, as in the loss: each device's are rows of its own.
+# For uses that do not depend on row boundaries, such as the loss: each device's tokens form rows of their own.
 TOKENS = ACTIVATIONS | {"B": ("data", "fsdp", "context"), "T": None}
 BATCH_AXES = ("slice", "data", "fsdp")
-_HANDFUL = 8  # numbers that need no splitting
+_HANDFUL = 8  # elements; arrays up to this size need no sharding
 
 _KEY = {
     "V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "N": "num_attention_heads",
@@ -42,31 +42,31 @@ def _names(entry: MeshAxes) -> tuple[str, ...]:
 
 
 def spec(letters: str, table: dict[str, MeshAxes]) -> PartitionSpec:
-    """The table's mesh axes of each letter.
+    """Builds the PartitionSpec of an array with these axis letters.
 
     Raises:
-      ValueError: a letter that the table lacks, or a mesh axis that would split two axes of one array.
+      ValueError: a letter is not in the table, or one mesh axis would shard two axes of the array.
     """
     for letter in letters:
         if letter not in table:
-            raise ValueError(f"axis {letter!r} of an array {letters!r} is in no sharding rule.")
+            raise ValueError(f"axis {letter!r} of an array {letters!r} has no sharding rule.")
     entries = [table[letter] for letter in letters]
     used = [a for e in entries for a in _names(e)]
     if len(set(used)) != len(used):
-        raise ValueError(f"an array {letters!r} would be split over one mesh axis twice: {entries}.")
+        raise ValueError(f"an array {letters!r} would be sharded over one mesh axis twice: {entries}.")
     return PartitionSpec(*entries)
 
 
 def ways(letters: str, table: dict[str, MeshAxes], mesh: Mesh | AbstractMesh) -> int:
-    """Over how many devices of a mesh the table splits an array of these axes."""
+    """Returns the number of shards into which the table splits an array with these axes."""
     return axis_size(mesh, *(axis for letter in letters for axis in _names(table[letter])))
 
 
 def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
-    """The sharding of every array of the state.
+    """Returns the sharding of every array of the state.
 
     Raises:
-      UserError: a mesh axis does not divide the axis that it splits.
+      UserError: a mesh axis does not divide the array axis that it shards.
     """
     size = sizes(cfg)
     for letter, axes_of in PARAMETERS.items():
@@ -78,32 +78,32 @@ def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
 
 
 def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Any:
-    """Shardings for a tree that holds copies of the parameters' tree, as an optimiser's state does.
+    """Returns shardings for a tree that contains copies of the parameter tree, such as optimiser state.
 
-    A leaf follows the parameter whose path its own path ends with, axis by axis where it lacks some of them; a
-    handful of numbers that follow none, such as counts, are replicated.
+    A leaf is sharded like the parameter whose path is a suffix of its own, axis by axis if it has only some of the
+    axes; tiny arrays that match no parameter, such as counts, are replicated.
 
     Raises:
       ValueError: a leaf is neither.
     """
     by_path = {jax.tree_util.keystr(path): letters for path, letters in jax.tree.leaves_with_path(axes(cfg))}
-    parameter_shardings(cfg, mesh)  # for its refusals
+    parameter_shardings(cfg, mesh)  # for its checks
 
     def one(path: Any, leaf: Any) -> NamedSharding:
         ends = [jax.tree_util.keystr(path[i:]) for i in range(len(path))]
         letters = next((by_path[end] for end in ends if end in by_path), None)
         entries = None if letters is None else _follow(leaf.shape, letters, sizes(cfg))
         if entries is None and leaf.size > _HANDFUL:
-            raise ValueError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} is in no sharding rule.")
+            raise ValueError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} has no sharding rule.")
         return NamedSharding(mesh, PartitionSpec(*(entries or ())))
 
     return jax.tree.map_with_path(one, tree)
 
 
 def _follow(shape: tuple[int, ...], letters: str, size: dict[str, int]) -> list[MeshAxes] | None:
-    """The mesh axes of an array whose axes are some of a parameter's in their order, or of size 1; None: they are not.
+    """Returns mesh axes for an array whose axes are an ordered subset of a parameter's, or of size 1; otherwise None.
 
-    Of two axes of one size the first is taken, which changes where an array lies and not what it holds.
+    Of two axes of equal size the first is taken, which affects only placement, not values.
     """
     entries: list[MeshAxes] = []
     left = iter(letters)
@@ -120,11 +120,11 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of [B, T]: rows split over the devices that do not share one row's work; those that do have it whole."""
+    """Sharding of [B, T]: rows split over `BATCH_AXES`; devices that share a row's work each hold it in full."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def padded_rows(rows: int, mesh: Mesh | AbstractMesh, microbatches: int = 1) -> int:
-    """`rows` made up to what divides over the devices and microbatches; the added rows get weight 0."""
+    """Rounds `rows` up to a multiple of batch shards x microbatches; padding rows get weight 0."""
     ways = axis_size(mesh, *BATCH_AXES) * max(1, microbatches)
     return -(-rows // ways) * ways

@@ -14,7 +14,9 @@ from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.planning import hlo_cost
 from solar_jax.training.optimizer import make_optimizer
-from solar_jax.training.step import abstract_state, make_train_step, state_shardings
+from solar_jax.training.partition import Partition
+from solar_jax.training.state import abstract_state, state_shardings
+from solar_jax.training.step import make_train_step
 
 BATCH_TYPES = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
 
@@ -32,7 +34,9 @@ class Compiled:
     program: hlo_cost.Program  # as the roofline model reads it
 
 
-def lower_step(cfg: ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+def lower_step(
+    cfg: ModelConfig, config: Config, mesh: jax.sharding.Mesh, partition: Partition | None = None
+) -> jax.stages.Lowered:
     """The step of a run on a mesh of any devices, nothing allocated.
 
     Args:
@@ -41,15 +45,19 @@ def lower_step(cfg: ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> jax
       mesh: of devices of one kind, there or described.
     """
     optimizer = make_optimizer(config, mesh=mesh)
-    state = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh))
+    state = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh, partition), partition)
     rows = rules.padded_rows(config.train.batch_size, mesh, config.train.accumulation)
     shape, sharding = (rows, config.data.sequence_length), rules.batch_sharding(mesh)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, dtype in BATCH_TYPES.items()}
     platform = mesh.devices.flat[0].platform
-    return make_train_step(cfg, config, optimizer, mesh).trace(state, batch).lower(lowering_platforms=(platform,))
+    step = make_train_step(cfg, config, optimizer, mesh, partition)
+    return step.trace(state, batch).lower(lowering_platforms=(platform,))
 
 
-def compile_step(cfg: ModelConfig, config: Config, wanted: Slice, options: Mapping[str, str] | None = None) -> Compiled:
+def compile_step(
+    cfg: ModelConfig, config: Config, wanted: Slice, options: Mapping[str, str] | None = None,
+    partition: Partition | None = None,
+) -> Compiled:  # fmt: skip
     """Compiles the step of a run for all devices of a slice, as the run itself would.
 
     Args:
@@ -57,6 +65,7 @@ def compile_step(cfg: ModelConfig, config: Config, wanted: Slice, options: Mappi
       config: the run; its mesh has to fit the slice.
       wanted: the slice.
       options: compiler options in place of the chip's own.
+      partition: which parameters train; all if None.
 
     Raises:
       UserError: no TPU compiler is installed, or the mesh or the config does not fit.
@@ -64,7 +73,7 @@ def compile_step(cfg: ModelConfig, config: Config, wanted: Slice, options: Mappi
     """
     devices = described_devices(wanted)
     begin = time.perf_counter()
-    lowered = lower_step(cfg, config, make_mesh(config.mesh, devices))
+    lowered = lower_step(cfg, config, make_mesh(config.mesh, devices), partition)
     traced = time.perf_counter() - begin
     begin = time.perf_counter()
     compiled = lowered.compile(dict(chips.compiler_options(devices[0]) if options is None else options) or None)

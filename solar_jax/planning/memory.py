@@ -18,7 +18,9 @@ from solar_jax.model.precision import compute_dtype
 from solar_jax.parallel.attention import attention_choice
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, padded_rows, ways
-from solar_jax.training.step import State, loss_chunks
+from solar_jax.training.partition import Partition, everything
+from solar_jax.training.state import State
+from solar_jax.training.step import loss_chunks
 
 GIB = 2**30
 # Values a token that differentiation asks for in one layer when nothing is computed again, by their axes; some of
@@ -56,7 +58,14 @@ def shard_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def estimate(cfg: ModelConfig, config: Config, state: State, mesh: Mesh | AbstractMesh) -> Need:
+def shard_count(tree: Any) -> int:
+    """Elements that one device holds of a tree of abstract arrays with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def estimate(
+    cfg: ModelConfig, config: Config, state: State, mesh: Mesh | AbstractMesh, partition: Partition | None = None
+) -> Need:
     """The need of one step.
 
       gradients    of the parameters that a device holds, in the compute dtype, and a copy of the parameters in it
@@ -71,15 +80,20 @@ def estimate(cfg: ModelConfig, config: Config, state: State, mesh: Mesh | Abstra
       config: the run, with a remat policy of `REMAT`.
       state: abstract, with shardings.
       mesh: of the shardings; its devices need not be there.
+      partition: which parameters train; all if None.
     """
+    partition = partition or everything(cfg)
     width = compute_dtype(config.train).itemsize
     parameters = shard_bytes(state["params"])
-    count = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state["params"]))
-    gradients = count * width + (count * width if count * width != parameters else 0)
-    gradients += 4 * count if config.train.accumulation > 1 else 0
+    count = shard_count(state["params"])
+    moving = partition.keys(state["params"])
+    layers = shard_count(moving["layers"])
+    trained = layers * partition.count // cfg.num_hidden_layers + shard_count(moving) - layers
+    gradients = trained * width + (count * width if count * width != parameters else 0)
+    gradients += 4 * trained if config.train.accumulation > 1 else 0
     rows = padded_rows(config.train.batch_size, mesh, config.train.accumulation) / config.train.accumulation
     tokens = rows * config.data.sequence_length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))
-    activations = cfg.num_hidden_layers * _saved(cfg, config, mesh, tokens, width)
+    activations = (cfg.num_hidden_layers - partition.first) * _saved(cfg, config, mesh, tokens, width)
     working = max(_layer(cfg, config, mesh, tokens, width), _loss(cfg, config, mesh, tokens))
     optimizer = shard_bytes(state["opt_state"])
     working += HOLES * (gradients + activations + working)

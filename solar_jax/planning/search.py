@@ -23,7 +23,8 @@ from solar_jax.parallel.rules import parameter_shardings
 from solar_jax.planning.memory import GIB, Need, estimate
 from solar_jax.planning.step_time import StepTime, step_time
 from solar_jax.training.optimizer import make_optimizer
-from solar_jax.training.step import abstract_state, state_shardings
+from solar_jax.training.partition import Partition
+from solar_jax.training.state import abstract_state, state_shardings
 
 AUTO = "auto"  # config.train.remat
 SPARE = 0.05  # of a device's memory, left alone
@@ -118,7 +119,7 @@ def microbatches(config: Config) -> list[int]:
     return [k for k in (2**i for i in range(10)) if config.train.batch_size % k == 0]
 
 
-def options(cfg: ModelConfig, config: Config, devices: Devices) -> list[Option]:
+def options(cfg: ModelConfig, config: Config, devices: Devices, partition: Partition | None = None) -> list[Option]:
     """Every way to take the step that the config allows and the devices and the model divide by, fastest first.
 
     Where nothing is known of time, what computes least again comes first. Among nearly equal times the simplest mesh
@@ -128,6 +129,7 @@ def options(cfg: ModelConfig, config: Config, devices: Devices) -> list[Option]:
       cfg: the grown model.
       config: the run.
       devices: what it is to run on.
+      partition: which parameters train; all if None.
 
     Raises:
       UserError: there is no such policy, or the mesh that the config asks for does not fit the devices or the model.
@@ -148,7 +150,9 @@ def options(cfg: ModelConfig, config: Config, devices: Devices) -> list[Option]:
         for remat, count in itertools.product(remats, microbatches(config)):
             train = dataclasses.replace(config.train, remat=remat, accumulation=count)
             chosen = dataclasses.replace(config, mesh=sizes, train=train)
-            found.append(Option(chosen, mesh, step_time(cfg, chosen, mesh, devices.chip) if devices.chip else None))
+            found.append(
+                Option(chosen, mesh, step_time(cfg, chosen, mesh, devices.chip, partition) if devices.chip else None)
+            )
     if not found:
         raise refused or UserError(f"config.mesh fits no {devices.count} devices.")
     return sorted(found, key=_rank)
@@ -163,22 +167,25 @@ def _rank(option: Option) -> tuple[float, ...]:
     return round(math.log(option.time.total) / NEAR), *simple, -policy
 
 
-def need(cfg: ModelConfig, option: Option) -> Need:
+def need(cfg: ModelConfig, option: Option, partition: Partition | None = None) -> Need:
     """What an option takes of a device's memory."""
     optimizer = make_optimizer(option.config)
-    state = abstract_state(cfg, option.config, optimizer, state_shardings(cfg, optimizer, option.mesh))
-    return estimate(cfg, option.config, state, option.mesh)
+    shardings = state_shardings(cfg, optimizer, option.mesh, partition)
+    state = abstract_state(cfg, option.config, optimizer, shardings, partition)
+    return estimate(cfg, option.config, state, option.mesh, partition)
 
 
 def fits(wanted: Need, devices: Devices) -> bool:
     return wanted.total <= (1 - SPARE) * devices.memory
 
 
-def best(cfg: ModelConfig, found: list[Option], devices: Devices) -> tuple[Option, Need]:
+def best(
+    cfg: ModelConfig, found: list[Option], devices: Devices, partition: Partition | None = None
+) -> tuple[Option, Need]:
     """The first of the options that fits; where none does, the one that needs least."""
     smallest: tuple[Option, Need] | None = None
     for option in found:
-        wanted = need(cfg, option)
+        wanted = need(cfg, option, partition)
         if fits(wanted, devices):
             return option, wanted
         if smallest is None or wanted.total < smallest[1].total:
@@ -187,23 +194,27 @@ def best(cfg: ModelConfig, found: list[Option], devices: Devices) -> tuple[Optio
     return smallest
 
 
-def other_policies(cfg: ModelConfig, option: Option, devices: Devices) -> list[Option]:
+def other_policies(
+    cfg: ModelConfig, option: Option, devices: Devices, partition: Partition | None = None
+) -> list[Option]:
     """The option with every remat policy there is."""
     found = []
     for remat in REMAT:
         config = dataclasses.replace(option.config, train=dataclasses.replace(option.config.train, remat=remat))
-        seconds = step_time(cfg, config, option.mesh, devices.chip) if devices.chip else None
+        seconds = step_time(cfg, config, option.mesh, devices.chip, partition) if devices.chip else None
         found.append(Option(config, option.mesh, seconds))
     return found
 
 
-def choose(cfg: ModelConfig, config: Config, devices: Devices) -> tuple[Option, Need]:
+def choose(
+    cfg: ModelConfig, config: Config, devices: Devices, partition: Partition | None = None
+) -> tuple[Option, Need]:
     """The best way to take the step that fits.
 
     Raises:
       UserError: none fits, with the smallest need that there is; or as `options`.
     """
-    option, wanted = best(cfg, options(cfg, config, devices), devices)
+    option, wanted = best(cfg, options(cfg, config, devices, partition), devices, partition)
     if fits(wanted, devices):
         return option, wanted
     fallback = f"; {config.fallback} fits a laptop" if config.fallback else ""

@@ -12,6 +12,7 @@ from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, PARAMETERS, padded_rows, ways
 from solar_jax.planning.hlo_cost import HOST, KERNEL_RATE
 from solar_jax.planning.memory import each
+from solar_jax.training.partition import Partition, everything
 
 FLOAT32_PASSES = 6  # bfloat16 products that a TPU makes of one in float32 (`Precision.HIGHEST`)
 BACKWARD_KERNEL = 2.5  # FLOPs of the attention kernel's backward pass, in units of its forward pass
@@ -44,7 +45,9 @@ def tokens_a_device(config: Config, mesh: Mesh | AbstractMesh) -> float:
     return rows * config.data.sequence_length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))
 
 
-def step_time(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip: Chip) -> StepTime:
+def step_time(
+    cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip: Chip, partition: Partition | None = None
+) -> StepTime:
     """The estimate; t are the tokens of a device, `/ tensor` the share of them that heads, mlp and vocabulary have.
 
       matmuls  [3 x 2 x weights + 2 x weights of what remat computes again] x t / tensor, at the chip's matmul rate;
@@ -65,7 +68,11 @@ def step_time(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip:
       config: the run, with a remat policy of `REMAT`.
       mesh: of devices that need not be there.
       chip: of its devices.
+      partition: which parameters train; all if None. A frozen layer has no gradient of its weights, and one below the
+        first that trains no backward pass.
     """
+    partition = partition or everything(cfg)
+    behind = cfg.num_hidden_layers - partition.first  # layers with a backward pass
     t, width, L = tokens_a_device(config, mesh), compute_dtype(config.train).itemsize, cfg.num_hidden_layers
     tensor, slices = axis_size(mesh, "tensor"), axis_size(mesh, "slice")
     names = REMAT[config.train.remat]
@@ -75,11 +82,14 @@ def step_time(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip:
     weights = sum(size(cfg, letters) for name, letters in layer_axes(cfg).items() if not is_vector(name))
     repeated = sum(size(cfg, _WEIGHT[name]) for name in again if name in _WEIGHT)
     head = size(cfg, "DV")
-    matmul_flops = t / tensor * (L * (6 * weights + 2 * repeated) + 6 * head)
+    per_layer = 2 * L + 2 * behind + 2 * partition.count
+    head_passes = 4 + 2 * (("embed" if cfg.tie_word_embeddings else "lm_head") in partition.others)
+    matmul_flops = t / tensor * (per_layer * weights + 2 * behind * repeated + head_passes * head)
 
     keys = config.data.sequence_length / 2
     keys = min(keys, cfg.sliding_window or keys)
-    kernel_flops = t / tensor * L * 4 * size(cfg, "NH") * keys * (1 + BACKWARD_KERNEL + ("attention" in again))
+    passes = L + behind * (BACKWARD_KERNEL + ("attention" in again))
+    kernel_flops = t / tensor * 4 * size(cfg, "NH") * keys * passes
 
     values = sum(count * each(cfg, mesh, letters) for letters, count in _VECTORS.items())
     state = parameter_count(cfg) / ways("DF", PARAMETERS, mesh)

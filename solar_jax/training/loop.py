@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Iterator
@@ -32,8 +33,9 @@ from solar_jax.training import preemption
 from solar_jax.training.guards import Guard, NotFinite, Spike, storable
 from solar_jax.training.optimizer import learning_rate, make_optimizer
 from solar_jax.training.prefetch import Prefetcher
-from solar_jax.training.run import Arm, Run, arm_mask, evaluate, first_params, heldout_losses, say, warn
-from solar_jax.training.step import abstract_state, make_train_step, state_shardings
+from solar_jax.training.run import Arm, Run, evaluate, first_params, heldout_losses, say, warn
+from solar_jax.training.state import abstract_state, first_opt_state, state_shardings, stored_form
+from solar_jax.training.step import make_train_step
 
 ROLLBACKS = 3  # to one checkpoint
 DOCUMENTS = 20  # named when a step goes wrong
@@ -93,10 +95,11 @@ def _train_from_last_good(
       Spike: the loss of a step is one.
     """
     config, cfg = run.config, arm.cfg
-    optimizer = make_optimizer(config, arm_mask(run, arm), run.mesh)
-    shardings = state_shardings(cfg, optimizer, run.mesh)
-    abstract = abstract_state(cfg, config, optimizer, shardings)
-    state = store.restore_newest(abstract, config.train.steps)
+    partition, optimizer = arm.partition, make_optimizer(config, run.mesh)
+    shardings = state_shardings(cfg, optimizer, run.mesh, partition)
+    abstract = abstract_state(cfg, config, optimizer, shardings, partition)
+    older = functools.partial(stored_form, abstract["opt_state"], cfg, config, optimizer, run.mesh, partition)
+    state = store.restore_newest(abstract, config.train.steps, older)
     start = Start() if state is None else _start(state.pop("host", None), config)
     run.ledger.add("lost", sum(seconds(r) for r in lines.read() if r["step"] > start.step))
     lines.keep_if(lambda r: r["step"] <= start.step)
@@ -109,7 +112,8 @@ def _train_from_last_good(
         params = first_params(run, arm.checkpoint)
         loss = evaluate(run, arm.name, 0, cfg, params)
         say(f"{arm.name}: held-out loss {loss:.4f} before training")
-        state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings["opt_state"])(params)}
+        opt_state = first_opt_state(optimizer, partition, params, shardings["opt_state"])
+        state = {"params": params, "opt_state": opt_state}
         del params
     start = dataclasses.replace(start, rows=start.rows + left_out)
     with contextlib.closing(_Session(run, arm, cfg, start, store, lines)) as session:
@@ -206,7 +210,7 @@ class _Session:
         return self._start.tokens + (step - self._start.step) * self._step_tokens
 
     def _compile(self, optimizer: Any, state: Any, batches: Prefetcher) -> jax.stages.Compiled:
-        step = make_train_step(self._cfg, self._run.config, optimizer, self._run.mesh, arm_mask(self._run, self._arm))
+        step = make_train_step(self._cfg, self._run.config, optimizer, self._run.mesh, self._arm.partition)
         begin = time.perf_counter()
         batch = batches.first()
         with cache_hits() as hits:

@@ -1,11 +1,40 @@
-"""What training minimises."""
+"""Objectives: what training minimises, as functions of a model's forward pass and a batch."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from solar_jax.model.llama import Constrain, unconstrained, unembed
+
+Batch = dict[str, jax.Array]
+Sums = dict[str, jax.Array]  # by name, float32 scalars
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A model with its parameters, laid out on a mesh.
+
+    hidden         (batch of [B, T] arrays) -> the final norm's output, the output projection [D, V], and the batch in
+                   the layout of that output
+    cross_entropy  (output, projection, targets, weights) -> summed loss in nats, summed weights, as `head_loss`
+    """
+
+    hidden: Callable[[Batch], tuple[jax.Array, jax.Array, Batch]]
+    cross_entropy: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+# (forward, batch) -> summed loss, what it is summed over, further sums to be reported as means
+Objective = Callable[[Forward, Batch], tuple[jax.Array, jax.Array, Sums]]
+
+
+def next_token(forward: Forward, batch: Batch) -> tuple[jax.Array, jax.Array, Sums]:
+    """Cross-entropy of "targets" by "weights", in nats a target."""
+    x, head, laid_out = forward.hidden(batch)
+    loss, count = forward.cross_entropy(x, head, laid_out["targets"], laid_out["weights"])
+    return loss, count, {}
 
 
 def next_token_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -32,6 +61,7 @@ def head_loss(
     chunks: int = 1,
     shards: int = 1,
     constrain: Constrain = unconstrained,
+    trains_head: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """`next_token_loss` of the logits x @ head, a chunk of each row's tokens at a time.
 
@@ -46,6 +76,7 @@ def head_loss(
       chunks: how many; T has to be a multiple.
       shards: over how many devices B is split; each sums its own gradient of the head, and they are added once.
       constrain: lays arrays out on a mesh.
+      trains_head: False computes no gradient of the head, which the caller must not ask for.
     """
     B, T, D = x.shape
 
@@ -80,11 +111,13 @@ def head_loss(
             d_logits = constrain(d_logits.astype(x.dtype), "BTV")
             dx = constrain(product("btv,dv->btd", d_logits, head), "BTD").astype(x.dtype)
             # Rows of one device under an axis of their own: a sum over them is local until that axis is summed.
-            groups = (a.reshape(shards, B // shards, *a.shape[1:]) for a in (x, d_logits))
-            d_head += product("gbtd,gbtv->gdv", *groups)
-            return (total + loss, constrain(d_head, "BDV")), dx
+            if trains_head:
+                groups = (a.reshape(shards, B // shards, *a.shape[1:]) for a in (x, d_logits))
+                d_head = constrain(d_head + product("gbtd,gbtv->gdv", *groups), "BDV")
+            return (total + loss, d_head), dx
 
-        zero = jnp.float32(0), constrain(jnp.zeros((shards, *head.shape), jnp.float32), "BDV")
+        empty = jnp.zeros((shards, *head.shape), jnp.float32)
+        zero = jnp.float32(0), constrain(empty, "BDV") if trains_head else jnp.zeros((), x.dtype)
         parts = split(x, "BTD"), split(targets, "BT"), split(weights, "BT")
         (total, d_head), dx = jax.lax.scan(add, zero, parts)
         dx = constrain(dx.swapaxes(0, 1).reshape(B, T, D), "BTD")
@@ -92,7 +125,11 @@ def head_loss(
 
     def backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array | None, ...]:
         dx, d_head = saved
-        return (g * dx).astype(dx.dtype), (g * jnp.sum(d_head.astype(dx.dtype), axis=0)).astype(dx.dtype), None, None
+        if trains_head:
+            d_head = (g * jnp.sum(d_head.astype(dx.dtype), axis=0)).astype(dx.dtype)
+        else:  # the projection is stopped, so nobody asks for it
+            d_head = jnp.zeros(head.shape, head.dtype)
+        return (g * dx).astype(dx.dtype), d_head, None, None
 
     summed.defvjp(forward, backward)
     return summed(x, constrain(head, "DV"), targets, weights), jnp.sum(weights)

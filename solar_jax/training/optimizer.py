@@ -1,18 +1,16 @@
-"""Optimisers as a table, with clipping, a schedule, decay, and a mask of what may move; the maths is all optax's."""
+"""Optimisers as a table, with clipping, a schedule and weight decay; the maths is all optax's."""
 
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 from jax.sharding import Mesh
 
 from solar_jax.config import Config, OptimizerConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import LayerMap
 from solar_jax.model.llama import LAYER_AXES, Params, is_vector
 from solar_jax.model.precision import precision
 from solar_jax.parallel.collectives import layers_at_rest, whole_layers
@@ -37,17 +35,6 @@ SCHEDULES: dict[str, Callable[[float, float, int, float], optax.Schedule]] = {
     "wsd": _warmup_stable_decay,
 }
 
-# name -> (which layers train, which of the arrays outside the layers do)
-TRAINABLE: dict[str, Callable[[LayerMap], tuple[tuple[bool, ...], dict[str, bool]]]] = {
-    "all": lambda layer_map: ((True,) * layer_map.layers, {"embed": True, "final_norm": True, "lm_head": True}),
-    "new": lambda layer_map: (layer_map.new, {"embed": False, "final_norm": False, "lm_head": False}),
-    "seam": lambda layer_map: (
-        tuple(i in layer_map.seams or i - 1 in layer_map.seams for i in range(layer_map.layers)),
-        {"embed": False, "final_norm": False, "lm_head": False},
-    ),
-    "no_embed": lambda layer_map: ((True,) * layer_map.layers, {"embed": False, "final_norm": True, "lm_head": False}),
-}
-
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """Rate of update `count` = 0 .. steps - 1: linear warmup that ends at the peak, then the named schedule.
@@ -64,46 +51,9 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup])
 
 
-def trainable_layers(name: str, layer_map: LayerMap) -> tuple[tuple[bool, ...], dict[str, bool]]:
-    """Which layers and which other arrays `config.train.trainable` lets move.
-
-    Raises:
-      UserError: no such choice, or one that leaves nothing to train.
-    """
-    if name not in TRAINABLE:
-        raise UserError(f"config.train.trainable must be one of {', '.join(TRAINABLE)}, found {name!r}.")
-    layers, others = TRAINABLE[name](layer_map)
-    if not any(layers):
-        raise UserError(
-            f"config.train.trainable={name!r} leaves nothing to train: {layer_map.operator} has no such layer."
-        )
-    return layers, others
-
-
-def trainable_mask(params: Params, layers: tuple[bool, ...], others: dict[str, bool]) -> Params:
-    """A tree of 0/1 float32 that broadcasts against `params`: [L, 1, ...] within layers, a scalar elsewhere."""
-    per_layer = jnp.array(layers, jnp.float32)
-    mask: Params = {name: jnp.float32(others[name]) for name in params if name != "layers"}
-    mask["layers"] = {k: per_layer.reshape(-1, *(1,) * (x.ndim - 1)) for k, x in params["layers"].items()}
-    return mask
-
-
 def _decayed(params: Params) -> Params:
     """True for matrices: weight decay leaves norm scales and biases alone."""
     return jax.tree.map_with_path(lambda path, _: not is_vector(path[-1].key), params)
-
-
-def masked(tree: Any, mask: Params | None) -> Any:
-    """`tree` with 0 where nothing trains; itself where everything does."""
-    return tree if mask is None else jax.tree.map(jnp.multiply, tree, mask)
-
-
-def _masked(mask: Params | None) -> optax.GradientTransformation:
-    return (
-        optax.identity()
-        if mask is None
-        else optax.stateless(lambda updates, _: masked(typing.cast(Params, updates), mask))
-    )
 
 
 class PerLayer(typing.NamedTuple):
@@ -189,17 +139,12 @@ DIRECTIONS: dict[str, Callable[[OptimizerConfig, Mesh | None], optax.GradientTra
 }
 
 
-def make_optimizer(
-    config: Config, mask: Params | None = None, mesh: Mesh | None = None
-) -> optax.GradientTransformation:
-    """Clipping, the named optimiser, decay and schedule; where `mask` is 0 none of them moves a weight.
-
-    Frozen gradients are dropped before the norm is taken, so that clipping sees what moves.
+def make_optimizer(config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
+    """Clipping, the named optimiser, weight decay and schedule, for the parameters that train.
 
     Args:
-      config: of the run.
-      mask: as `trainable_mask` gives it; everything moves if None.
-      mesh: of the step; None, or any, where only the state's shapes are asked for.
+      config: the run.
+      mesh: of the step; None, or any, where only the state's shapes are needed.
 
     Raises:
       UserError: no such optimiser or schedule.
@@ -213,4 +158,5 @@ def make_optimizer(
         optax.add_decayed_weights(cfg.weight_decay, _decayed),
         optax.scale_by_learning_rate(learning_rate(cfg, config.train.steps)),
     )
-    return narrow(optax.chain(_masked(mask), clip, step, _masked(mask)), precision(config.train), config.seed)
+    # The two identities keep the places that state has in checkpoints of versions that masked there.
+    return narrow(optax.chain(optax.identity(), clip, step, optax.identity()), precision(config.train), config.seed)

@@ -19,7 +19,7 @@ from solar_jax.monitoring import metrics
 from solar_jax.monitoring.goodput import Ledger
 from solar_jax.monitoring.trackers import Writers
 from solar_jax.parallel import rules
-from solar_jax.training.optimizer import trainable_layers, trainable_mask
+from solar_jax.training.partition import Partition, make_partition
 from solar_jax.training.step import make_eval_step, mean_loss
 
 
@@ -53,6 +53,10 @@ class Arm:
     def cfg(self) -> ModelConfig:
         return self.checkpoint.cfg
 
+    @property
+    def partition(self) -> Partition:
+        return make_partition(self.trainable, self.checkpoint.layer_map)
+
 
 def say(text: str = "") -> None:
     """Prints on the first process."""
@@ -80,14 +84,6 @@ def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) ->
     run.evals.append({"arm": arm, "step": step, "loss": loss})
     run.writers.write(arm, step, {"heldout_loss": loss})
     return loss
-
-
-def arm_mask(run: Run, arm: Arm) -> Params | None:
-    """Where an arm's parameters move; None: everywhere."""
-    if arm.trainable == "all":
-        return None
-    layers, others = trainable_layers(arm.trainable, arm.checkpoint.layer_map)
-    return trainable_mask(llama.shapes(arm.cfg), layers, others)
 
 
 def heldout_losses(run: Run, arm: Arm) -> dict[int, float]:

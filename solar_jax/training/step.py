@@ -1,13 +1,14 @@
 """The training step and the evaluation step: pure functions of state and batch, compiled for a mesh."""
 
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch
@@ -21,29 +22,11 @@ from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_kernel
 from solar_jax.parallel.collectives import constrain_on, over_slices, tokens_of_devices, zigzag
 from solar_jax.parallel.mesh import axis_size
-from solar_jax.training.objectives import head_loss
-from solar_jax.training.optimizer import masked
+from solar_jax.training.objectives import Forward, Objective, Sums, head_loss, next_token
+from solar_jax.training.partition import Partition, everything
+from solar_jax.training.state import State, state_shardings
 
-State = dict[str, Any]  # {"params", "opt_state"}
 LOGITS = 2**26  # of one chunk of the loss, on one device: 256 MiB in float32
-
-
-def state_shardings(cfg: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> State:
-    """Where parameters and optimiser state rest: every moment where its parameter does."""
-    opt_state = jax.eval_shape(optimizer.init, llama.shapes(cfg))
-    return {
-        "params": rules.parameter_shardings(cfg, mesh),
-        "opt_state": rules.like_parameters(opt_state, cfg, mesh),
-    }
-
-
-def abstract_state(
-    cfg: ModelConfig, config: Config, optimizer: optax.GradientTransformation, shardings: State
-) -> State:
-    """Shapes, dtypes and shardings of the state, nothing allocated."""
-    params = llama.shapes(cfg, precision(config.train).weights)
-    shapes = {"params": params, "opt_state": jax.eval_shape(optimizer.init, params)}
-    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
 
 
 def loss_chunks(logits: int, length: int) -> int:
@@ -51,10 +34,18 @@ def loss_chunks(logits: int, length: int) -> int:
     return next((n for n in range(1, length) if length % n == 0 and logits <= n * LOGITS), length)
 
 
-def _summed_loss(
-    cfg: ModelConfig, config: Config, mesh: Mesh, projections: str
-) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """(params, one slice's batch) -> summed loss in nats, number of targets; `projections`: as `Precision` has it."""
+def make_forward(
+    cfg: ModelConfig, config: Config, mesh: Mesh, *, projections: str = "", trains_head: bool = True
+) -> Callable[[Params], Forward]:
+    """A function of parameters that gives the model as objectives use it, on a mesh.
+
+    Args:
+      cfg: the model.
+      config: the run.
+      mesh: of the step.
+      projections: a name of `model.quantised.QTYPES`; "" multiplies in the compute dtype.
+      trains_head: whether a gradient of the output projection is wanted.
+    """
     if config.train.remat not in llama.REMAT:
         raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {config.train.remat!r}.")
 
@@ -62,7 +53,7 @@ def _summed_loss(
     narrow = {"einsum": quantised_einsum(projections)} if projections else {}
     shards = axis_size(mesh, "data", "fsdp", "context")
 
-    def summed_loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def hidden(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Batch]:
         attend = kernel
         if kernel is None and mesh.size == 1:  # rows end to end, so that matmuls are of matrices: see `llama._einsum`
             rows, length = batch["tokens"].shape
@@ -74,13 +65,20 @@ def _summed_loss(
             compute_dtype=compute_dtype(config.train),
             remat=config.train.remat, constrain=constrain, attend=attend, **narrow,
         )  # fmt: skip
-        x, targets, weights = (tokens_of_devices(mesh, a) for a in (x, split["targets"], split["weights"]))
+        return x, head, split
+
+    def cross_entropy(
+        x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        x, targets, weights = (tokens_of_devices(mesh, a) for a in (x, targets, weights))
         rows, length = targets.shape
         chunks = loss_chunks(rows // shards * length * cfg.vocab_size // mesh.shape["tensor"], length)
         by_token = constrain_on(mesh, rules.TOKENS)
-        return head_loss(x, head, targets, weights, chunks=chunks, shards=shards, constrain=by_token)
+        return head_loss(
+            x, head, targets, weights, chunks=chunks, shards=shards, constrain=by_token, trains_head=trains_head
+        )
 
-    return summed_loss
+    return lambda params: Forward(functools.partial(hidden, params), cross_entropy)
 
 
 def make_train_step(
@@ -88,45 +86,66 @@ def make_train_step(
     config: Config,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    mask: Params | None = None,
+    partition: Partition | None = None,
+    objective: Objective = next_token,
 ) -> jax.stages.Wrapped:
-    """A jitted (state, batch) -> (state, {"loss", "grad_norm"}); the old state's memory is given to the new one.
+    """A jitted (state, batch) -> (state, {"loss", "grad_norm", ...}); the old state's memory is donated to the new one.
 
-    The loss is the mean over the targets of the whole batch, and so is the gradient, however many microbatches it
-    is summed from. The norm is that of what trains by the optimiser's `mask`, which is what clipping sees. Where
-    `train.max_skipped` is not 0, a step whose loss or norm is not finite leaves the state as it was, step counts too.
+    The loss is the objective's sum over its count for the whole batch, and so is the gradient, however many
+    microbatches it is summed from; further sums of the objective are divided likewise. Gradients, their norm and the
+    optimiser's state are those of the trained part alone. Where `train.max_skipped` is not 0, a step whose loss or norm
+    is non-finite leaves the state unchanged, step counts too.
+
+    Args:
+      cfg: the model.
+      config: the run.
+      optimizer: of the trained part.
+      mesh: of the step.
+      partition: which parameters train; everything if None.
+      objective: what is minimised.
     """
-    summed_loss = _summed_loss(cfg, config, mesh, precision(config.train).projections)
-    shardings = state_shardings(cfg, optimizer, mesh)
+    partition = partition or everything(cfg)
+    trains_head = ("embed" if cfg.tie_word_embeddings else "lm_head") in partition.others
+    forward = make_forward(cfg, config, mesh, projections=precision(config.train).projections, trains_head=trains_head)
+    shardings = state_shardings(cfg, optimizer, mesh, partition)
+    trained_shardings = partition.keys(shardings["params"])
     microbatches = max(1, config.train.accumulation)
     constrain = constrain_on(mesh)
 
-    def gradients(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Params]:
-        (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(params, batch)
-        return loss, targets, jax.lax.with_sharding_constraint(grads, shardings["params"])
-
-    def accumulated(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Params]:
-        if microbatches == 1:
-            return gradients(params, batch)
-        # [B, T] -> [microbatches, B / microbatches, T] with each device keeping its own rows.
-        split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-
-        def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
-            microbatch = jax.tree.map(lambda x: constrain(x, "B."), microbatch)
-            return jax.tree.map(jnp.add, total, gradients(params, microbatch)), None
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        zero = (jnp.float32(0), jnp.float32(0), zeros)
-        return jax.lax.scan(add, zero, split)[0]
-
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         params = state["params"]
-        loss, targets, grads = over_slices(mesh, accumulated)(params, batch)
-        targets = jnp.maximum(targets, 1.0)
-        grads = jax.tree.map(lambda g: g / targets, grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-        new_state = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
-        measured = {"loss": loss / targets, "grad_norm": optax.global_norm(masked(grads, mask))}
+        trained = partition.trained(params)
+
+        def summed(trained: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Sums]]:
+            loss, count, sums = objective(forward(partition.merged(params, trained)), batch)
+            return loss, (count, sums)
+
+        def gradients(trained: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Sums, Params]:
+            (loss, (count, sums)), grads = jax.value_and_grad(summed, has_aux=True)(trained, batch)
+            return loss, count, sums, jax.lax.with_sharding_constraint(grads, trained_shardings)
+
+        def accumulated(trained: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Sums, Params]:
+            if microbatches == 1:
+                return gradients(trained, batch)
+            # [B, T] -> [microbatches, B / microbatches, T] with each device keeping its own rows.
+            split = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+            def add(total: Any, microbatch: Batch) -> tuple[Any, None]:
+                microbatch = jax.tree.map(lambda x: constrain(x, "B."), microbatch)
+                return jax.tree.map(jnp.add, total, gradients(trained, microbatch)), None
+
+            first = jax.tree.map(lambda x: x[0], split)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), jax.eval_shape(gradients, trained, first))
+            return jax.lax.scan(add, zeros, split)[0]
+
+        loss, count, sums, grads = over_slices(mesh, accumulated)(trained, batch)
+        count = jnp.maximum(count, 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
+        new_params = partition.replaced(params, typing.cast(Params, optax.apply_updates(trained, updates)))
+        new_state = {"params": new_params, "opt_state": opt_state}
+        measured = {"loss": loss / count, "grad_norm": optax.global_norm(grads)}
+        measured |= {name: total / count for name, total in sums.items()}
         if config.train.max_skipped:
             fine = jnp.isfinite(measured["loss"]) & jnp.isfinite(measured["grad_norm"])
             new_state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), new_state, state)
@@ -144,9 +163,14 @@ def make_train_step(
 def make_eval_step(
     cfg: ModelConfig, config: Config, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """A jitted (params, batch) -> summed loss in nats, number of targets; of the model that is kept, unquantised."""
+    """A jitted (params, batch) -> summed loss in nats, number of targets; of the unquantised model."""
+    forward = make_forward(cfg, config, mesh)
+
+    def summed(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return next_token(forward(params), batch)[:2]
+
     return jax.jit(
-        over_slices(mesh, _summed_loss(cfg, config, mesh, projections="")),
+        over_slices(mesh, summed),
         in_shardings=(rules.parameter_shardings(cfg, mesh), rules.batch_sharding(mesh)),
         out_shardings=rules.replicated(mesh),
     )

@@ -279,10 +279,7 @@ def test_transformers_loads_the_files_that_are_written(tmp_path, make):
         ({"eos_token_id": 9999}, "tokenizer.ggml.eos_token_id must be below"),
         ({"bos_token_id": "1"}, "tokenizer.ggml.bos_token_id must be below"),
         ({"add_bos_token": 1}, "tokenizer.ggml.add_bos_token must be true or false"),
-        (
-            {"unknown_token_id": None, "tokens": ["a", "b"], "token_type": [1, 1], "scores": [0.0, 1.0]},
-            "256 byte tokens",
-        ),
+        ({"unknown_token_id": None, "tokens": ["a", "b"], "token_type": [1, 1], "scores": [0.0, 1.0]}, "256 byte"),
     ],
 )
 def test_a_vocabulary_that_cannot_be_used_is_named(tmp_path, changes, said):

@@ -33,9 +33,9 @@ def test_several_slices_keep_their_number_in_the_name():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("v5p-100", "no slice 'v5p-100'; slices of v5p have the sizes 8, 16, 32, 64, 128"),
+        ("v5p-100", "no slice 'v5p-100'; v5p slices come in sizes 8, 16, 32, 64, 128"),
         ("v5p128", "did you mean v5p-128"),
-        ("h100-8", "a slice is written v5p-128"),
+        ("h100-8", "slice names look like v5p-128"),
         ("0xv5p-128", "no slice '0xv5p-128'"),
         ("", "chips are v4, v5e, v5p, v6e, tpu7x"),
     ],

@@ -93,7 +93,7 @@ def test_goodput_counts_from_the_very_first_start_what_went_into_steps_that_coun
         "other": 37.0,
     }  # fmt: skip
     assert goodput_line(found) == (
-        "goodput 50.0 % of 1 min 40 s and 2 starts: compute 50 s, data 2 s, checkpoint 5 s, lost 6 s, other 37 s"
+        "goodput 50.0 % of 1 min 40 s over 2 starts: compute 50 s, data 2 s, checkpoint 5 s, lost 6 s, other 37 s"
     )
 
 

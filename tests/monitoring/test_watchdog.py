@@ -36,7 +36,7 @@ def test_a_stall_is_told_once_with_the_stack_of_every_thread(tmp_path):
             time.sleep(0.3)  # six times as long: no second file
             assert len(files(tmp_path / "stalls")) == len(told) == 1
             watchdog.beat(8, 100.0)  # and as it goes on, at a pace that a pause of this test does not outlast
-            assert "going on after" in told[1]
+            assert "resumed after" in told[1]
     finally:
         leave.set()
         thread.join()

@@ -20,7 +20,8 @@ from solar_jax.orbax_store.arrays import open_array
 from solar_jax.orbax_store.store import FOLDER, CheckpointStore
 from solar_jax.storage import retry
 from solar_jax.training.optimizer import make_optimizer
-from solar_jax.training.step import State, abstract_state, state_shardings
+from solar_jax.training.partition import everything
+from solar_jax.training.state import State, abstract_state, state_shardings, stored_form
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 
@@ -315,6 +316,11 @@ def test_a_state_goes_on_in_another_precision(tmp_path, before, after):
         mesh = mesh_of(1, 2, 1)
         return abstract_state(SMALL, config, optimizer, state_shardings(SMALL, optimizer, mesh))
 
+    def older(stored):
+        config = Config(train=TrainConfig(precision=after))
+        form = SMALL, config, make_optimizer(config), mesh_of(1, 2, 1), everything(SMALL)
+        return stored_form(of(after)["opt_state"], *form, stored)
+
     rng = np.random.default_rng(0)
     state = jax.tree.map(
         lambda s: jax.device_put(np.asarray(7 if s.ndim == 0 else rng.standard_normal(s.shape), s.dtype), s.sharding),
@@ -322,7 +328,7 @@ def test_a_state_goes_on_in_another_precision(tmp_path, before, after):
     )
     with CheckpointStore(tmp_path) as store:
         store.save(7, **state, host={"step": 7})
-        found = store.restore_newest(of(after))
+        found = store.restore_newest(of(after), older=older)
     assert jax.tree.structure({k: found[k] for k in ("params", "opt_state")}) == jax.tree.structure(of(after))
     for x, wanted in zip(jax.tree.leaves(found["opt_state"]), jax.tree.leaves(of(after)["opt_state"]), strict=True):
         assert (x.dtype, x.shape) == (wanted.dtype, wanted.shape)

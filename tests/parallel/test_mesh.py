@@ -46,7 +46,7 @@ def test_slices_are_as_many_as_the_devices_say(asked):
 @pytest.mark.parametrize("asked", [1, 4])
 def test_other_slices_than_the_devices_form_are_refused(asked):
     # fsdp over the network between slices would gather every layer through it
-    with pytest.raises(UserError, match=f"config.mesh.slice={asked} does not fit the devices, which form 2 slices"):
+    with pytest.raises(UserError, match=f"config.mesh.slice={asked} does not match the devices, which form 2 slices"):
         mesh_shape(MeshConfig(slice=asked), 128, slices=2)
 
 

@@ -22,12 +22,12 @@ SMALL = ModelConfig(64, 32, 48, 3, 4, 2, 8, 1024, 10000.0, 1e-5)
 
 
 def test_a_letter_without_a_rule_raises():
-    with pytest.raises(ValueError, match="'X' of an array 'DX' is in no sharding rule"):
+    with pytest.raises(ValueError, match="'X' of an array 'DX' has no sharding rule"):
         rules.spec("DX", rules.PARAMETERS)
 
 
 def test_a_mesh_axis_used_twice_raises():
-    with pytest.raises(ValueError, match="'VF' would be split over one mesh axis twice"):
+    with pytest.raises(ValueError, match="'VF' would be sharded over one mesh axis twice"):
         rules.spec("VF", rules.PARAMETERS)
 
 
@@ -120,7 +120,7 @@ def _is_adam(x) -> bool:
 def test_an_array_of_optimiser_state_without_a_rule_raises():
     # Replicated quietly, it could be as large as the model.
     tree = {"mu": llama.shapes(SMALL), "factors": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
-    with pytest.raises(ValueError, match=r"\['factors'\] of shape \(64, 32\) is in no sharding rule"):
+    with pytest.raises(ValueError, match=r"\['factors'\] of shape \(64, 32\) has no sharding rule"):
         rules.like_parameters(tree, SMALL, mesh_of(1, 8, 1))
 
 

@@ -12,7 +12,8 @@ from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import AXES
 from solar_jax.planning.memory import GIB, Need, estimate, shard_bytes
 from solar_jax.training.optimizer import make_optimizer
-from solar_jax.training.step import abstract_state, make_train_step, state_shardings
+from solar_jax.training.state import abstract_state, state_shardings
+from solar_jax.training.step import make_train_step
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 

@@ -20,7 +20,8 @@ from solar_jax.model import llama
 from solar_jax.monitoring import profiling
 from solar_jax.training import loop
 from solar_jax.training.objectives import next_token_loss
-from solar_jax.training.optimizer import make_optimizer, trainable_layers, trainable_mask
+from solar_jax.training.optimizer import make_optimizer
+from solar_jax.training.partition import make_partition
 from solar_jax.training.step import make_train_step
 from tests.monitoring.test_trackers import events
 from tests.parallel.test_mesh import mesh_of
@@ -34,9 +35,7 @@ def test_the_norm_that_is_recorded_is_of_what_trains_as_clipping_takes_it(name, 
     layer_map = make_layer_map(2, GrowthConfig("slices", slices="0:2,1:2"))
     run, mesh, batch = config(remat="none"), mesh_of(1, 1, 1), jax.tree.map(jnp.array, make_batch(0))
     assert SMALL.num_hidden_layers == layer_map.layers
-    trained, others = trainable_layers(name, layer_map)
-    mask = trainable_mask(llama.shapes(SMALL), trained, others)
-    optimizer = make_optimizer(run, mask)
+    partition, optimizer = make_partition(name, layer_map), make_optimizer(run)
 
     def loss(params):
         logits = llama.logits(SMALL, params, batch["tokens"], batch["positions"], batch["segment_ids"])
@@ -47,9 +46,9 @@ def test_the_norm_that_is_recorded_is_of_what_trains_as_clipping_takes_it(name, 
     expected = optax.global_norm(jax.tree.map(lambda g: g[jnp.array(layers)], grads["layers"]))
     assert float(expected) < 0.98 * float(optax.global_norm(grads))  # so that the wrong one is told apart
 
-    state = {"params": initial(False), "opt_state": optimizer.init(initial(False))}
+    state = {"params": initial(False), "opt_state": optimizer.init(partition.trained(initial(False)))}
     step = functools.partial(make_train_step, SMALL, run, optimizer, mesh)
-    _, measured = step(mask).lower(state, batch).compile(FAST_COMPILE)(state, batch)
+    _, measured = step(partition).lower(state, batch).compile(FAST_COMPILE)(state, batch)
     assert float(measured["grad_norm"]) == pytest.approx(float(expected), rel=1e-5)
 
 

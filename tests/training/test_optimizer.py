@@ -11,23 +11,17 @@ import optax.contrib
 import pytest
 import torch
 
-from solar_jax.config import Config, GrowthConfig, ModelConfig, OptimizerConfig, TrainConfig
+from solar_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import identity, make_layer_map
 from solar_jax.model import llama
 from solar_jax.training.optimizer import (
     DIRECTIONS,
     SCHEDULES,
-    TRAINABLE,
     learning_rate,
     make_optimizer,
-    trainable_layers,
-    trainable_mask,
 )
-from solar_jax.training.step import state_shardings
+from solar_jax.training.state import state_shardings
 from tests.parallel.test_mesh import mesh_of
-from tests.parallel.test_rules import SMALL
 from tests.training.test_step import FAST_COMPILE
 
 PEAK, LAST = 1e-3, 1e-4  # final_fraction 0.1
@@ -294,82 +288,3 @@ def test_factors_are_all_that_adafactor_keeps_of_a_matrix_it_factors():
 def test_an_unknown_optimiser_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"config\.optimizer\.name must be one of adamw, .*muon, found 'sgd'"):
         make_optimizer(run(OptimizerConfig(name="sgd"), 3))
-
-
-PLAN = make_layer_map(4, GrowthConfig("dus", m=1))  # 0 1 2 | 1 2 3: the seam is 2|3, the copies are 3 and 4
-OTHERS = ("embed", "final_norm", "lm_head")
-MOVES = {  # which layers, which other arrays
-    "all": ([0, 1, 2, 3, 4, 5], OTHERS),
-    "new": ([3, 4], ()),
-    "seam": ([2, 3], ()),
-    "no_embed": ([0, 1, 2, 3, 4, 5], ("final_norm",)),
-}
-
-
-def test_every_choice_of_what_trains_is_tried_here():
-    assert set(MOVES) == set(TRAINABLE)
-
-
-@pytest.mark.parametrize(
-    ("optimiser", "name"),
-    [*(("adamw", name) for name in sorted(TRAINABLE)), *((o, "new") for o in sorted(DIRECTIONS) if o != "adamw")],
-)
-def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(optimiser, name):
-    shapes = llama.shapes(grown_config(SMALL, PLAN))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: jnp.array(rng.standard_normal(s.shape), jnp.float32), shapes)
-    # With decay and momentum, either of which could move a weight whose gradient is masked.
-    cfg = OptimizerConfig(name=optimiser, learning_rate=1e-2, schedule="constant", weight_decay=0.5)
-    optimizer = make_optimizer(run(cfg, 3), trainable_mask(shapes, *trainable_layers(name, PLAN)))
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    found, state = params, optimizer.init(params)
-    for _ in range(3):
-        grads = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), shapes)
-        found, state = step(found, state, grads)
-    layers, others = MOVES[name]
-    for other in OTHERS:
-        assert_moved(found[other], params[other], other in others, other)
-    for array, before in params["layers"].items():
-        for i in range(PLAN.layers):
-            assert_moved(found["layers"][array][i], before[i], i in layers, f"{array} of layer {i}")
-
-
-def assert_moved(found, before, moves: bool, what: str):
-    found, before = np.asarray(found), np.asarray(before)
-    if moves:  # all but the odd weight whose three steps happen to cancel
-        assert (found != before).mean() > 0.99, what
-    else:
-        assert found.tobytes() == before.tobytes(), what
-
-
-def test_clipping_sees_only_what_moves():
-    # A frozen layer's large gradient must not shrink the steps of the others.
-    params = {"embed": jnp.ones(2), "layers": {"o_proj": jnp.ones((2, 1))}}
-    mask = {"embed": jnp.float32(0), "layers": {"o_proj": jnp.array([[1.0], [0.0]])}}
-    optimizer = make_optimizer(run(OptimizerConfig(clip_norm=1.0), 1), mask)
-    grads = {"embed": jnp.full(2, 1e6), "layers": {"o_proj": jnp.array([[0.5], [1e6]])}}
-    _, state = optimizer.update(grads, optimizer.init(params), params)
-    mu = optax.tree_utils.tree_get(state, "mu")
-    np.testing.assert_allclose(mu["layers"]["o_proj"], [[0.05], [0.0]], rtol=1e-6)  # (1 - b1) of 0.5, unclipped
-
-
-@pytest.mark.parametrize("name", ["new", "seam"])
-def test_a_choice_that_leaves_nothing_to_train_is_refused(name):
-    with pytest.raises(UserError, match=rf"config\.train\.trainable='{name}' leaves nothing .* identity"):
-        trainable_layers(name, identity(4))
-
-
-def test_an_unknown_choice_of_what_trains_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"config\.train\.trainable must be one of all, .*no_embed, found 'old'"):
-        trainable_layers("old", PLAN)
-
-
-@pytest.mark.parametrize("growth", [GrowthConfig("llama_pro", every=2), GrowthConfig("average", every=2)])
-def test_new_trains_the_added_layers_of_every_operator(growth):
-    layer_map = make_layer_map(4, growth)
-    assert trainable_layers("new", layer_map)[0] == layer_map.new

@@ -13,7 +13,8 @@ from solar_jax.errors import UserError
 from solar_jax.model.precision import PRECISIONS, precision
 from solar_jax.parallel import rules
 from solar_jax.training.optimizer import make_optimizer
-from solar_jax.training.step import abstract_state, make_eval_step, make_train_step, mean_loss, state_shardings
+from solar_jax.training.state import abstract_state, state_shardings
+from solar_jax.training.step import make_eval_step, make_train_step, mean_loss
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.training.test_step import FAST_COMPILE, config, initial, make_batch

@@ -28,7 +28,8 @@ from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_choice
 from solar_jax.planning import hlo_cost
 from solar_jax.training.optimizer import make_optimizer
-from solar_jax.training.step import State, abstract_state, make_eval_step, make_train_step, mean_loss, state_shardings
+from solar_jax.training.state import State, abstract_state, state_shardings
+from solar_jax.training.step import make_eval_step, make_train_step, mean_loss
 from tests.conftest import hf_model, save_hf
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL

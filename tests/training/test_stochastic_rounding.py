@@ -13,7 +13,7 @@ from solar_jax.model.precision import PRECISIONS
 from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.training import stochastic_rounding
 from solar_jax.training.optimizer import DIRECTIONS, make_optimizer
-from solar_jax.training.step import abstract_state, state_shardings
+from solar_jax.training.state import abstract_state, state_shardings
 from solar_jax.training.stochastic_rounding import narrow, stochastic_round
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL

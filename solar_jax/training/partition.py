@@ -1,0 +1,151 @@
+"""Trained and frozen parts of a model: only the trained part has gradients, optimiser state and reductions.
+
+The state keeps every parameter in one stacked tree, whatever trains. A step takes the trained part out of it,
+differentiates with respect to that part alone, and puts the result back in place.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from solar_jax.config import ModelConfig
+from solar_jax.errors import UserError
+from solar_jax.growth.operators import LayerMap
+from solar_jax.model.llama import Params
+
+OTHERS = ("embed", "final_norm", "lm_head")  # the arrays outside the layers
+MOST_SEGMENTS = 4  # scans written one after another; longer patterns are searched for a repetition
+
+# config.train.trainable -> (which layers train, which arrays outside the layers train)
+TRAINABLE: dict[str, Callable[[LayerMap], tuple[tuple[bool, ...], tuple[str, ...]]]] = {
+    "all": lambda layer_map: ((True,) * layer_map.layers, OTHERS),
+    "new": lambda layer_map: (layer_map.new, ()),
+    "seam": lambda layer_map: (
+        tuple(i in layer_map.seams or i - 1 in layer_map.seams for i in range(layer_map.layers)),
+        (),
+    ),
+    "no_embed": lambda layer_map: ((True,) * layer_map.layers, ("final_norm",)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """Which parameters train."""
+
+    layers: tuple[bool, ...]  # [L]
+    others: tuple[str, ...] = OTHERS  # names of arrays outside the layers
+
+    @property
+    def is_all(self) -> bool:
+        return all(self.layers) and self.others == OTHERS
+
+    @property
+    def count(self) -> int:
+        """Layers that train."""
+        return sum(self.layers)
+
+    @property
+    def first(self) -> int:
+        """The lowest layer that a gradient reaches: 0 where the embedding trains."""
+        return 0 if "embed" in self.others else self.layers.index(True)
+
+    def keys(self, tree: Params) -> Params:
+        """The entries of a parameters' tree that train, with all their layers."""
+        return {name: x for name, x in tree.items() if name == "layers" or name in self.others}
+
+    def trained(self, params: Params) -> Params:
+        """The trained part of the parameters; `layers` arrays are [trained layers, ...]."""
+        if all(self.layers):
+            return self.keys(params)
+        return self.keys(params) | {"layers": jax.tree.map(self._taken, params["layers"])}
+
+    def shapes(self, shapes: Params) -> Params:
+        """Abstract arrays of the trained part, from those of all parameters."""
+        cut = {k: jax.ShapeDtypeStruct((self.count, *s.shape[1:]), s.dtype) for k, s in shapes["layers"].items()}
+        return self.keys(shapes) | {"layers": cut}
+
+    def config(self, cfg: ModelConfig) -> ModelConfig:
+        """A config whose layer count is that of the trained part."""
+        return dataclasses.replace(cfg, num_hidden_layers=self.count)
+
+    def replaced(self, params: Params, trained: Params) -> Params:
+        """The parameters with their trained part replaced; in place where the old parameters are donated."""
+        if all(self.layers):
+            return params | trained
+        index = self._index()
+
+        def put(x: jax.Array, part: jax.Array) -> jax.Array:
+            return x.at[index].set(part)
+
+        return params | trained | {"layers": jax.tree.map(put, params["layers"], trained["layers"])}
+
+    def merged(self, params: Params, trained: Params) -> Params:
+        """Parameters for `model.llama.hidden` that depend on `trained` alone; `layers` are stacks run in order.
+
+        Frozen layers are in stacks of their own, so that no gradient of theirs is computed.
+        """
+        frozen = jax.lax.stop_gradient({name: x for name, x in params.items() if name not in trained})
+        if all(self.layers):
+            return frozen | trained
+        return frozen | trained | {"layers": self._stacks(jax.lax.stop_gradient(params["layers"]), trained["layers"])}
+
+    def follow(self, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """The trained layers of an array that may have all of them, as an optimiser's state of an older run does."""
+        return self._taken(x) if x.shape != like.shape and x.shape[:1] == (len(self.layers),) else x
+
+    def _index(self) -> Any:
+        at = np.flatnonzero(self.layers)
+        return slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else at
+
+    def _taken(self, x: jax.Array) -> jax.Array:
+        return x[self._index()]
+
+    def segments(self) -> list[tuple[bool, int]]:
+        """(whether it trains, layers) of consecutive layers that train alike."""
+        return [(trains, len(list(run))) for trains, run in itertools.groupby(self.layers)]
+
+    def _stacks(self, frozen: Params, trained: Params) -> tuple[Any, ...]:
+        """The layers as stacks in order: [n, ...] of one kind, or a tuple of two kinds [repeats, n, ...] in turns."""
+        runs, stacks, layer, taken = self.segments(), [], 0, 0  # taken: trained layers that are in a stack
+        if len(runs) > MOST_SEGMENTS:
+            pairs = list(zip(runs[::2], runs[1::2], strict=False))
+            repeats = len(list(itertools.takewhile(lambda pair: pair == pairs[0], pairs)))
+            layer, taken = repeats * (runs[0][1] + runs[1][1]), repeats * sum(n for trains, n in runs[:2] if trains)
+            still = np.flatnonzero(np.logical_not(self.layers[:layer]))
+            whole = {True: jax.tree.map(lambda x: x[:taken], trained), False: jax.tree.map(lambda x: x[still], frozen)}
+            turns = [
+                jax.tree.map(lambda x, n=n: x.reshape(repeats, n, *x.shape[1:]), whole[trains])
+                for trains, n in runs[:2]
+            ]
+            stacks.append(tuple(turns))
+            runs = runs[2 * repeats :]
+        for trains, n in runs:
+            source, begin = (trained, taken) if trains else (frozen, layer)
+            stacks.append(jax.tree.map(lambda x, a=begin, n=n: x[a : a + n], source))
+            layer, taken = layer + n, taken + n * trains
+        return tuple(stacks)
+
+
+def make_partition(name: str, layer_map: LayerMap) -> Partition:
+    """The partition that `config.train.trainable` names.
+
+    Raises:
+      UserError: no such choice, or one that leaves nothing to train.
+    """
+    if name not in TRAINABLE:
+        raise UserError(f"config.train.trainable must be one of {', '.join(TRAINABLE)}, found {name!r}.")
+    layers, others = TRAINABLE[name](layer_map)
+    if not any(layers):
+        raise UserError(
+            f"config.train.trainable={name!r} leaves nothing to train: {layer_map.operator} has no such layer."
+        )
+    return Partition(layers, others)
+
+
+def everything(cfg: ModelConfig) -> Partition:
+    """The partition in which every parameter trains."""
+    return Partition((True,) * cfg.num_hidden_layers)
