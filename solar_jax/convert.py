@@ -10,15 +10,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from solar_jax.checkpoints.convert import Target, convert_checkpoint
-from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.checkpoints.views import grown
+from solar_jax.checkpoints.find import check_local
 from solar_jax.cli import command
+from solar_jax.cli.command import folder_from_flag
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import make_layer_map
-from solar_jax.growth.picture import picture
-from solar_jax.model.llama import parameter_count
 
 
 def define_flags() -> None:
@@ -26,12 +22,34 @@ def define_flags() -> None:
     flags.DEFINE_enum("to", None, ("hf", "orbax"), "The form to write.")
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def check() -> None:
+    """Raises a UserError for flags that cannot work; imports no jax."""
     f = flags.FLAGS
     if not f.source or not f.out or not f.to:
         raise UserError("convert needs --source SRC, --out DIR and --to hf|orbax.")
-    convert(f.source, command.target(f.to), command.growth_from_flags(), verify=f.verify)
+    command.growth_from_flags()
+    folder_from_flag(f.out)
+    check_local(f.source)
+
+
+if __name__ == "__main__":
+    command.begin(define_flags, check)  # before the imports that take seconds
+
+from solar_jax.checkpoints.convert import Target, convert_checkpoint
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.views import grown
+from solar_jax.growth.operators import make_layer_map
+from solar_jax.growth.picture import picture
+from solar_jax.model.shapes import parameter_count
+from solar_jax.parallel import processes
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    f = flags.FLAGS
+    processes.join()
+    target = Target(folder_from_flag(f.out), f.to, f.dtype, f.max_shard_size, f.overwrite)
+    convert(f.source, target, command.growth_from_flags(), verify=f.verify)
 
 
 def convert(source: str, target: Target, growth: GrowthConfig | None = None, *, verify: bool = False) -> None:
@@ -50,4 +68,4 @@ def convert(source: str, target: Target, growth: GrowthConfig | None = None, *, 
 
 
 if __name__ == "__main__":
-    command.start(main, define_flags)
+    command.start(main)

@@ -13,21 +13,45 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.cli import command
-from solar_jax.cli.progress import duration, ticking
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.errors import UserError
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
+    flags.DEFINE_list("slice", None, "TPU slices as Google names them, e.g. v5p-128,2xv6e-256.")
+    flags.DEFINE_bool("compile", False, "Check each choice with the TPU compiler and take its figures.")
+    flags.DEFINE_float("tokens", None, "Tokens to train on, e.g. 3e11; the config's own if not given.")
+    flags.DEFINE_string("prices", None, "JSON file of dollars a chip and hour in place of list prices, {'v5p': 4.2}.")
+    flags.DEFINE_float("time_limit", 1800.0, "Seconds after which no further compilation is started.")
+    flags.DEFINE_string("json", None, "File to write the plan to as JSON.")
+
+
+def check() -> None:
+    """Raises a UserError for flags that cannot work; imports no jax."""
+    f = flags.FLAGS
+    if f.config is None or not f.slice:
+        raise UserError("plan needs --config FILE and --slice NAME, for example --slice=v5p-128,v6e-256.")
+    resolve(f.config)
+
+
+if __name__ == "__main__":
+    command.begin(define_flags, check)  # before the imports that take seconds
+
+import jax
+
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.cli.progress import duration, ticking
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import make_layer_map
 from solar_jax.hardware.chips import CHIPS
 from solar_jax.hardware.slices import Slice, described_devices, find_slice
 from solar_jax.model.flops import flops_per_token
-from solar_jax.model.llama import parameter_count
+from solar_jax.model.shapes import parameter_count
 from solar_jax.planning import search
 from solar_jax.planning.aot import compile_step
 from solar_jax.planning.memory import GIB, Need
@@ -49,21 +73,9 @@ class Result:
     fits: bool = True
 
 
-def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
-    flags.DEFINE_list("slice", None, "TPU slices as Google names them, e.g. v5p-128,2xv6e-256.")
-    flags.DEFINE_bool("compile", False, "Check each choice with the TPU compiler and take its figures.")
-    flags.DEFINE_float("tokens", None, "Tokens to train on, e.g. 3e11; the config's own if not given.")
-    flags.DEFINE_string("prices", None, "JSON file of dollars a chip and hour in place of list prices, {'v5p': 4.2}.")
-    flags.DEFINE_float("time_limit", 1800.0, "Seconds after which no further compilation is started.")
-    flags.DEFINE_string("json", None, "File to write the plan to as JSON.")
-
-
 def main(argv: Sequence[str]) -> None:
     del argv
     f = flags.FLAGS
-    if f.config is None or not f.slice:
-        raise UserError("plan needs --config FILE and --slice NAME, for example --slice=v5p-128,v6e-256.")
     plan(
         resolve(f.config), [find_slice(name) for name in f.slice],
         compiles=f.compile, tokens=f.tokens, prices=read_prices(f.prices), time_limit=f.time_limit, file=f.json,
@@ -88,18 +100,18 @@ def plan(
     tokens = config.train.steps * step_tokens if tokens is None else tokens
     if not tokens > 0:
         raise UserError(f"--tokens must be above 0, found {tokens}.")
-    say(
+    show(
         f"{config.name}: {cfg.num_hidden_layers} layers, {parameter_count(cfg):,} parameters; "
         f"{config.train.batch_size} x {config.data.sequence_length:,} = {step_tokens:,} tokens a step, {tokens:.4g} "
         f"in all, precision {config.train.precision}"
     )
-    say(
+    show(
         f"model FLOPs a token, 6 x the weights of matmuls + 12 x heads x head_dim x keys a layer: "
         f"{flops(cfg, config) / 1e9:.2f} G causal (T/2 keys), {flops(cfg, config, causal=False) / 1e9:.2f} G not"
     )
     if compiles and (missing := no_compiler(slices[0])):
         compiles = False
-        say(f"estimated, not compiled: {missing}")
+        show(f"estimated, not compiled: {missing}")
 
     # ---- Each slice -------------------------------------------------------------------------------------------------
     rows = []
@@ -111,13 +123,13 @@ def plan(
         rows.append(row(cfg, wanted, result, tokens, (prices or {}).get(wanted.chip, wanted.facts.price)))
 
     # ---- What came of it --------------------------------------------------------------------------------------------
-    say(f"\n{table(rows, tokens)}")
+    show(f"\n{plan_table(rows, tokens)}")
     if file:
         write_json(pathlib.Path(file), {"slices": rows})
     return rows
 
 
-def say(text: str) -> None:
+def show(text: str) -> None:
     print(text, flush=True)
 
 
@@ -155,14 +167,14 @@ def estimated(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices,
     """The best way by shapes alone, and what every policy needs on its mesh, printed."""
     chip = wanted.facts
     found = search.options(cfg, config, devices, partition)
-    say(
+    show(
         f"\n{wanted.name}: {wanted.chips:,} chips, a device {chip.memory:.1f} GiB and {chip.peak / 1e12:,.0f} TFLOP/s; "
         f"{len(found):,} meshes and policies"
     )
     option, need = search.best(cfg, found, devices, partition)
-    say(policies(cfg, option, devices, partition))
+    show(policies(cfg, option, devices, partition))
     fits = search.fits(need, devices)
-    say(f"{'best' if fits else 'does not fit; least'}: {option}, {need}")
+    show(f"{'best' if fits else 'does not fit; least'}: {option}, {need}")
     assert option.time is not None
     return Result(option, need.total, option.time.total, compiled=False, fits=fits)
 
@@ -190,26 +202,26 @@ def checked(
         if not search.fits(need, devices) or need.total >= smallest:
             continue
         if time.monotonic() > deadline:
-            say("the time limit is over: estimated, not compiled")
+            show("the time limit is over: estimated, not compiled")
             return None
         begin = time.monotonic()
-        say(f"compiling {option} for {wanted.name}")
+        show(f"compiling {option} for {wanted.name}")
         try:
             with ticking(f"compiling for {wanted.name}"):
                 compiled = compile_step(cfg, option.config, wanted, partition=partition)
         except jax.errors.JaxRuntimeError as e:
             if OUT_OF_MEMORY not in str(e):
                 raise
-            say(f"does not fit, says the compiler: {str(e).splitlines()[0]}")
+            show(f"does not fit, says the compiler: {str(e).splitlines()[0]}")
             smallest = need.total
             continue
         overlapped, serial = compiled.program.seconds()
-        say(
+        show(
             f"compiled in {duration(time.monotonic() - begin)}: {compiled.total / GIB:.2f} GiB where "
             f"{need.total / GIB:.2f} were estimated, step {overlapped:.3f} s ({serial:.3f} s with nothing overlapped)"
         )
         return Result(option, compiled.total, overlapped, compiled=True)
-    say("the compiler takes none of them")
+    show("the compiler takes none of them")
     return None
 
 
@@ -243,7 +255,7 @@ def mesh_text(r: dict[str, Any]) -> str:
     return f"{mesh}, {r['accumulation']} microbatches" if r["accumulation"] > 1 else mesh
 
 
-def table(rows: list[dict[str, Any]], tokens: float) -> str:
+def plan_table(rows: list[dict[str, Any]], tokens: float) -> str:
     """One line a slice."""
     meshes = [mesh_text(r) for r in rows]
     wide = max(map(len, meshes)) + 2
@@ -262,4 +274,4 @@ def table(rows: list[dict[str, Any]], tokens: float) -> str:
 
 
 if __name__ == "__main__":
-    command.start(main, define_flags)
+    command.start(main)

@@ -16,41 +16,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import tokenizers
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
+from solar_jax.checkpoints.find import check_local
 from solar_jax.cli import command
-from solar_jax.cli.progress import byte_bar, duration
 from solar_jax.config import Config, resolve
-from solar_jax.data import files
-from solar_jax.data.packing import block_characters
-from solar_jax.data.prepared import engines, evaluation_sets, manifest, records
-from solar_jax.data.prepared.blocks import Work
-from solar_jax.data.prepared.build import SHARDS, write_shards
-from solar_jax.data.prepared.decontamination import Index, make_index
-from solar_jax.data.prepared.rows import MANIFEST, is_prepared
-from solar_jax.data.prepared.shards import BLOCKS_A_SHARD
-from solar_jax.data.sources import EMBEDDED, Source, parse_sources
+from solar_jax.data.files import find_files
+from solar_jax.data.prepared import engines, evaluation_sets
+from solar_jax.data.prepared.evaluation_sets import find_evaluations, read_evaluations
+from solar_jax.data.prepared.manifest import write_manifest
+from solar_jax.data.sources import check_sources
 from solar_jax.errors import UserError
-from solar_jax.storage.atomic_folder import check_space, check_target, new_folder, partial
-from solar_jax.storage.json_files import read_json
 from solar_jax.storage.paths import is_local
-
-_DISK = 0.5  # bytes of rows that a byte of text may become; 0.3 is usual
-_INFLATED = 3  # bytes of text in one of a compressed file that does not tell
-_WORTH_A_PROCESS = 1 << 24  # bytes of text; a process takes some seconds to start
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    workers: int
-    engine: str = "local"
-    dedup: bool = False
-    decontaminate: tuple[str, ...] = ()
-    ngram: int = 13  # words in a row
 
 
 def define_flags() -> None:
@@ -66,13 +44,54 @@ def define_flags() -> None:
     flags.DEFINE_integer("ngram", 13, "Words in a row that contaminate a document.", lower_bound=2)
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def check() -> None:
+    """Raises a UserError for flags that cannot work; imports no jax."""
     f = flags.FLAGS
     if f.config is None or not f.out:
         raise UserError("prepare needs --config FILE and --out DIR.")
     if not is_local(f.out):
         raise UserError(f"--out: {f.out}: ArrayRecord writes local files alone; give a local folder and copy it there.")
+    config = resolve(f.config)
+    check_local(config.source)
+    check_sources(config.data)
+
+
+if __name__ == "__main__":
+    command.begin(define_flags, check)  # before the imports that take seconds
+
+import tokenizers
+
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
+from solar_jax.cli.progress import byte_bar, duration
+from solar_jax.data.packing import block_characters
+from solar_jax.data.prepared import manifest, records
+from solar_jax.data.prepared.blocks import Work
+from solar_jax.data.prepared.build import SHARDS, write_shards
+from solar_jax.data.prepared.decontamination import Index, make_index
+from solar_jax.data.prepared.rows import MANIFEST, is_prepared
+from solar_jax.data.prepared.shards import BLOCKS_A_SHARD
+from solar_jax.data.sources import EMBEDDED, Source, parse_sources
+from solar_jax.storage.atomic_folder import check_space, check_target, new_folder, partial
+from solar_jax.storage.json_files import read_json
+
+_DISK = 0.5  # bytes of rows that a byte of text may become; 0.3 is usual
+_INFLATED = 3  # bytes of text in one of a compressed file that does not tell
+_WORTH_A_PROCESS = 1 << 24  # bytes of text; a process takes some seconds to start
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    workers: int
+    engine: str = "local"
+    dedup: bool = False
+    decontaminate: tuple[str, ...] = ()
+    ngram: int = 13  # words in a row
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    f = flags.FLAGS
     options = Options(f.workers, f.engine, f.dedup, tuple(f.decontaminate), f.ngram)
     prepare(resolve(f.config), pathlib.Path(f.out).expanduser(), options)
 
@@ -93,7 +112,7 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
     check_space(out, int(_DISK * expected))
     checkpoint = open_checkpoint(config.source)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
-    index = make_index(evaluation_sets.read(evaluation_sets.find(list(options.decontaminate))), options.ngram) \
+    index = make_index(read_evaluations(find_evaluations(list(options.decontaminate))), options.ngram) \
         if options.decontaminate else None  # fmt: skip
     about = _about(config, tokenizer, eos, checkpoint.where)
     work = Work(
@@ -113,7 +132,7 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
                     config.data, work, folder, dedup=options.dedup, engine=options.engine, workers=workers,
                     progress=progress,
                 )  # fmt: skip
-            manifest.write(folder, found, index, about)
+            write_manifest(folder, found, index, about)
         manifest.name_shards(folder)
     made = read_json(out / MANIFEST)
     print(_summary(made, out, time.perf_counter() - begin), flush=True)
@@ -152,7 +171,7 @@ def _expected_bytes(source: Source) -> int:
     if path == EMBEDDED:
         return 1 << 19
     total = 0
-    for file in files.find(path):
+    for file in find_files(path):
         if not is_local(file.name):
             continue
         size = pathlib.Path(file.name).stat().st_size
@@ -218,4 +237,4 @@ def _summary(made: dict[str, Any], out: pathlib.Path, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    command.start(main, define_flags)
+    command.start(main)

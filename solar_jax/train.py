@@ -17,47 +17,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax.checkpoints.checkpoint import Checkpoint
-from solar_jax.checkpoints.convert import Target, convert_checkpoint
-from solar_jax.checkpoints.hf_config import differences
-from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
-from solar_jax.checkpoints.views import grown
-from solar_jax.checkpoints.write_hf import parse_size
+from solar_jax.checkpoints.find import check_local
 from solar_jax.cli import command
-from solar_jax.cli.plots import plot_losses
-from solar_jax.cli.progress import duration
+from solar_jax.cli.command import folder_from_flag
 from solar_jax.config import Config, ModelConfig, resolve
-from solar_jax.data.corpus import Corpus, heldout_rows, load_corpus
-from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, training_rows
+from solar_jax.data.sources import check_sources
 from solar_jax.errors import UserError
-from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import make_layer_map
-from solar_jax.growth.picture import layer_list, picture
-from solar_jax.hardware import chips, compilation
-from solar_jax.hardware.chips import memory_peaks
-from solar_jax.model.flops import flops_per_token
-from solar_jax.model.llama import parameter_count
-from solar_jax.model.precision import compute_dtype
-from solar_jax.monitoring import metrics, profiling
-from solar_jax.monitoring.goodput import Ledger, goodput_line
-from solar_jax.monitoring.trackers import Writers, check_packages
-from solar_jax.parallel import processes, rules
-from solar_jax.parallel.mesh import make_mesh
-from solar_jax.planning import search
-from solar_jax.planning.memory import GIB, Need
-from solar_jax.storage import bucket_folder
-from solar_jax.storage.json_files import read_json, write_json
-from solar_jax.storage.paths import is_local
-from solar_jax.training import preemption, run_folder
-from solar_jax.training.loop import train
-from solar_jax.training.optimizer import make_optimizer
-from solar_jax.training.partition import Partition, make_partition
-from solar_jax.training.run import Arm, Run, evaluate, first_params, say
+from solar_jax.monitoring.profiling import listen_for_profiles
+from solar_jax.training.preemption import listen_for_preemption
 
 
 def define_flags() -> None:
@@ -72,13 +42,64 @@ def define_flags() -> None:
     )
 
 
+def check() -> None:
+    """Raises a UserError for flags that cannot work; imports no jax."""
+    f = flags.FLAGS
+    if f.config is None:
+        raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
+    config = resolve(f.config)
+    folder_from_flag(f.workdir or f"runs/{config.name}")
+    check_local(config.source)
+    check_sources(config.data)
+
+
+if __name__ == "__main__":
+    command.begin(define_flags, check)  # before the imports that take seconds
+
+import jax
+
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.convert import Target, convert_checkpoint
+from solar_jax.checkpoints.hf_config import differences
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
+from solar_jax.checkpoints.views import grown
+from solar_jax.checkpoints.write_hf import parse_size
+from solar_jax.cli.plots import plot_losses
+from solar_jax.cli.progress import duration
+from solar_jax.data.corpus import Corpus, heldout_rows, load_corpus
+from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, training_rows
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.operators import make_layer_map
+from solar_jax.growth.picture import layer_list, picture
+from solar_jax.hardware import chips, compilation
+from solar_jax.hardware.chips import memory_peaks
+from solar_jax.model.flops import flops_per_token
+from solar_jax.model.precision import compute_dtype
+from solar_jax.model.shapes import parameter_count
+from solar_jax.monitoring import metrics
+from solar_jax.monitoring.goodput import Ledger, goodput_line
+from solar_jax.monitoring.trackers import Writers, check_packages
+from solar_jax.parallel import processes, rules
+from solar_jax.parallel.mesh import make_mesh
+from solar_jax.planning import search
+from solar_jax.planning.memory import GIB, Need
+from solar_jax.storage import bucket_folder
+from solar_jax.storage.json_files import read_json, write_json
+from solar_jax.storage.paths import is_local
+from solar_jax.training import run_folder
+from solar_jax.training.loop import train
+from solar_jax.training.optimizer import make_optimizer
+from solar_jax.training.partition import Partition, make_partition
+from solar_jax.training.run import Arm, Run, evaluate, first_params, say
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
-    if flags.FLAGS.config is None:
-        raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
     config = resolve(flags.FLAGS.config)
-    with profiling.listening(), preemption.listening():
-        run(config, command.place(flags.FLAGS.workdir or f"runs/{config.name}"), flags.FLAGS.allow_changed)
+    processes.join()
+    with listen_for_profiles(), listen_for_preemption():
+        run(config, folder_from_flag(flags.FLAGS.workdir or f"runs/{config.name}"), flags.FLAGS.allow_changed)
 
 
 def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> dict[str, Any]:
@@ -117,7 +138,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     goes_on = run_folder.check_owner(folder, config, allowed)
     if summary := read_json(folder / "summary.json"):
-        say(f"{folder}: this run is complete.\n{table(summary)}")
+        say(f"{folder}: this run is complete.\n{result_table(summary)}")
         return summary
     corpus = load_corpus(config.data, tokenizer, eos)
     text = run_folder.text_record(checkpoint, corpus)
@@ -166,7 +187,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
         draw(shared, summary)
         write_json(folder / "summary.json", summary)
     processes.wait("the summary is written")
-    say(f"\n{table(summary)}\n{goodput_line(summary['time'])}")
+    say(f"\n{result_table(summary)}\n{goodput_line(summary['time'])}")
     say(f"{folder}: summary.json, metrics.jsonl, loss.png, checkpoints/, hf/")
     return summary
 
@@ -313,7 +334,7 @@ def draw(run: Run, summary: dict[str, Any]) -> None:
     plot_losses(run.workdir / "loss.png", title, summary["base_loss"], arms)
 
 
-def table(s: dict[str, Any]) -> str:
+def result_table(s: dict[str, Any]) -> str:
     """The result in four lines."""
     rows = [
         ("base", s["base_layers"], s["base_params"], 0, s["base_loss"]),
@@ -330,4 +351,4 @@ def table(s: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    command.start(main, define_flags)
+    command.start(main)

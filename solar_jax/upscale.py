@@ -10,15 +10,11 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from solar_jax.checkpoints.convert import Target, convert_checkpoint
-from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.checkpoints.views import grown
+from solar_jax.checkpoints.find import check_local
 from solar_jax.cli import command
+from solar_jax.cli.command import folder_from_flag
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import make_layer_map
-from solar_jax.growth.picture import picture
-from solar_jax.model.llama import parameter_count
 
 
 def define_flags() -> None:
@@ -26,15 +22,38 @@ def define_flags() -> None:
     flags.DEFINE_bool("dry_run", False, "Show the plan and stop.")
 
 
-def main(argv: Sequence[str]) -> None:
-    del argv
+def check() -> None:
+    """Raises a UserError for flags that cannot work; imports no jax."""
     f = flags.FLAGS
     if not f.source or not (f.out or f.dry_run):
         raise UserError("upscale needs --source SRC and --out DIR (or --dry_run).")
-    growth = command.growth_from_flags()
-    if growth is None:
+    if command.growth_from_flags() is None:
         raise UserError("upscale needs --operator NAME or --slices RANGES.")
-    upscale(f.source, growth, None if f.dry_run else command.target("hf"), verify=f.verify)
+    if f.out:
+        folder_from_flag(f.out)
+    check_local(f.source)
+
+
+if __name__ == "__main__":
+    command.begin(define_flags, check)  # before the imports that take seconds
+
+from solar_jax.checkpoints.convert import Target, convert_checkpoint
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.views import grown
+from solar_jax.growth.operators import make_layer_map
+from solar_jax.growth.picture import picture
+from solar_jax.model.shapes import parameter_count
+from solar_jax.parallel import processes
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    f = flags.FLAGS
+    processes.join()
+    growth = command.growth_from_flags()
+    assert growth is not None
+    target = None if f.dry_run else Target(folder_from_flag(f.out), "hf", f.dtype, f.max_shard_size, f.overwrite)
+    upscale(f.source, growth, target, verify=f.verify)
 
 
 def upscale(source: str, growth: GrowthConfig, target: Target | None, *, verify: bool = False) -> None:
@@ -54,4 +73,4 @@ def upscale(source: str, growth: GrowthConfig, target: Target | None, *, verify:
 
 
 if __name__ == "__main__":
-    command.start(main, define_flags)
+    command.start(main)

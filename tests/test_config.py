@@ -11,7 +11,7 @@ from solar_jax.config import Config, check_override, defaults, resolve
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import make_layer_map
-from solar_jax.model.llama import parameter_count
+from solar_jax.model.shapes import parameter_count
 from solar_jax.training.run_folder import flat
 
 DUS_48L = pathlib.Path(__file__).parents[1] / "configs" / "dus_48l.py"

@@ -120,8 +120,9 @@ def test_a_source_that_becomes_shorter_while_it_is_read_leaves_nothing(tmp_path,
 def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(tmp_path, tiny, to):
     """The system's own refusal: files of this process may not grow past 20 kB, less than the embedding."""
     limited = (
-        "import resource, sys; from solar_jax import cli, convert; resource.setrlimit(resource.RLIMIT_FSIZE, "
-        "(20_000, 20_000)); sys.argv[0] = 'convert'; cli.start(convert.main, convert.define_flags)"
+        "import resource, sys; from solar_jax import convert; resource.setrlimit(resource.RLIMIT_FSIZE, "
+        "(20_000, 20_000)); sys.argv[0] = 'convert'; convert.command.begin(convert.define_flags, convert.check); "
+        "convert.command.start(convert.main)"
     )
     flags = [f"--source={tiny}", f"--out={tmp_path / 'out'}", f"--to={to}"]
     done = subprocess.run([sys.executable, "-c", limited, *flags], capture_output=True, text=True, check=False)

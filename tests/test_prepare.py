@@ -24,13 +24,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 # As `python -m solar_jax.prepare`, with small blocks and shards, so that there are many.
 RUN = """
 import sys
-from solar_jax import cli, prepare
+from solar_jax import prepare
+    from solar_jax.cli import command
 from solar_jax.data import packing
 from solar_jax.data.prepared import shards
 packing._BLOCK_CHARACTERS, packing._ROWS_A_BLOCK, shards.BLOCKS_A_SHARD = 20000, 1, 4
 if __name__ == "__main__":
     prepare._WORTH_A_PROCESS = int(sys.argv.pop(1))
-    cli.start(prepare.main, prepare.define_flags)
+    command.begin(prepare.define_flags, prepare.check)
+    command.start(prepare.main)
 """
 
 

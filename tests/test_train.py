@@ -21,7 +21,8 @@ from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import Config, MeshConfig, defaults, resolve
 from solar_jax.errors import UserError
 from solar_jax.model import llama
-from solar_jax.orbax_store.store import newest
+from solar_jax.model.shapes import parameter_count
+from solar_jax.orbax_store.layout import newest
 from solar_jax.training import loop, run_folder
 from tests.conftest import byte_tokenizer, hf_model, save_hf
 
@@ -79,7 +80,7 @@ def test_a_run_leaves_every_promised_file_and_key(finished):
     assert summary["base_layers"] == 6
     assert summary["source_layers"] == [0, 1, 2, 3, 2, 3, 4, 5]
     assert summary["tokens"] == 6 * 8 * 32
-    assert summary["params"] == llama.parameter_count(open_checkpoint(str(folder / "hf")).cfg)
+    assert summary["params"] == parameter_count(open_checkpoint(str(folder / "hf")).cfg)
     assert [r[0] for r in metrics(folder)] == list(range(1, 7))
     keys = {"step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "mfu", "memory_peak_gib"}
     keys |= {f"{name}_seconds" for name in ("data", "compute", "evaluation", "checkpoint")}

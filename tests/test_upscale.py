@@ -17,6 +17,7 @@ from solar_jax import upscale
 from solar_jax.checkpoints.convert import Target
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.cli import command
+from solar_jax.cli.command import folder_from_flag
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.operators import make_layer_map
@@ -157,12 +158,12 @@ def test_the_flags_name_one_growth_and_only_one():
 @pytest.mark.parametrize("out", ["gs://", "gs://bucket", "s3://bucket/", "s3:///folder", "az://bucket/folder"])
 def test_a_url_of_no_folder_in_a_bucket_is_no_place_to_write_to(out):
     with pytest.raises(UserError, match="expected a local folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER"):
-        command.place(out)
+        folder_from_flag(out)
 
 
 def test_a_place_is_local_or_in_a_bucket():
-    assert str(command.place("gs://bucket/a/b")) == "gs://bucket/a/b"
-    assert command.place("~/x") == pathlib.Path.home() / "x"
+    assert str(folder_from_flag("gs://bucket/a/b")) == "gs://bucket/a/b"
+    assert folder_from_flag("~/x") == pathlib.Path.home() / "x"
 
 
 @pytest.fixture

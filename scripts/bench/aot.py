@@ -35,6 +35,7 @@ from solar_jax.hardware.slices import Slice, described_devices, find_slice
 from solar_jax.model.flops import flops_per_token
 from solar_jax.planning import hlo_cost
 from solar_jax.planning.aot import compile_step
+from solar_jax.planning.hlo_cost import read_program
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
@@ -90,7 +91,7 @@ def peers(python: str, cfg: ModelConfig, args: argparse.Namespace, wanted: Slice
         if done.returncode:
             raise SystemExit(f"MaxText failed:\n{done.stderr[-3000:]}")
         found, text = json.loads(done.stdout.splitlines()[-1]), out.read_text()
-    program = hlo_cost.read(text, wanted.facts)
+    program = read_program(text, wanted.facts)
     return Result(f"MaxText {remat}", found["seconds"], found["arguments"], found["temporaries"], program, text)
 
 

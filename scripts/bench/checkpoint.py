@@ -24,7 +24,8 @@ import jax
 import numpy as np
 
 from solar_jax.config import CheckpointConfig
-from solar_jax.orbax_store.store import FOLDER, CheckpointStore
+from solar_jax.orbax_store.layout import FOLDER
+from solar_jax.orbax_store.store import CheckpointStore
 
 PIECE = 1 << 26
 

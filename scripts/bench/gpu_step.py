@@ -107,7 +107,7 @@ def report(shape: str, spent: dict[str, list[float]], kind: str) -> None:
     from solar_jax.checkpoints.hf_config import model_config
     from solar_jax.hardware.chips import GPU_PEAK_FLOPS
     from solar_jax.model.flops import flops_per_token, mfu
-    from solar_jax.model.llama import parameter_count
+    from solar_jax.model.shapes import parameter_count
 
     keys, rows, length, _ = SHAPES[shape]
     cfg = model_config(COMMON | keys, "the shape")

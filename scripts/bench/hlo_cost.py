@@ -9,7 +9,7 @@ import argparse
 import pathlib
 
 from solar_jax.hardware.chips import CHIPS
-from solar_jax.planning import hlo_cost
+from solar_jax.planning.hlo_cost import read_program
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="A step's time from optimised TPU HLO text.")
@@ -18,4 +18,4 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=float, required=True, help="a device and step")
     parser.add_argument("--flops", type=float, required=True, help="model FLOPs a device and step")
     args = parser.parse_args()
-    print(hlo_cost.read(args.hlo.read_text(), CHIPS[args.chip]).report(args.tokens, args.flops))
+    print(read_program(args.hlo.read_text(), CHIPS[args.chip]).report(args.tokens, args.flops))

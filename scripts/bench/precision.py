@@ -27,8 +27,8 @@ from solar_jax.data.corpus import heldout_rows, load_corpus
 from solar_jax.data.pipeline import Batch, heldout_batches, training_batch, training_rows
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import LayerMap, make_layer_map
-from solar_jax.model.llama import parameter_count
 from solar_jax.model.precision import PRECISIONS
+from solar_jax.model.shapes import parameter_count
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.training.optimizer import DIRECTIONS, make_optimizer

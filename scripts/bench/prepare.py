@@ -20,7 +20,7 @@ import numpy as np
 
 from solar_jax.data.packing import blocks, pack
 from solar_jax.data.prepared import engines
-from solar_jax.data.prepared.blocks import Block, Work
+from solar_jax.data.prepared.blocks import DocumentBlock, Work
 from solar_jax.data.sources import Document, documents, parse_sources
 
 _SETTLE = 6  # seconds in which worker processes start
@@ -38,8 +38,8 @@ def read(paths: list[str], articles: bool) -> dict[str, list[Document]]:
     return found
 
 
-def as_blocks(texts: list[Document], length: int) -> list[Block]:
-    return [Block("0-train", False, b, np.zeros((len(b), 2), np.int64), b"", 0) for b in blocks(texts, length)]
+def as_blocks(texts: list[Document], length: int) -> list[DocumentBlock]:
+    return [DocumentBlock("0-train", False, b, np.zeros((len(b), 2), np.int64), b"", 0) for b in blocks(texts, length)]
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, float]:
@@ -49,14 +49,14 @@ def timed(action: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - begin, time.process_time() - used
 
 
-def in_processes(work: Work, items: list[Block], workers: int) -> tuple[float, float]:
+def in_processes(work: Work, items: list[DocumentBlock], workers: int) -> tuple[float, float]:
     begin = 0.0
 
-    def all_items() -> Iterator[Block]:
+    def all_items() -> Iterator[DocumentBlock]:
         nonlocal begin
         tiny = Document("tiny", "a few words")
         for _ in range(4 * workers):
-            yield Block("0-train", False, [tiny], np.zeros((1, 2), np.int64), b"", 0)
+            yield DocumentBlock("0-train", False, [tiny], np.zeros((1, 2), np.int64), b"", 0)
         time.sleep(_SETTLE)
         begin = time.perf_counter()
         yield from items

@@ -15,8 +15,8 @@ from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.load import load_params
 from solar_jax.config import Config
 from solar_jax.hardware import chips
-from solar_jax.model import llama
 from solar_jax.model.precision import compute_dtype, precision
+from solar_jax.model.shapes import param_shapes
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.training.optimizer import learning_rate, make_optimizer
@@ -41,7 +41,7 @@ def ours(work: Work, options: dict[str, str] | None = None) -> tuple[Step, Profi
     config, cfg = work.config, work.checkpoint.cfg
     mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
     shardings = state_shardings(cfg, optimizer, mesh)
-    dtypes = jax.tree.map(lambda s: s.dtype, llama.shapes(cfg, precision(config.train).weights))
+    dtypes = jax.tree.map(lambda s: s.dtype, param_shapes(cfg, precision(config.train).weights))
     params = load_params(work.checkpoint, shardings["params"], dtypes)
     state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=shardings["opt_state"])(params)}
     del params  # the step takes their memory

@@ -25,7 +25,7 @@ from solar_jax.checkpoints.checkpoint import check_tensors, row_blocks
 from solar_jax.checkpoints.hf_folder import open_folder
 from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
 from solar_jax.errors import UserError
-from solar_jax.formats.safetensors import Piece, write
+from solar_jax.formats.safetensors import Piece, write_safetensors
 
 CONFIG = {
     "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
@@ -66,7 +66,7 @@ def make_source(folder: pathlib.Path) -> None:
     weight_map = {}
     for i, pieces in enumerate(files):
         file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        write(folder / file, pieces)
+        write_safetensors(folder / file, pieces)
         weight_map |= {p.name: file for p in pieces}
     index = {"metadata": {"total_size": sum(p.nbytes for f in files for p in f)}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -14,7 +14,7 @@ from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.formats.safetensors import Entry
 from solar_jax.growth.operators import LayerMap, identity
-from solar_jax.model.llama import Params, sizes
+from solar_jax.model.shapes import Params, sizes
 
 BLOCK = 1 << 24  # elements of a tensor that are held at a time, where it need not be held whole
 

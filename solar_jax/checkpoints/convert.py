@@ -9,15 +9,14 @@ from typing import Any
 
 from solar_jax.checkpoints import lineage, write_orbax
 from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.companions import LINEAGE
 from solar_jax.checkpoints.hf_config import with_dtype
-from solar_jax.checkpoints.hf_folder import LINEAGE
-from solar_jax.checkpoints.verify import certificate
 from solar_jax.checkpoints.views import cast
 from solar_jax.checkpoints.write_hf import WRITERS, parse_size, pieces, write_companions, write_model
 from solar_jax.cli.progress import byte_bar
 from solar_jax.errors import UserError
-from solar_jax.model.llama import parameter_count
-from solar_jax.orbax_store.store import MODEL_FOLDER
+from solar_jax.model.shapes import parameter_count
+from solar_jax.orbax_store.layout import MODEL_FOLDER
 from solar_jax.parallel import processes
 from solar_jax.storage.atomic_folder import check_space, check_target, new_folder, partial
 from solar_jax.storage.bucket_folder import bucket_folder, check_bucket
@@ -90,8 +89,12 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
         if verify and local:
             processes.wait(f"{target.out} is written")
             if index == 0:
+                from solar_jax.checkpoints.verify import certificate  # here, since few conversions are verified
+
                 certificate.write_certificate(c, folder, model, target.out)
     if verify and not local and index == 0:
+        from solar_jax.checkpoints.verify import certificate
+
         model = target.out if hf else target.out / MODEL_FOLDER
         try:
             certificate.write_certificate(c, target.out, model, target.out)

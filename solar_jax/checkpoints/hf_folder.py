@@ -1,55 +1,24 @@
 """Checkpoint files, opened and checked without reading a weight: a folder of safetensors or .bin files, or GGUF."""
 
-import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from solar_jax.checkpoints import gguf
 from solar_jax.checkpoints.checkpoint import Checkpoint, some
+from solar_jax.checkpoints.companions import LINEAGE, companions, inside
 from solar_jax.checkpoints.hf_config import model_config
 from solar_jax.errors import UserError
 from solar_jax.formats import safetensors, torch_zip
-from solar_jax.formats.safetensors import MOST_NAME, Entry, short
+from solar_jax.formats.safetensors import MOST_NAME, Entry, read_tensor, short
 from solar_jax.storage.json_files import read_json_object
-from solar_jax.storage.paths import is_local, read_small
 
 INDEX = "model.safetensors.index.json"
-LINEAGE = "lineage.json"
-CERTIFICATE = "certificate.json"
 # How weights are stored, best first: (one file or several, the index that lists them, the reader of a file's header).
 FORMATS = (
     ("*.safetensors", INDEX, safetensors.read_header),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json", torch_zip.read_header),
 )
-# What does not travel from a checkpoint to what is made from it: weights in any form, and what speaks of them alone.
-LEFT_BEHIND = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.index.json",
-    "config.json", LINEAGE, CERTIFICATE, "README.md", ".*", "training_args*", "trainer_state.json", "optimizer*",
-    "*_results.json", "consolidated*", "params.json",  # the last two are Mistral's and Meta's own form of the model
-)  # fmt: skip
-
-
-def open_gguf(path: pathlib.Path) -> Checkpoint:
-    file = gguf.open_gguf(path)
-    hf_config = gguf.hf_config(file)
-    return Checkpoint(
-        where=str(path),
-        hf_config=hf_config,
-        cfg=model_config(hf_config, str(path)),
-        companions=gguf.tokenizer_files(file) | {"generation_config.json": _generation_config(hf_config)},
-        shape_of={name: file.shape(name) for name in file.tensors},
-        dtype_of=dict.fromkeys(file.tensors, np.dtype(np.float32)),
-        read=file.read,
-        files=(path,),
-    )
-
-
-def _generation_config(hf_config: dict[str, Any]) -> bytes:
-    ids = {k: v for k, v in hf_config.items() if k.endswith("_token_id")}
-    return json.dumps(ids, indent=2).encode()
 
 
 def open_folder(folder: pathlib.Path) -> Checkpoint:
@@ -66,7 +35,7 @@ def open_folder(folder: pathlib.Path) -> Checkpoint:
         companions=companions(folder),
         shape_of={name: entry.shape for name, entry in entries.items()},
         dtype_of={name: safetensors.DTYPES.get(e.code, np.dtype(np.float32)) for name, e in entries.items()},
-        read=lambda name, rows=slice(None): safetensors.read(name, entries[name], rows),
+        read=lambda name, rows=slice(None): read_tensor(name, entries[name], rows),
         entry_of=entries,
         files=tuple(sorted({entry.file for entry in entries.values()})),
         lineage=lineage(folder),
@@ -76,53 +45,6 @@ def open_folder(folder: pathlib.Path) -> Checkpoint:
 def lineage(folder: pathlib.Path) -> dict[str, Any] | None:
     """The content of a checkpoint's lineage.json, where it has one."""
     return read_json_object(inside(folder, LINEAGE)) if (folder / LINEAGE).is_file() else None
-
-
-def companions(folder: pathlib.Path) -> dict[str, bytes]:
-    """The files of a checkpoint that belong to every model made from it: tokenizer, templates, generation config."""
-    found = {}
-    try:
-        for path in sorted(_walk(folder)):
-            name = path.relative_to(folder).as_posix()
-            if any(pathlib.PurePath(path.name).match(pattern) for pattern in LEFT_BEHIND):
-                continue
-            found[name] = read_small(inside(folder, name))
-    except OSError as e:
-        raise UserError(f"{e.filename or folder}: cannot be read: {e.strerror}.") from e
-    return found
-
-
-def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Files of a folder, and of the one kind of subfolder that checkpoints have beside weights."""
-    for path in folder.iterdir():
-        if path.is_file():
-            yield path
-        elif path.name == "additional_chat_templates" and path.is_dir():
-            yield from (p for p in path.iterdir() if p.is_file())
-
-
-def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """A file of a folder, which no link takes out of it.
-
-    The hub's cache alone may: its snapshots consist of links into `blobs` of the same repository.
-
-    Raises:
-      UserError: it lies elsewhere, or is no regular file.
-    """
-    path = folder / name
-    if not is_local(path):
-        return path
-    try:
-        real, root = path.resolve(), folder.resolve()
-        odd = path.exists() and not path.is_file()  # a pipe would be waited for
-    except (OSError, RuntimeError) as e:  # a name that is too long, links in a circle
-        raise UserError(f"{path}: cannot be read: {e}.") from e
-    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-    if not any(real.is_relative_to(a) for a in allowed):
-        raise UserError(f"{path}: must lie in its folder, found a link to {real}.")
-    if odd:
-        raise UserError(f"{path}: must be a file.")
-    return path
 
 
 def _entries(folder: pathlib.Path) -> dict[str, Entry]:

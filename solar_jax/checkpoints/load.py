@@ -7,7 +7,7 @@ import numpy as np
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, equal_layers, row_unit, tensor_name
 from solar_jax.checkpoints.tensor_table import TENSORS, from_hf
-from solar_jax.model.llama import Params, shapes
+from solar_jax.model.shapes import Params, param_shapes
 
 
 def load_params(c: Checkpoint, shardings: Params | None = None, dtype: Any = np.float32) -> Params:
@@ -22,18 +22,18 @@ def load_params(c: Checkpoint, shardings: Params | None = None, dtype: Any = np.
       dtype: the dtype of all arrays, or a tree of dtypes.
 
     Returns:
-      A tree shaped as `model.llama.shapes(c.cfg)`.
+      A tree shaped as `model.shapes.param_shapes(c.cfg)`.
     """
     if shardings is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: one, shapes(c.cfg))
-    dtypes = dtype if isinstance(dtype, dict) else jax.tree.map(lambda _: dtype, shapes(c.cfg))
+        shardings = jax.tree.map(lambda _: one, param_shapes(c.cfg))
+    dtypes = dtype if isinstance(dtype, dict) else jax.tree.map(lambda _: dtype, param_shapes(c.cfg))
 
     def load(key_path: Any, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
         parts = _parts(c, "/".join(k.key for k in key_path), shape.shape, sharding, dtype)
         return jax.make_array_from_callback(shape.shape, sharding, lambda index: parts[str(index)])
 
-    return jax.tree.map_with_path(load, shapes(c.cfg), shardings, dtypes)
+    return jax.tree.map_with_path(load, param_shapes(c.cfg), shardings, dtypes)
 
 
 def _parts(

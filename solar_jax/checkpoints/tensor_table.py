@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from solar_jax.config import ModelConfig
-from solar_jax.model.llama import LAYER_AXES, Params, axes, sizes
+from solar_jax.model.shapes import LAYER_AXES, Params, param_axes, sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ DERIVED = (".self_attn.rotary_emb.inv_freq", ".self_attn.rotary_emb.cos_cached",
 
 def paths(cfg: ModelConfig) -> list[str]:
     """Returns the table rows that a model of `cfg` has."""
-    tree = axes(cfg)
+    tree = param_axes(cfg)
     present = set(tree) | {f"layers/{name}" for name in tree["layers"]}
     return [path for path in TENSORS if path in present]
 

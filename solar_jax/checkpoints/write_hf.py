@@ -14,8 +14,7 @@ from solar_jax.checkpoints.hf_config import with_dtype
 from solar_jax.checkpoints.hf_folder import INDEX
 from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
 from solar_jax.errors import UserError
-from solar_jax.formats import safetensors
-from solar_jax.formats.safetensors import Piece
+from solar_jax.formats.safetensors import Piece, write_safetensors
 from solar_jax.storage.paths import is_local
 
 WRITERS = 2  # shards written at a time: one reads while the other writes
@@ -98,7 +97,7 @@ def write_model(
             progress(sum(piece.nbytes for piece in files[file]))
             return
         temporary = folder / f"{file}.tmp"
-        safetensors.write(temporary, files[file], progress)
+        write_safetensors(temporary, files[file], progress)
         put(temporary, file)
 
     pool = concurrent.futures.ThreadPoolExecutor(WRITERS)
@@ -112,7 +111,7 @@ def write_model(
     if len(files) > 1:
         weight_map = {piece.name: file for file, tensors in files.items() for piece in tensors}
         total = sum(piece.nbytes for tensors in files.values() for piece in tensors)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_config(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_companions(folder, with_dtype(c.hf_config, c.common_dtype), c.companions)
 
 
@@ -121,10 +120,10 @@ def write_companions(folder: pathlib.Path, hf_config: dict[str, Any], companions
     for name, content in companions.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    write_json(folder / "config.json", hf_config)
+    write_config(folder / "config.json", hf_config)
 
 
-def write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
+def write_config(file: pathlib.Path, value: dict[str, Any]) -> None:
     file.write_text(json_text(value))
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, equal_layers, row_blocks, row_unit, tensor_name
 from solar_jax.checkpoints.tensor_table import TENSORS, from_hf, hf_shape, paths
-from solar_jax.model.llama import Params, shapes, sizes
+from solar_jax.model.shapes import Params, param_shapes, sizes
 from solar_jax.orbax_store.arrays import BlockWriter, array_paths, chunks, open_array, told_errors
-from solar_jax.orbax_store.store import FOLDER
+from solar_jax.orbax_store.layout import FOLDER
 from solar_jax.orbax_store.streamed import write_streamed
 from solar_jax.parallel import processes
 
@@ -36,7 +36,7 @@ def array_dtypes(c: Checkpoint) -> dict[str, np.dtype]:
 
 def total_bytes(c: Checkpoint) -> int:
     """Bytes of the arrays that `write_params` writes."""
-    dtypes, leaves = array_dtypes(c), jax.tree.leaves_with_path(shapes(c.cfg))
+    dtypes, leaves = array_dtypes(c), jax.tree.leaves_with_path(param_shapes(c.cfg))
     return sum(s.size * dtypes["/".join(k.key for k in p)].itemsize for p, s in leaves)
 
 
@@ -49,7 +49,7 @@ def write_params(workdir: pathlib.Path, c: Checkpoint, progress: Callable[[int],
       progress: called with the bytes written since its last call.
     """
     dtypes = array_dtypes(c)
-    shape = {"/".join(k.key for k in p): s.shape for p, s in jax.tree.leaves_with_path(shapes(c.cfg))}
+    shape = {"/".join(k.key for k in p): s.shape for p, s in jax.tree.leaves_with_path(param_shapes(c.cfg))}
     tree: Params = {"layers": {}}
     for path, d in dtypes.items():
         group, _, leaf = path.rpartition("/")

@@ -1,4 +1,8 @@
-"""How every command starts and ends: flags in, one sentence and a status out."""
+"""How every command starts and ends: flags in, one sentence and an exit status out.
+
+Nothing here imports jax: `begin` answers --help and refuses bad flags, config keys and paths before a command's own
+imports, which take seconds.
+"""
 
 import errno
 import itertools
@@ -11,48 +15,58 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from solar_jax.checkpoints.convert import Target
 from solar_jax.config import DTYPES, GrowthConfig, check_override
 from solar_jax.errors import Interrupted, UserError
 from solar_jax.growth.operators import OPERATORS
-from solar_jax.parallel import processes
 from solar_jax.storage import paths
 
-USAGE_STATUS = 2  # of bad flags and bad input
-INTERRUPTED_STATUS = 75  # of a run that was asked to stop and goes on when it is started again
-_PLACES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+USAGE_STATUS = 2  # bad flags and bad input
+INTERRUPTED_STATUS = 75  # a run that was asked to stop, and resumes when it is started again
+_FILE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 GROWTH_NUMBERS = ("m", "a", "b", "every", "copies")  # the operators' numbers, fields of GrowthConfig
 
+_argv: list[str] = []  # what `begin` left after the flags
 
-def start(main: Callable[[Sequence[str]], None], define_flags: Callable[[], None]) -> None:
-    """Defines and parses absl's flags and runs `main`; bad flags and `UserError` become one sentence and status 2.
 
-    Flags are defined here and not on import, so that commands can be imported side by side.
+def begin(define_flags: Callable[[], None], check: Callable[[], None]) -> None:
+    """Defines and parses the flags and checks what they name; bad input ends the command with status 2.
+
+    A command calls it before its slow imports. Flags are defined here and not on import, so that commands can be
+    imported side by side.
+
+    Args:
+      define_flags: the command's own.
+      check: raises a UserError for flags that cannot work; must not import jax.
     """
     define_flags()
-    logging.set_verbosity(logging.WARNING)  # the libraries' notes on every file they touch; --verbosity=0 shows them
+    app.define_help_flags()
+    logging.set_verbosity(logging.WARNING)  # the libraries note every file they touch; --verbosity=0 shows that
+    _argv[:] = _parse(sys.argv)
+    _guarded(lambda: (_no_rest(_argv), check()))
+
+
+def start(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a command that has begun; `UserError` becomes one sentence and status 2."""
     logging.get_absl_handler().addFilter(_is_news)
-    app.run(lambda argv: _guarded(lambda: main(_no_rest(argv))), flags_parser=_parse)
+    app.run(lambda argv: _guarded(lambda: main(argv)), argv=_argv, flags_parser=lambda argv: list(argv))
 
 
 def _is_news(record: LogRecord) -> bool:
-    """Whether a library's note is shown: Orbax logs what goes wrong with a traceback in each of its threads, and raises
-    it as well.
-    """
+    """Whether a library's note is shown: Orbax logs each failure in each of its threads, and raises it too."""
     return record.levelno != ERROR or "orbax" not in record.pathname or logging.get_verbosity() >= logging.INFO
 
 
 def define_conversion_flags() -> None:
-    """What `upscale` and `convert` share."""
+    """Defines the flags that `upscale` and `convert` share."""
     flags.DEFINE_string("source", None, "SRC: HF folder, hub id, gs:// or s3:// folder, .gguf file, run, or smollm2.")
     flags.DEFINE_string("out", None, "New folder to write.")
     flags.DEFINE_enum("operator", None, sorted(OPERATORS), "Growth operator.")
     flags.DEFINE_string("slices", None, "Half-open source ranges one after another, e.g. 0:24,8:32.")
     for key in GROWTH_NUMBERS:
-        flags.DEFINE_integer(key, getattr(GrowthConfig(), key), f"Of the operator, as config.growth.{key}.")
-    flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights written; each as it is stored if not given.")
+        flags.DEFINE_integer(key, getattr(GrowthConfig(), key), f"The operator's number, as config.growth.{key}.")
+    flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the weights written; each as it is stored if not given.")
     flags.DEFINE_string("max_shard_size", "5GB", "Most bytes of weights in one HF file.")
-    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint that stands at --out.")
+    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint at --out.")
     flags.DEFINE_bool("verify", False, "Write certificate.json: every tensor's hash and the logits, compared.")
 
 
@@ -74,25 +88,19 @@ def growth_from_flags() -> GrowthConfig | None:
     return growth_config(f.operator, f.slices, {key: getattr(f, key) for key in GROWTH_NUMBERS})
 
 
-def place(text: str) -> pathlib.Path:
+def folder_from_flag(text: str) -> pathlib.Path:
     """A local path, or a bucket's behind the same interface.
 
     Raises:
-      UserError: a URL of something else than a folder in a bucket.
+      UserError: a URL that is not a folder in a bucket.
     """
     if not paths.is_local(text) and not re.fullmatch(r"(gs|s3)://[^/]+/+[^/].*", text, re.DOTALL):
         raise UserError(f"{text}: expected a local folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.")
     return paths.path(text)
 
 
-def target(form: str) -> Target:
-    """What the flags say is to be written."""
-    f = flags.FLAGS
-    return Target(place(f.out), form, f.dtype, f.max_shard_size, f.overwrite)
-
-
 def _parse(argv: Sequence[str]) -> list[str]:
-    # A config file is read while its flag is parsed, so whatever it does wrong appears here too.
+    # A config file is read while its flag is parsed, so its own errors appear here too.
     try:
         for arg, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
             if match := re.fullmatch(r"--?(config(?:\.\w+)+)(?:=.*)?", arg, re.DOTALL):
@@ -110,15 +118,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _stop(" ".join(line.strip() for line in text.splitlines() if line.strip()))
 
 
-def _no_rest(argv: Sequence[str]) -> Sequence[str]:
+def _no_rest(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value.")
-    return argv
 
 
-def _guarded(run: Callable[[], None]) -> None:
+def _guarded(run: Callable[[], object]) -> None:
     try:
-        processes.start()
         run()
     except UserError as e:
         _stop(str(e))
@@ -126,11 +132,11 @@ def _guarded(run: Callable[[], None]) -> None:
         sys.stderr.write(f"{e}\n")
         sys.exit(INTERRUPTED_STATUS)
     except OSError as e:
-        if e.errno not in _PLACES:
+        if e.errno not in _FILE_ERRORS:
             raise
         _stop(f"{e.filename or 'a file'}: {e.strerror}; nothing that was complete is lost.")
     except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on from the last checkpoint.", 130)
+        _stop("interrupted; the same command resumes from the last checkpoint.", 130)
 
 
 def _stop(sentence: str, status: int = USAGE_STATUS) -> NoReturn:

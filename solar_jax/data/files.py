@@ -60,7 +60,7 @@ class File:
             yield copy.name
 
 
-def find(path: str) -> list[File]:
+def find_files(path: str) -> list[File]:
     """The files of a local or remote file, folder or pattern, by name; hidden ones only if the path names them.
 
     Of a folder that Hugging Face's `datasets` wrote, the files of its data. Of a folder of Parquet, Arrow or

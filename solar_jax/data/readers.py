@@ -26,7 +26,7 @@ _DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zlib.error)
 _MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
-def read(file: File, text_key: str) -> Iterator[Record]:
+def read_documents(file: File, text_key: str) -> Iterator[Record]:
     """The records of a file, by what its name ends in.
 
     Raises:

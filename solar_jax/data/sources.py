@@ -1,17 +1,21 @@
 """Text in: what config.data.sources names, its documents one at a time, and which of them are held out."""
 
 import dataclasses
+import glob
 import hashlib
 import heapq
 import itertools
 import math
+import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from solar_jax.data.files import find
-from solar_jax.data.readers import read
+from solar_jax.config import DataConfig
+from solar_jax.data.files import find_files
+from solar_jax.data.readers import read_documents
 from solar_jax.errors import UserError
+from solar_jax.storage.paths import is_local
 
 EMBEDDED = "pydoc-topics"
 _SMALL = 8  # a source of fewer documents than this times `every` is split by rank, so that neither part is empty
@@ -55,6 +59,19 @@ def parse_sources(entries: tuple[str, ...], text_key: str = "text") -> list[Sour
             raise UserError(f"config.data.sources: {path} is listed twice; list it once, with the sum of the weights.")
         sources.append(source)
     return sources
+
+
+def check_sources(cfg: DataConfig) -> None:
+    """Raises a UserError for an entry that is malformed or a local path that does not exist."""
+    for source in parse_sources(cfg.sources, cfg.text_key):
+        path = source.path
+        if (
+            path != EMBEDDED
+            and is_local(path)
+            and not glob.has_magic(path)
+            and not pathlib.Path(path).expanduser().exists()
+        ):
+            find_files(path)  # which raises
 
 
 def _options(path: str, given: dict[str, str]) -> dict[str, Any]:
@@ -101,8 +118,8 @@ def documents(source: Source) -> Iterator[Document]:
 
         yield from (Document(f"{EMBEDDED}:{name}", topics[name]) for name in sorted(topics) if topics[name])
         return
-    for file in find(source.path):
-        for record, text in read(file, source.text_key):
+    for file in find_files(source.path):
+        for record, text in read_documents(file, source.text_key):
             if text:
                 yield Document(file.name if record is None else f"{file.name}:{record}", text)
 

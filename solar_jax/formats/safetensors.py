@@ -136,7 +136,7 @@ def check_disjoint(entries: dict[str, Entry]) -> None:
             raise UserError(f"{entries[name].file}: {name} and {following} share bytes {start}..{stop}.")
 
 
-def read(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
+def read_tensor(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     """Reads the tensor, or rows of its first axis, and no other bytes.
 
     Raises:
@@ -166,7 +166,9 @@ def read(name: str, entry: Entry, rows: slice = slice(None)) -> np.ndarray:
     return out
 
 
-def write(file: pathlib.Path, pieces: Sequence[Piece], progress: Callable[[int], None] = lambda n: None) -> None:
+def write_safetensors(
+    file: pathlib.Path, pieces: Sequence[Piece], progress: Callable[[int], None] = lambda n: None
+) -> None:
     """Writes tensors in order, one block in memory at a time; the file is fsynced before this returns.
 
     Args:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from solar_jax.config import ModelConfig
 from solar_jax.growth.operators import LayerMap
-from solar_jax.model.llama import Params
+from solar_jax.model.shapes import Params
 
 # The arrays by which a layer adds to the residual stream; scaled to 0, the layer passes its input on.
 SCALED = ("o_proj", "o_bias", "down_proj")

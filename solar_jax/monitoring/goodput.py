@@ -20,7 +20,7 @@ _RECENT = 20  # steps in the running median
 
 
 @dataclasses.dataclass(frozen=True)
-class StepTime:
+class StepSeconds:
     """Seconds from the end of the previous step to the end of this one; `outside` came before and is not included."""
 
     data: float  # devices idle, waiting for the batch
@@ -57,10 +57,10 @@ class StepClock:
         self.resume()
         self._outside[name] += self._begin - begin
 
-    def step(self, asked: float, ready: float, end: float) -> StepTime:
+    def step(self, asked: float, ready: float, end: float) -> StepSeconds:
         """Records a finished step from `time.perf_counter()` times: batch requested, batch ready, metrics ready."""
         data = max(0.0, ready - max(self._begin, asked))
-        spent = StepTime(data, max(0.0, end - self._begin - data), self._outside)
+        spent = StepSeconds(data, max(0.0, end - self._begin - data), self._outside)
         self._outside = dict.fromkeys(OUTSIDE, 0.0)
         self._begin = end
         self.remaining -= 1
@@ -128,7 +128,7 @@ def goodput_line(s: dict[str, Any]) -> str:
     return f"goodput {100 * s['goodput']:.1f} % of {duration(s['wall_seconds'])}{starts}: {parts}"
 
 
-def step_note(spent: StepTime, share: float = 0.05) -> str:
+def step_note(spent: StepSeconds, share: float = 0.05) -> str:
     """Formats the parts that took more than `share` of a step's time, for its log line."""
     parts = {"data": spent.data} | spent.outside
     return "".join(f"  {name} {s:.1f} s" for name, s in parts.items() if s > share * spent.total and s >= 0.05)

@@ -17,7 +17,7 @@ _asked = threading.Event()
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
+def listen_for_profiles() -> Iterator[None]:
     """Makes SIGUSR1 request a window instead of ending the process; works in the main thread only."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1"):
         yield

@@ -17,11 +17,11 @@ import numpy as np
 
 from solar_jax.errors import phrase
 from solar_jax.orbax_store.arrays import array_paths, open_array
+from solar_jax.orbax_store.layout import COMMITTED
 from solar_jax.parallel import processes
 from solar_jax.storage import paths
 from solar_jax.storage.paths import is_local
 
-COMMITTED = "commit_success.txt"  # Orbax writes it last
 SEAL = "verified.json"  # we write it when the checkpoint was read back
 _NOT_FINITE = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}  # exponent bits, all set
 _BLOCK_BYTES = 1 << 26

@@ -20,17 +20,15 @@ from orbax.checkpoint import v1 as ocp
 
 from solar_jax.config import CheckpointConfig
 from solar_jax.errors import UserError, phrase
-from solar_jax.model.llama import Params
+from solar_jax.model.shapes import Params
 from solar_jax.orbax_store import checksums, restore
 from solar_jax.orbax_store.arrays import DATA_FILE_BYTES
-from solar_jax.orbax_store.checksums import COMMITTED
+from solar_jax.orbax_store.layout import COMMITTED, FOLDER
 from solar_jax.orbax_store.retention import kept
 from solar_jax.parallel import processes
 from solar_jax.storage import paths, retry
 from solar_jax.storage.paths import is_local
 
-FOLDER = "checkpoints"
-MODEL_FOLDER = "model"
 # (shapes of a checkpoint's optimiser arrays by path) -> the abstract state to restore, and a function of what was
 # restored and its step that gives the state which is wanted
 OlderForm = Callable[[Mapping[str, tuple[int, ...]]], tuple[Any, Callable[[Any, int], Any]]]
@@ -55,13 +53,6 @@ def _chunks(key: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving
     return ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ()
     )
-
-
-def newest(workdir: pathlib.Path) -> pathlib.Path | None:
-    """The folder of a run's newest whole checkpoint, found without Orbax, which asks every process."""
-    folder = workdir / FOLDER
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / COMMITTED).exists()]
-    return folder / str(max(steps)) if steps else None
 
 
 class Damaged(Exception):

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from solar_jax.model.llama import Params
+from solar_jax.model.shapes import Params
 from solar_jax.orbax_store.arrays import BlockWriter
-from solar_jax.orbax_store.checksums import COMMITTED
-from solar_jax.orbax_store.store import FOLDER, saving_context
+from solar_jax.orbax_store.layout import COMMITTED, FOLDER
+from solar_jax.orbax_store.store import saving_context
 from solar_jax.parallel import processes
 from solar_jax.storage.paths import is_local
 from solar_jax.storage.retry import retry

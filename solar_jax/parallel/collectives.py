@@ -11,7 +11,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from solar_jax.model.attention import chunk_order
-from solar_jax.model.llama import LAYER_AXES, Params, is_vector
+from solar_jax.model.shapes import LAYER_AXES, Params, is_vector
 from solar_jax.parallel.mesh import axis_size, fsdp_stages, platform
 from solar_jax.parallel.rules import ACTIVATIONS, BATCH_AXES, FSDP, PARAMETERS, TOKENS, MeshAxes, spec
 

@@ -16,7 +16,7 @@ _SEVERAL = {
 }
 
 
-def start() -> None:
+def join() -> None:
     """Joins the other processes, if any; call before any other use of jax.
 
     A Cloud TPU VM finds its fellow workers through its metadata server, so there initialisation always runs.

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
-from solar_jax.model.llama import Params, axes, sizes
+from solar_jax.model.shapes import Params, param_axes, sizes
 from solar_jax.parallel.mesh import axis_size
 
 MeshAxes = str | tuple[str, ...] | None
@@ -74,7 +74,7 @@ def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
         if size[letter] % axis_size(mesh, *over):
             written = " x ".join(f"{a}={mesh.shape[a]}" for a in over)
             raise UserError(f"config.mesh.{written} does not divide the model's {_KEY[letter]}={size[letter]}.")
-    return jax.tree.map(lambda letters: NamedSharding(mesh, spec(letters, PARAMETERS)), axes(cfg))
+    return jax.tree.map(lambda letters: NamedSharding(mesh, spec(letters, PARAMETERS)), param_axes(cfg))
 
 
 def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Any:
@@ -86,7 +86,7 @@ def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> A
     Raises:
       ValueError: a leaf is neither.
     """
-    by_path = {jax.tree_util.keystr(path): letters for path, letters in jax.tree.leaves_with_path(axes(cfg))}
+    by_path = {jax.tree_util.keystr(path): letters for path, letters in jax.tree.leaves_with_path(param_axes(cfg))}
     parameter_shardings(cfg, mesh)  # for its checks
 
     def one(path: Any, leaf: Any) -> NamedSharding:

@@ -13,6 +13,7 @@ from solar_jax.hardware.slices import Slice, described_devices
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.planning import hlo_cost
+from solar_jax.planning.hlo_cost import read_program
 from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.partition import Partition
 from solar_jax.training.state import abstract_state, state_shardings
@@ -88,5 +89,5 @@ def compile_step(
         traced_seconds=traced,
         compiled_seconds=seconds,
         text=text,
-        program=hlo_cost.read(text, wanted.facts),
+        program=read_program(text, wanted.facts),
     )

@@ -167,7 +167,7 @@ def _network(program: Program, line: str, times: int) -> None:
     program.network += times * ways * _bytes(found[1])[0]
 
 
-def read(text: str, chip: Chip) -> Program:
+def read_program(text: str, chip: Chip) -> Program:
     """The program of an optimised HLO text, as one device of `chip` runs it."""
     computations, entry = _computations(text)
     program = Program(chip)

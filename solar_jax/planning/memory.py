@@ -13,8 +13,9 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import Config, ModelConfig
-from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE, layer_axes, size
+from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.precision import compute_dtype
+from solar_jax.model.shapes import layer_axes, size
 from solar_jax.parallel.attention import attention_choice
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, padded_rows, ways

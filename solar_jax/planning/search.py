@@ -15,7 +15,8 @@ from solar_jax.config import Config, MeshConfig, ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice
-from solar_jax.model.llama import REMAT, parameter_count
+from solar_jax.model.llama import REMAT
+from solar_jax.model.shapes import parameter_count
 from solar_jax.parallel import processes
 from solar_jax.parallel.attention import attention_choice
 from solar_jax.parallel.mesh import AXES, mesh_shape

@@ -6,8 +6,9 @@ from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import Config, ModelConfig
 from solar_jax.hardware.chips import Chip
-from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE, is_vector, layer_axes, parameter_count, size
+from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.precision import compute_dtype
+from solar_jax.model.shapes import is_vector, layer_axes, parameter_count, size
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, PARAMETERS, padded_rows, ways
 from solar_jax.planning.hlo_cost import HOST, KERNEL_RATE

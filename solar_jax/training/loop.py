@@ -22,9 +22,9 @@ from solar_jax.hardware import chips
 from solar_jax.hardware.chips import memory_peaks
 from solar_jax.hardware.compilation import cache_hits
 from solar_jax.model.flops import flops_per_token, mfu
-from solar_jax.model.llama import Params
+from solar_jax.model.shapes import Params
 from solar_jax.monitoring import metrics
-from solar_jax.monitoring.goodput import StepClock, StepTime, step_note
+from solar_jax.monitoring.goodput import StepClock, StepSeconds, step_note
 from solar_jax.monitoring.profiling import Profiler
 from solar_jax.monitoring.watchdog import Watchdog
 from solar_jax.orbax_store.store import CheckpointStore
@@ -358,7 +358,7 @@ def _rates(config: Config) -> np.ndarray:
     return np.asarray(jax.jit(jax.vmap(lambda i: jnp.asarray(rate(i), jnp.float32)))(jnp.arange(steps)))
 
 
-def _line(name: str, steps: int, r: dict[str, Any], spent: StepTime, eta: float) -> str:
+def _line(name: str, steps: int, r: dict[str, Any], spent: StepSeconds, eta: float) -> str:
     """One step for a person."""
     used = "" if r["mfu"] is None else f"  mfu {100 * r['mfu']:.1f} %"
     return (

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from solar_jax.config import Config, OptimizerConfig
 from solar_jax.errors import UserError
-from solar_jax.model.llama import LAYER_AXES, Params, is_vector
 from solar_jax.model.precision import precision
+from solar_jax.model.shapes import LAYER_AXES, Params, is_vector
 from solar_jax.parallel.collectives import layers_at_rest, whole_layers
 from solar_jax.training.stochastic_rounding import narrow
 

@@ -15,7 +15,7 @@ import numpy as np
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.operators import LayerMap
-from solar_jax.model.llama import Params
+from solar_jax.model.shapes import Params
 
 OTHERS = ("embed", "final_norm", "lm_head")  # the arrays outside the layers
 MOST_SEGMENTS = 4  # scans written one after another; longer patterns are searched for a repetition

@@ -20,7 +20,7 @@ _points = itertools.count(1)  # places where all processes asked, over all arms 
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
+def listen_for_preemption() -> Iterator[None]:
     """Makes SIGTERM stop a run in order; only the main thread can. Several processes have jax's own handler."""
     if threading.current_thread() is not threading.main_thread() or processes.index_and_count()[1] > 1:
         yield

@@ -12,9 +12,8 @@ from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.load import load_params
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.pipeline import Batch
-from solar_jax.model import llama
-from solar_jax.model.llama import Params
 from solar_jax.model.precision import precision
+from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.monitoring import metrics
 from solar_jax.monitoring.goodput import Ledger
 from solar_jax.monitoring.trackers import Writers
@@ -71,7 +70,7 @@ def warn(text: str) -> None:
 
 def first_params(run: Run, c: Checkpoint) -> Params:
     """A checkpoint's weights in the run's precision and on its mesh; each device reads its own shard."""
-    dtypes = jax.tree.map(lambda s: s.dtype, llama.shapes(c.cfg, precision(run.config.train).weights))
+    dtypes = jax.tree.map(lambda s: s.dtype, param_shapes(c.cfg, precision(run.config.train).weights))
     return load_params(c, rules.parameter_shardings(c.cfg, run.mesh), dtypes)
 
 

@@ -12,13 +12,13 @@ import ml_collections
 
 from solar_jax.checkpoints import lineage
 from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.companions import LINEAGE
 from solar_jax.checkpoints.hf_config import with_dtype
-from solar_jax.checkpoints.hf_folder import LINEAGE
 from solar_jax.checkpoints.write_hf import write_companions
 from solar_jax.config import Config, resolve
 from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.errors import UserError
-from solar_jax.orbax_store.store import MODEL_FOLDER
+from solar_jax.orbax_store.layout import MODEL_FOLDER
 from solar_jax.storage import bucket_folder, paths
 from solar_jax.storage.atomic_folder import new_folder
 from solar_jax.storage.json_files import read_json, read_json_object, write_json

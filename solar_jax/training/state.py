@@ -8,9 +8,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import Config, ModelConfig
-from solar_jax.model import llama
-from solar_jax.model.llama import Params
 from solar_jax.model.precision import precision
+from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.parallel import rules
 from solar_jax.training.partition import Partition, everything
 from solar_jax.training.stochastic_rounding import as_kept, as_wanted
@@ -24,7 +23,7 @@ def state_shardings(
 ) -> State:  # fmt: skip
     """Shardings of parameters and optimiser state: every moment has its parameter's."""
     partition = partition or everything(cfg)
-    opt_state = jax.eval_shape(optimizer.init, partition.shapes(llama.shapes(cfg)))
+    opt_state = jax.eval_shape(optimizer.init, partition.shapes(param_shapes(cfg)))
     return {
         "params": rules.parameter_shardings(cfg, mesh),
         "opt_state": rules.like_parameters(opt_state, partition.config(cfg), mesh),
@@ -36,7 +35,7 @@ def abstract_state(
     partition: Partition | None = None,
 ) -> State:  # fmt: skip
     """Shapes, dtypes and shardings of the state, nothing allocated."""
-    params = llama.shapes(cfg, precision(config.train).weights)
+    params = param_shapes(cfg, precision(config.train).weights)
     trained = (partition or everything(cfg)).shapes(params)
     shapes = {"params": params, "opt_state": jax.eval_shape(optimizer.init, trained)}
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)

@@ -11,18 +11,17 @@ import optax
 from jax.sharding import Mesh
 
 from solar_jax.config import Config, ModelConfig
-from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.model.attention import attention_mask, attention_of_rows
-from solar_jax.model.llama import Params
 from solar_jax.model.precision import compute_dtype, precision
 from solar_jax.model.quantised import quantised_einsum
+from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_kernel
 from solar_jax.parallel.collectives import constrain_on, over_slices, tokens_of_devices, zigzag
 from solar_jax.parallel.mesh import axis_size
-from solar_jax.training.objectives import Forward, Objective, Sums, head_loss, next_token
+from solar_jax.training.objectives import Batch, Forward, Objective, Sums, head_loss, next_token
 from solar_jax.training.partition import Partition, everything
 from solar_jax.training.state import State, state_shardings
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from solar_jax.model.llama import LAYER_AXES, is_vector
 from solar_jax.model.precision import Precision
+from solar_jax.model.shapes import LAYER_AXES, is_vector
 
 _MATRICES = {"embed", "lm_head"} | {name for name in LAYER_AXES if not is_vector(name)}
 

@@ -10,7 +10,7 @@ from solar_jax.checkpoints.hf_config import FAMILIES, FIXED, HARMLESS, grown_hf_
 from solar_jax.checkpoints.hf_config import SIZES as SIZE_KEYS
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
-from solar_jax.model.llama import parameter_count
+from solar_jax.model.shapes import parameter_count
 from tests.conftest import TINY
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")

@@ -12,13 +12,15 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.find import find_checkpoint
 from solar_jax.checkpoints.load import load_params
-from solar_jax.checkpoints.open import find, open_checkpoint
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import load_tokenizer
 from solar_jax.checkpoints.write_hf import write_companions
 from solar_jax.config import CheckpointConfig
 from solar_jax.errors import UserError
-from solar_jax.orbax_store.store import FOLDER, MODEL_FOLDER, CheckpointStore
+from solar_jax.orbax_store.layout import FOLDER, MODEL_FOLDER
+from solar_jax.orbax_store.store import CheckpointStore
 
 
 def refusal(source) -> str:
@@ -162,7 +164,7 @@ def test_a_hub_id_is_downloaded_with_its_tokenizer_and_without_other_formats(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo: REPO_FILES + there)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert find("upstage/SOLAR-10.7B") == tiny
+    assert find_checkpoint("upstage/SOLAR-10.7B") == tiny
     assert asked["upstage/SOLAR-10.7B"] - {"model.safetensors.index.json", "pytorch_model.bin.index.json"} == KEPT | {
         name for name in wanted if not name.endswith(".json")
     }
@@ -182,13 +184,13 @@ def test_a_hub_id_whose_files_cannot_be_listed_is_asked_for_as_safetensors(tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert find("upstage/SOLAR-10.7B") == tiny
+    assert find_checkpoint("upstage/SOLAR-10.7B") == tiny
     assert asked["upstage/SOLAR-10.7B"] == {*SAFE, BIN[-1]}
 
 
 def test_of_an_adapter_the_base_is_taken_and_that_is_said(tmp_path, tiny, capsys):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny)}))
-    assert find(str(tmp_path)) == tiny
+    assert find_checkpoint(str(tmp_path)) == tiny
     assert f"{tmp_path} is an adapter: its base {tiny} is taken, without it" in capsys.readouterr().out
 
 
@@ -197,14 +199,14 @@ def test_an_adapter_without_a_model_as_its_base_is_refused(tmp_path, base):
     content = {"base_model_name_or_path": str(tmp_path) if base == "SELF" else base}
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"adapter_config\.json: "):
-        find(str(tmp_path))
+        find_checkpoint(str(tmp_path))
 
 
 def test_a_path_may_start_at_home_or_here(tiny, monkeypatch):
     monkeypatch.setenv("HOME", str(tiny.parent))
-    assert find(f"~/{tiny.name}") == tiny
+    assert find_checkpoint(f"~/{tiny.name}") == tiny
     monkeypatch.chdir(tiny.parent)
-    assert find(tiny.name).resolve() == tiny.resolve()
+    assert find_checkpoint(tiny.name).resolve() == tiny.resolve()
 
 
 def test_smollm2_without_its_package_says_which_to_install(monkeypatch):

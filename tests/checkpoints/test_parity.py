@@ -23,6 +23,7 @@ from solar_jax.config import GrowthConfig, ModelConfig
 from solar_jax.growth.apply import grow, grown_config
 from solar_jax.growth.operators import make_layer_map
 from solar_jax.model import llama
+from solar_jax.model.shapes import Params, layer_axes
 from tests.conftest import TINY, save_hf
 
 TOLERANCE = 1e-4  # absolute, float32 logits
@@ -99,13 +100,13 @@ def saved(tmp_path_factory):
     return one
 
 
-def distance(cfg: ModelConfig, params: llama.Params, expected: np.ndarray) -> float:
+def distance(cfg: ModelConfig, params: Params, expected: np.ndarray) -> float:
     """Largest absolute difference of logits."""
     ours = jax.jit(lambda p, t: llama.logits(cfg, p, t))(params, jnp.array(tokens()))
     return float(np.abs(np.asarray(ours) - expected).max())
 
 
-def opened(folder: pathlib.Path) -> tuple[Checkpoint, llama.Params]:
+def opened(folder: pathlib.Path) -> tuple[Checkpoint, Params]:
     checkpoint = open_checkpoint(str(folder))
     return checkpoint, load_params(checkpoint)
 
@@ -144,7 +145,7 @@ def test_what_we_write_is_the_same_model_to_transformers(saved, tmp_path, name):
 def neutral(*names: str):
     """Some arrays of the layers at values that do nothing: norms' scales one, biases zero."""
 
-    def damage(cfg: ModelConfig, params: llama.Params) -> tuple[ModelConfig, llama.Params]:
+    def damage(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
         layers = params["layers"]
         same = {name: jnp.full_like(layers[name], name.endswith("norm")) for name in names}
         return cfg, params | {"layers": layers | same}
@@ -155,9 +156,9 @@ def neutral(*names: str):
 def changed(**keys):
     """The model under another config, without the arrays that this one has no place for."""
 
-    def damage(cfg: ModelConfig, params: llama.Params) -> tuple[ModelConfig, llama.Params]:
+    def damage(cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
         cfg = dataclasses.replace(cfg, **keys)
-        return cfg, params | {"layers": {name: params["layers"][name] for name in llama.layer_axes(cfg)}}
+        return cfg, params | {"layers": {name: params["layers"][name] for name in layer_axes(cfg)}}
 
     return damage
 

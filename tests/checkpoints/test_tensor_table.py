@@ -10,7 +10,7 @@ import transformers
 from solar_jax.checkpoints.hf_config import model_config
 from solar_jax.checkpoints.tensor_table import TENSORS, from_hf, hf_shape, hf_tensors, to_hf
 from solar_jax.config import ModelConfig
-from solar_jax.model.llama import axes, sizes
+from solar_jax.model.shapes import param_axes, sizes
 from tests.conftest import TINY
 
 H = 3
@@ -51,7 +51,7 @@ PLACES = {
 
 
 def our_shape(path: str) -> tuple[int, ...]:
-    tree = axes(CFG)
+    tree = param_axes(CFG)
     group, _, leaf = path.rpartition("/")
     letters = tree[group][leaf].removeprefix("L") if group else tree[leaf]
     return tuple(sizes(CFG)[x] for x in letters)

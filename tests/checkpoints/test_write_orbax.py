@@ -25,10 +25,11 @@ from solar_jax.config import GrowthConfig, ModelConfig
 from solar_jax.convert import convert
 from solar_jax.growth.apply import grow, grown_config
 from solar_jax.growth.operators import OPERATORS, identity, make_layer_map
-from solar_jax.model.llama import Params, shapes
+from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.orbax_store import arrays
 from solar_jax.orbax_store.arrays import open_array
-from solar_jax.orbax_store.store import FOLDER, CheckpointStore
+from solar_jax.orbax_store.layout import FOLDER
+from solar_jax.orbax_store.store import CheckpointStore
 from tests.growth.test_apply import GROWTHS, IDS, assert_same_bits
 
 PLAIN = ModelConfig(320, 64, 96, 6, 4, 2, 24, 1024, 10000.0, 1e-5)
@@ -40,7 +41,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 def base(cfg: ModelConfig, dtype: str = "float32") -> Checkpoint:
     """Random numbers in every array."""
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(DTYPES[dtype]), shapes(cfg))
+    params = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(DTYPES[dtype]), param_shapes(cfg))
     return from_params(params, cfg, {}, {})
 
 
@@ -58,7 +59,7 @@ def restored(workdir, c: Checkpoint, layer_map, dtype: str | None = None) -> Par
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kind = jnp.dtype(dtype or c.dtype)
     wanted = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, kind, sharding=one), shapes(grown_config(c.cfg, layer_map))
+        lambda s: jax.ShapeDtypeStruct(s.shape, kind, sharding=one), param_shapes(grown_config(c.cfg, layer_map))
     )
     with CheckpointStore(workdir) as store:
         assert store.latest_step == 0
@@ -233,14 +234,14 @@ def test_a_stacked_array_is_never_held(tmp_path, monkeypatch):
         return block[: stop - start, : shape[1]].copy() if len(shape) == 2 else block[0, start:stop].copy()
 
     empty = jax.tree.map(
-        lambda s: np.empty(s.shape, np.float32), shapes(ModelConfig(**vars(cfg) | {"num_hidden_layers": 1}))
+        lambda s: np.empty(s.shape, np.float32), param_shapes(ModelConfig(**vars(cfg) | {"num_hidden_layers": 1}))
     )
     c = from_params(empty, ModelConfig(**vars(cfg) | {"num_hidden_layers": 1}), {}, {})
     c = Checkpoint(**vars(c) | {"read": read})
     layer_map = make_layer_map(1, GrowthConfig("naive", copies=26))
     monkeypatch.setattr(checkpoint, "BLOCK", 1 << 18)
     monkeypatch.setattr(arrays, "_PENDING_BYTES", 1 << 23)
-    stacked = max(s.size * 4 for s in jax.tree.leaves(shapes(cfg)["layers"]))
+    stacked = max(s.size * 4 for s in jax.tree.leaves(param_shapes(cfg)["layers"]))
     assert stacked > 80e6
     write_params(tmp_path / "warm", base(PLAIN), lambda n: None)
     tracemalloc.start()

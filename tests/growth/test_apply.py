@@ -12,6 +12,7 @@ from solar_jax.config import GrowthConfig, ModelConfig
 from solar_jax.growth.apply import grow, grown_config
 from solar_jax.growth.operators import OPERATORS, LayerMap, identity, make_layer_map
 from solar_jax.model import llama
+from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.parallel import rules
 from tests.parallel.test_mesh import mesh_of
 
@@ -31,10 +32,10 @@ GROWTHS = [
 IDS = [g.operator for g in GROWTHS]
 
 
-def random_params(dtype=jnp.float32) -> llama.Params:
+def random_params(dtype=jnp.float32) -> Params:
     """Every array random, norm scales too, and large enough that a layer matters."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: jnp.array(0.3 * rng.standard_normal(s.shape), dtype), llama.shapes(CFG))
+    return jax.tree.map(lambda s: jnp.array(0.3 * rng.standard_normal(s.shape), dtype), param_shapes(CFG))
 
 
 def bits(x) -> np.ndarray:
@@ -57,7 +58,7 @@ def forward(layers: int):
     return jax.jit(lambda params: llama.logits(cfg, params, tokens))
 
 
-def output(params: llama.Params) -> np.ndarray:
+def output(params: Params) -> np.ndarray:
     return np.asarray(forward(len(params["layers"]["q_proj"]))(params))
 
 
@@ -71,7 +72,7 @@ def test_the_gather_is_a_loop_over_layers_bit_by_bit(growth, dtype):
     params = random_params(dtype)
     layer_map = make_layer_map(6, growth)
     found = grow(params, layer_map)
-    shapes = jax.tree.map(lambda s: s.shape, llama.shapes(grown_config(CFG, layer_map)))
+    shapes = jax.tree.map(lambda s: s.shape, param_shapes(grown_config(CFG, layer_map)))
     assert jax.tree.map(lambda x: x.shape, found) == shapes
     for name, stacked in params["layers"].items():
         stacked = np.asarray(stacked)
@@ -144,7 +145,7 @@ def test_growth_moves_no_weight_between_devices():
     mesh, layer_map = mesh_of(2, 2, 2), make_layer_map(6, GrowthConfig("dus", m=2))
     shardings = rules.parameter_shardings(CFG, mesh)
     abstract = jax.tree.map(
-        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), llama.shapes(CFG), shardings
+        lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), param_shapes(CFG), shardings
     )
     out = rules.parameter_shardings(grown_config(CFG, layer_map), mesh)
     text = jax.jit(lambda p: grow(p, layer_map), out_shardings=out).lower(abstract).compile().as_text()

@@ -16,6 +16,7 @@ from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import load_tokenizer
 from solar_jax.config import ModelConfig
 from solar_jax.model import llama
+from solar_jax.model.shapes import param_shapes, parameter_count
 from tests.conftest import hf_model, save_hf
 
 TOLERANCE = 1e-4  # absolute, float32 logits
@@ -140,14 +141,14 @@ def test_the_gradient_of_a_single_row_copies_no_operand_transposed(tiny):
 
 def test_parameter_counts_are_the_papers():
     mistral = ModelConfig(32000, 4096, 14336, 32, 32, 8, 128)
-    counts = [llama.parameter_count(dataclasses.replace(mistral, num_hidden_layers=n)) for n in (32, 48, 64)]
+    counts = [parameter_count(dataclasses.replace(mistral, num_hidden_layers=n)) for n in (32, 48, 64)]
     assert counts == [7_241_732_096, 10_731_524_096, 14_221_316_096]
 
 
 def test_initial_params_have_the_declared_shapes(tiny):
     cfg = open_checkpoint(str(tiny)).cfg
     found = jax.tree.map(lambda x: (x.shape, x.dtype), llama.initial_params(cfg, 0))
-    assert found == jax.tree.map(lambda x: (x.shape, x.dtype), llama.shapes(cfg))
+    assert found == jax.tree.map(lambda x: (x.shape, x.dtype), param_shapes(cfg))
 
 
 PROMPTS = (

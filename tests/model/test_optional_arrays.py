@@ -12,6 +12,7 @@ from solar_jax.config import Config, GrowthConfig, ModelConfig, OptimizerConfig
 from solar_jax.growth.apply import grow
 from solar_jax.growth.operators import make_layer_map
 from solar_jax.model import llama
+from solar_jax.model.shapes import LAYER_AXES, Params, param_shapes, parameter_count
 from solar_jax.parallel import rules
 from solar_jax.parallel.collectives import constrain_on
 from solar_jax.training.optimizer import make_optimizer
@@ -23,16 +24,16 @@ ADDED = {"q_bias": (3, 4, 8), "k_bias": (3, 2, 8), "v_bias": (3, 2, 8), "o_bias"
          "k_norm": (3, 8)}  # fmt: skip
 
 
-def random_params(cfg: ModelConfig) -> llama.Params:
+def random_params(cfg: ModelConfig) -> Params:
     """Every array random, norms' scales around one."""
     rng = np.random.default_rng(0)
     return jax.tree.map_with_path(
         lambda path, s: jnp.array(0.3 * rng.standard_normal(s.shape) + path[-1].key.endswith("norm"), s.dtype),
-        llama.shapes(cfg),
+        param_shapes(cfg),
     )
 
 
-def logits(cfg: ModelConfig, params: llama.Params, **kwargs) -> np.ndarray:
+def logits(cfg: ModelConfig, params: Params, **kwargs) -> np.ndarray:
     tokens = jnp.array(np.random.default_rng(1).integers(0, cfg.vocab_size, (8, 24)))
     return np.asarray(jax.jit(lambda p: llama.logits(cfg, p, tokens, **kwargs))(params))
 
@@ -48,7 +49,7 @@ def logits(cfg: ModelConfig, params: llama.Params, **kwargs) -> np.ndarray:
     ],
 )
 def test_an_architecture_has_the_arrays_that_its_config_says_and_no_others(changes, names):
-    plain, found = (llama.shapes(dataclasses.replace(PLAIN, **c))["layers"] for c in ({}, changes))
+    plain, found = (param_shapes(dataclasses.replace(PLAIN, **c))["layers"] for c in ({}, changes))
     assert {name: x.shape for name, x in found.items() if name not in plain} == {n: ADDED[n] for n in names.split()}
     assert set(plain) <= set(found)
 
@@ -64,13 +65,13 @@ def test_initial_biases_are_zero_and_norms_one_and_the_matrices_those_of_a_model
 
 def test_parameters_are_counted_with_them():
     added = sum(int(np.prod(shape)) for shape in ADDED.values())
-    assert llama.parameter_count(FULL) == llama.parameter_count(PLAIN) + added
+    assert parameter_count(FULL) == parameter_count(PLAIN) + added
 
 
 def test_the_copy_for_bfloat16_matmuls_leaves_them_float32():
     copy = llama.compute_copy(random_params(FULL), jnp.bfloat16)["layers"]
     narrow = {name for name, x in copy.items() if x.dtype == jnp.bfloat16}
-    assert narrow == {name for name in llama.LAYER_AXES if name.endswith("proj")}
+    assert narrow == {name for name in LAYER_AXES if name.endswith("proj")}
 
 
 def test_bfloat16_logits_stay_near_float32_ones_with_them():
@@ -87,7 +88,7 @@ def test_weight_decay_leaves_them_alone():
     zero = jax.tree.map(jnp.zeros_like, params)  # no gradient, so that only the decay moves anything
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     moved = {name for name, x in updates["layers"].items() if np.any(np.asarray(x))}
-    assert moved == {name for name in llama.LAYER_AXES if name.endswith("proj")}
+    assert moved == {name for name in LAYER_AXES if name.endswith("proj")}
 
 
 def test_they_rest_where_what_they_are_added_to_does():
@@ -104,7 +105,7 @@ def test_they_rest_where_what_they_are_added_to_does():
 
 def test_every_moment_of_theirs_lies_as_they_do():
     mesh = mesh_of(1, 4, 2)
-    opt_state = jax.eval_shape(make_optimizer(Config()).init, llama.shapes(FULL))
+    opt_state = jax.eval_shape(make_optimizer(Config()).init, param_shapes(FULL))
     found = rules.like_parameters(opt_state, FULL, mesh)
     expected = rules.parameter_shardings(FULL, mesh)
     moments = [x for x in jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, dict)) if isinstance(x, dict)]

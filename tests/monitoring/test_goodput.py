@@ -5,7 +5,7 @@ import json
 import pytest
 
 from solar_jax.monitoring import goodput
-from solar_jax.monitoring.goodput import Ledger, StepClock, StepTime, goodput_line, step_note
+from solar_jax.monitoring.goodput import Ledger, StepClock, StepSeconds, goodput_line, step_note
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_what_comes_between_steps_is_told_with_the_next_and_is_no_part_of_it(now
     with steps.outside("checkpoint"):
         now[0] += 7
     spent = steps.step(113.0, 113.0, 115.0)
-    assert spent == StepTime(0.0, 2.0, {"evaluation": 5.0, "checkpoint": 7.0})
+    assert spent == StepSeconds(0.0, 2.0, {"evaluation": 5.0, "checkpoint": 7.0})
     assert steps.step(115.0, 115.0, 116.0).outside == {"evaluation": 0.0, "checkpoint": 0.0}
 
 
@@ -63,9 +63,12 @@ def test_what_is_left_is_told_from_the_median_without_the_first_step(now):
 @pytest.mark.parametrize(
     ("spent", "note"),
     [
-        (StepTime(0.0, 2.0, {"evaluation": 0.0, "checkpoint": 0.0}), ""),
-        (StepTime(0.05, 2.0, {"evaluation": 0.0, "checkpoint": 0.09}), ""),
-        (StepTime(0.5, 2.0, {"evaluation": 3.0, "checkpoint": 9.3}), "  data 0.5 s  evaluation 3.0 s  checkpoint 9.3 s")
+        (StepSeconds(0.0, 2.0, {"evaluation": 0.0, "checkpoint": 0.0}), ""),
+        (StepSeconds(0.05, 2.0, {"evaluation": 0.0, "checkpoint": 0.09}), ""),
+        (
+            StepSeconds(0.5, 2.0, {"evaluation": 3.0, "checkpoint": 9.3}),
+            "  data 0.5 s  evaluation 3.0 s  checkpoint 9.3 s",
+        )
     ],
 )  # fmt: skip
 def test_a_line_tells_what_cost_more_than_a_twentieth_of_its_step(spent, note):

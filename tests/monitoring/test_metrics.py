@@ -14,6 +14,7 @@ from solar_jax.cli.progress import duration
 from solar_jax.config import ModelConfig
 from solar_jax.model import llama
 from solar_jax.model.flops import flops_per_token, mfu
+from solar_jax.model.shapes import param_shapes
 from solar_jax.monitoring.metrics import JsonLines
 from tests.parallel.test_rules import SMALL
 
@@ -56,7 +57,7 @@ def test_flops_are_those_of_the_programs_matmuls(tied):
     cfg = dataclasses.replace(SMALL, tie_word_embeddings=tied)
     rows, length = 2, 16
     tokens = jnp.zeros((rows, length), jnp.int32)
-    program = jax.make_jaxpr(jax.grad(lambda p: llama.logits(cfg, p, tokens).sum()))(llama.shapes(cfg))
+    program = jax.make_jaxpr(jax.grad(lambda p: llama.logits(cfg, p, tokens).sum()))(param_shapes(cfg))
     # The program computes all 16 scores of a query and masks half of them; a causal count has only that half.
     masked = 3 * cfg.num_hidden_layers * 4 * cfg.num_attention_heads * cfg.head_dim * length / 2
     assert matmul_flops(program.jaxpr) == rows * length * (flops_per_token(cfg, length) + masked)

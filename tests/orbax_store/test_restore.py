@@ -8,7 +8,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from solar_jax.orbax_store import checksums, restore
-from solar_jax.orbax_store.store import FOLDER, CheckpointStore
+from solar_jax.orbax_store.layout import FOLDER
+from solar_jax.orbax_store.store import CheckpointStore
 
 DEVICES = np.array(jax.devices()[:8]).reshape(2, 4)
 MESH = jax.sharding.Mesh(DEVICES, ("a", "b"))

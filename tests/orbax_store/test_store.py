@@ -17,7 +17,8 @@ from solar_jax.config import CheckpointConfig, Config, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.orbax_store import checksums
 from solar_jax.orbax_store.arrays import open_array
-from solar_jax.orbax_store.store import FOLDER, CheckpointStore
+from solar_jax.orbax_store.layout import COMMITTED, FOLDER
+from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.storage import retry
 from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.partition import everything
@@ -286,7 +287,7 @@ def test_what_the_disk_does_not_take_is_tried_again_and_then_ends_the_run_with_t
         ):
             store.save(9, **large_state(9))
         assert [text.split(": ", 1)[1] for text in said] == ["could not be saved (File too large); trying again"] * 3
-        assert sorted(p.parent.name for p in (two / FOLDER).glob(f"*/{checksums.COMMITTED}")) == ["3", "6"]
+        assert sorted(p.parent.name for p in (two / FOLDER).glob(f"*/{COMMITTED}")) == ["3", "6"]
         with no_room():
             store.begin(9, **large_state(9))
             assert store.settle() == "File too large"

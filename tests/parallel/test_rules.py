@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from solar_jax.config import Config, ModelConfig
 from solar_jax.errors import UserError
-from solar_jax.model import llama
+from solar_jax.model.shapes import param_axes, param_shapes
 from solar_jax.parallel import rules
 from solar_jax.parallel.collectives import constrain_on
 from solar_jax.training.optimizer import make_optimizer
@@ -38,7 +38,7 @@ def test_a_mesh_axis_within_a_group_counts_as_used():
 
 
 def test_every_parameter_and_activation_letter_has_a_rule():
-    letters = set("".join(jax.tree.leaves(llama.axes(SMALL))))
+    letters = set("".join(jax.tree.leaves(param_axes(SMALL))))
     assert letters <= set(rules.PARAMETERS)
     assert set("BTDNKHFV.") <= set(rules.ACTIVATIONS)
 
@@ -74,7 +74,7 @@ def test_a_tied_model_has_no_head_to_shard():
 
 def test_every_matrix_is_split_over_both_axes():
     # A parameter that no rule splits would be held whole by every chip, which no error would tell.
-    shapes, shardings = llama.shapes(SMALL), rules.parameter_shardings(SMALL, mesh_of(1, 4, 2))
+    shapes, shardings = param_shapes(SMALL), rules.parameter_shardings(SMALL, mesh_of(1, 4, 2))
     for path, x in jax.tree.leaves_with_path(shapes):
         sharding = shardings
         for key in path:
@@ -104,7 +104,7 @@ def test_a_mesh_axis_that_does_not_divide_is_refused_with_both_numbers(shape, ch
 @pytest.mark.parametrize("shape", [(1, 4, 2), (1, 8, 1), (2, 2, 2), (1, 2, 1, 2, 2)])
 def test_every_adam_moment_lies_as_its_parameter(shape):
     mesh = mesh_of(*shape)
-    opt_state = jax.eval_shape(make_optimizer(Config()).init, llama.shapes(SMALL))
+    opt_state = jax.eval_shape(make_optimizer(Config()).init, param_shapes(SMALL))
     found = rules.like_parameters(opt_state, SMALL, mesh)
     adam = [s for s in jax.tree.leaves(found, is_leaf=_is_adam) if _is_adam(s)]
     assert len(adam) == 1
@@ -119,7 +119,7 @@ def _is_adam(x) -> bool:
 
 def test_an_array_of_optimiser_state_without_a_rule_raises():
     # Replicated quietly, it could be as large as the model.
-    tree = {"mu": llama.shapes(SMALL), "factors": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
+    tree = {"mu": param_shapes(SMALL), "factors": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
     with pytest.raises(ValueError, match=r"\['factors'\] of shape \(64, 32\) has no sharding rule"):
         rules.like_parameters(tree, SMALL, mesh_of(1, 8, 1))
 

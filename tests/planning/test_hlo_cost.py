@@ -4,6 +4,7 @@ import pytest
 
 from solar_jax.hardware.chips import CHIPS
 from solar_jax.planning import hlo_cost
+from solar_jax.planning.hlo_cost import read_program
 
 # A loop of 3 turns. A chip gathers 4 x 8 bfloat16 in two halves of one asynchronous operation, scatters a sum that the
 # compiler writes as an all-reduce, and adds up 16 float32; its matmul takes 1000 cycles.
@@ -47,7 +48,7 @@ ENTRY %main (p: s32[]) -> s32[] {
 
 @pytest.fixture(scope="module")
 def program() -> hlo_cost.Program:
-    return hlo_cost.read(PROGRAM, CHIPS["v5p"])
+    return read_program(PROGRAM, CHIPS["v5p"])
 
 
 def test_a_loop_counts_as_often_as_it_turns(program):
@@ -63,8 +64,8 @@ def test_each_collective_counts_once_and_an_all_reduce_twice(program):
 def test_what_crosses_slices_is_neither_hidden_nor_taken_for_traffic_within_one(program):
     assert program.network == 16 * 4  # of a sum over two each sends its own once
     four = PROGRAM.replace('target="{1,2}x', 'target="{1:4}x')
-    assert hlo_cost.read(four, CHIPS["v5p"]).network == 16 * 4 * 2 * 3 / 4
-    alone = hlo_cost.read(PROGRAM.replace("send(", "bitcast("), CHIPS["v5p"])
+    assert read_program(four, CHIPS["v5p"]).network == 16 * 4 * 2 * 3 / 4
+    alone = read_program(PROGRAM.replace("send(", "bitcast("), CHIPS["v5p"])
     added = 64 / CHIPS["v5p"].network
     assert program.seconds() == pytest.approx([s + added for s in alone.seconds()], rel=1e-9)
     assert "to other slices" in program.report(1, 1)
@@ -81,4 +82,4 @@ ENTRY %main (p: s32[]) -> s32[] {
 
 def test_queries_of_a_split_row_are_counted_against_all_its_keys():
     # 4 heads x 512 queries x 1024 keys x 128, two products of 2 FLOPs, half of them masked
-    assert hlo_cost.read(KERNEL, CHIPS["v5p"]).kernel_flops == 4 * 512 * 1024 * 128 * 2
+    assert read_program(KERNEL, CHIPS["v5p"]).kernel_flops == 4 * 512 * 1024 * 128 * 2

@@ -21,6 +21,7 @@ from solar_jax.checkpoints.views import grown
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
 from solar_jax.formats import safetensors
+from solar_jax.formats.safetensors import read_tensor
 from solar_jax.growth.operators import make_layer_map
 from solar_jax.orbax_store import arrays
 from solar_jax.orbax_store.store import CheckpointStore
@@ -126,7 +127,7 @@ def test_orbax_reads_what_is_in_the_bucket(bucket, source, tmp_path):
 
 def test_an_orbax_checkpoint_whose_writing_stopped_is_none_and_is_gone_on_with(bucket, source, monkeypatch):
     out, read = epath.Path(f"{bucket}/stopped_own"), []
-    original = safetensors.read
+    original = read_tensor
 
     def until(name, entry, rows=slice(None)):
         if len(read) == 30:
@@ -135,14 +136,14 @@ def test_an_orbax_checkpoint_whose_writing_stopped_is_none_and_is_gone_on_with(b
         return original(name, entry, rows)
 
     with monkeypatch.context() as m:
-        m.setattr(safetensors, "read", until)
+        m.setattr(safetensors, "read_tensor", until)
         m.setattr(arrays, "_PENDING_BYTES", 1)  # each block is there before the next is handed over
         with pytest.raises(KeyboardInterrupt):
             orbax(source, out)
     with pytest.raises(UserError):
         open_checkpoint(str(out))
     first, read[:] = list(read), [None] * 31
-    monkeypatch.setattr(safetensors, "read", until)
+    monkeypatch.setattr(safetensors, "read_tensor", until)
     orbax(source, out)
     assert len(set(first) - set(read)) > 20  # what was there was not read again
     found, expected = open_checkpoint(str(out)), open_checkpoint(source)

@@ -17,7 +17,7 @@ from solar_jax.config import GrowthConfig, LoggingConfig
 from solar_jax.growth.operators import make_layer_map
 from solar_jax.hardware import compilation
 from solar_jax.model import llama
-from solar_jax.monitoring import profiling
+from solar_jax.monitoring.profiling import listen_for_profiles
 from solar_jax.training import loop
 from solar_jax.training.objectives import next_token_loss
 from solar_jax.training.optimizer import make_optimizer
@@ -89,7 +89,7 @@ def test_a_run_that_is_watched_in_every_way_has_the_same_numbers(plain, tmp_path
     monkeypatch.setattr(loop.Feed, "__call__", slow)
     monkeypatch.setattr(loop, "say", say)
     folder = tmp_path / "run"
-    with profiling.listening():
+    with listen_for_profiles():
         summary = train.run(dataclasses.replace(config, logging=logging), folder)
     assert numbers(folder) == numbers(whole)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

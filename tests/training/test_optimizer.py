@@ -13,7 +13,7 @@ import torch
 
 from solar_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from solar_jax.errors import UserError
-from solar_jax.model import llama
+from solar_jax.model.shapes import param_shapes
 from solar_jax.training.optimizer import (
     DIRECTIONS,
     SCHEDULES,
@@ -209,7 +209,7 @@ def optax_itself(name: str, cfg: OptimizerConfig, steps: int):
 
 @pytest.mark.parametrize("name", sorted(DIRECTIONS))
 def test_stacked_layers_take_the_steps_that_optax_takes_with_each_by_itself(name):
-    shapes, cfg = llama.shapes(WIDE), dataclasses.replace(OPTIMIZER, name=name)
+    shapes, cfg = param_shapes(WIDE), dataclasses.replace(OPTIMIZER, name=name)
     params, gradients = random_like(shapes, 0), [random_like(shapes, i) for i in range(1, 4)]
     found = unstacked(taken(make_optimizer(run(cfg, 3)), params, gradients))
 
@@ -229,8 +229,8 @@ def test_stacked_layers_take_the_steps_that_optax_takes_with_each_by_itself(name
 def test_muon_takes_heads_together_and_layers_apart():
     # The orthogonal factor of each layer's matrix, near enough: Muon's coefficients leave singular values in 0.7..1.2.
     cfg = OptimizerConfig(name="muon", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip_norm=0.0)
-    params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), llama.shapes(WIDE))
-    gradient = random_like(llama.shapes(WIDE), 0)
+    params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), param_shapes(WIDE))
+    gradient = random_like(param_shapes(WIDE), 0)
     found = unstacked(taken(make_optimizer(run(cfg, 1)), params, [gradient]))
     for key, g in unstacked(gradient).items():
         if is_layers_matrix(key):
@@ -245,7 +245,7 @@ def test_muon_takes_heads_together_and_layers_apart():
     ("name", "shape"), [*((name, (1, 4, 2)) for name in sorted(DIRECTIONS)), ("adafactor", (2, 2, 2))]
 )
 def test_a_sharded_state_takes_the_same_steps_and_stays_sharded(name, shape):
-    shapes, config = llama.shapes(WIDE), run(dataclasses.replace(OPTIMIZER, name=name, clip_norm=0.5), 3)
+    shapes, config = param_shapes(WIDE), run(dataclasses.replace(OPTIMIZER, name=name, clip_norm=0.5), 3)
     params, gradients = random_like(shapes, 0), [random_like(shapes, i) for i in range(1, 4)]
     expected = taken(make_optimizer(config), params, gradients)
 
@@ -280,7 +280,7 @@ def test_a_sharded_state_takes_the_same_steps_and_stays_sharded(name, shape):
 
 def test_factors_are_all_that_adafactor_keeps_of_a_matrix_it_factors():
     cfg = OptimizerConfig(name="adafactor")
-    state = jax.eval_shape(make_optimizer(run(cfg, 3)).init, llama.shapes(WIDE))
+    state = jax.eval_shape(make_optimizer(run(cfg, 3)).init, param_shapes(WIDE))
     sizes = {jax.tree_util.keystr(p): x.size for p, x in jax.tree.leaves_with_path(state) if "gate_proj" in str(p)}
     assert sorted(sizes.values()) == [3, 3 * 128, 3 * 160]  # a place kept for an unfactored one; rows; columns
 

@@ -14,6 +14,7 @@ from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import identity, make_layer_map
 from solar_jax.model import llama
+from solar_jax.model.shapes import param_shapes
 from solar_jax.training.objectives import next_token_loss
 from solar_jax.training.optimizer import DIRECTIONS, make_optimizer
 from solar_jax.training.partition import OTHERS, TRAINABLE, Partition, everything, make_partition
@@ -36,7 +37,7 @@ MOVES = {  # which layers, which other arrays
 
 def random_params(cfg=CFG):
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: jnp.array(0.05 * rng.standard_normal(s.shape), jnp.float32), llama.shapes(cfg))
+    return jax.tree.map(lambda s: jnp.array(0.05 * rng.standard_normal(s.shape), jnp.float32), param_shapes(cfg))
 
 
 def test_every_choice_of_what_trains_is_tried_here():
@@ -142,13 +143,13 @@ def test_frozen_layers_have_no_optimiser_state_and_no_gradient():
 
     part = make_partition("new", LAYER_MAP)
     (all_state, whole), (new_state, partial) = traced_step(everything(CFG)), traced_step(part)
-    layer = sum(s.size // CFG.num_hidden_layers for s in jax.tree.leaves(llama.shapes(CFG)["layers"]))
+    layer = sum(s.size // CFG.num_hidden_layers for s in jax.tree.leaves(param_shapes(CFG)["layers"]))
     counts = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(new_state["opt_state"]) if x.ndim == 0)
     assert size(new_state["opt_state"]) == 2 * 4 * 2 * layer + counts  # two float32 moments of two layers
-    assert size(all_state["opt_state"]) == 2 * 4 * sum(s.size for s in jax.tree.leaves(llama.shapes(CFG))) + counts
+    assert size(all_state["opt_state"]) == 2 * 4 * sum(s.size for s in jax.tree.leaves(param_shapes(CFG))) + counts
     # A product of every weight: forward, recomputed, two backward. In the part: forward in 6 layers; recomputed, and
     # the gradient of activations, in layers 3 to 5; the gradient of weights in layers 3 and 4; not that of the head.
-    matrices = [s for s in jax.tree.leaves(llama.shapes(CFG)["layers"]) if s.ndim > 2]
+    matrices = [s for s in jax.tree.leaves(param_shapes(CFG)["layers"]) if s.ndim > 2]
     weights = 2 * SMALL_TOKENS * sum(math.prod(s.shape[1:]) for s in matrices)  # of one layer
     head = 2 * SMALL_TOKENS * CFG.vocab_size * CFG.hidden_size
     saved = matmul_flops(whole.jaxpr) - matmul_flops(partial.jaxpr)

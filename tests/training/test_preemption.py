@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from scripts.bench import kill_training
-from solar_jax.orbax_store.store import newest
+from solar_jax.orbax_store.layout import newest
 from tests.conftest import free_port, save_model_and_text
 
 REPO = pathlib.Path(__file__).parents[2]

@@ -24,6 +24,7 @@ from solar_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, T
 from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
 from solar_jax.model import llama
+from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_choice
 from solar_jax.planning import hlo_cost
@@ -67,7 +68,7 @@ def model(tied: bool) -> ModelConfig:
 
 
 @functools.cache
-def initial(tied: bool) -> llama.Params:
+def initial(tied: bool) -> Params:
     """Random weights on the host, norm scales near one."""
     rng = np.random.default_rng(0)
 
@@ -75,7 +76,7 @@ def initial(tied: bool) -> llama.Params:
         x = 0.2 * rng.standard_normal(s.shape) + path[-1].key.endswith("norm")
         return x.astype(np.float32)
 
-    return jax.tree.map_with_path(one, llama.shapes(model(tied)))
+    return jax.tree.map_with_path(one, param_shapes(model(tied)))
 
 
 def make_batch(step: int, vocab_size: int = SMALL.vocab_size) -> dict[str, np.ndarray]:

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from solar_jax.config import Config, OptimizerConfig, TrainConfig
-from solar_jax.model import llama
 from solar_jax.model.precision import PRECISIONS
+from solar_jax.model.shapes import param_shapes
 from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.training import stochastic_rounding
 from solar_jax.training.optimizer import DIRECTIONS, make_optimizer
@@ -118,13 +118,13 @@ def run(precision: str, name: str = "adamw", seed: int = 0) -> Config:
 
 def initial(precision: str):
     rng = np.random.default_rng(0)
-    shapes = llama.shapes(SMALL, PRECISIONS[precision].weights)
+    shapes = param_shapes(SMALL, PRECISIONS[precision].weights)
     return jax.tree.map(lambda s: jnp.array(0.1 * rng.standard_normal(s.shape), s.dtype), shapes)
 
 
 def gradient(step: int):
     rng = np.random.default_rng(100 + step)
-    return jax.tree.map(lambda s: jnp.array(rng.standard_normal(s.shape), jnp.float32), llama.shapes(SMALL))
+    return jax.tree.map(lambda s: jnp.array(rng.standard_normal(s.shape), jnp.float32), param_shapes(SMALL))
 
 
 def taken(config: Config, mesh, state, steps) -> dict:

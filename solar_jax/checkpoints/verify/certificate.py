@@ -19,16 +19,16 @@ import numpy as np
 
 from solar_jax.checkpoints import lineage
 from solar_jax.checkpoints.checkpoint import Checkpoint
-from solar_jax.checkpoints.hf_folder import CERTIFICATE
+from solar_jax.checkpoints.companions import CERTIFICATE
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_tensors
-from solar_jax.checkpoints.verify.recompute import Stored, check_tensors, grown_tensor, total_bytes
-from solar_jax.checkpoints.verify.streamed_logits import Distance, Layer, Model, Run, Step, compare, stream
+from solar_jax.checkpoints.verify.recompute import Stored, compare_tensors, grown_tensor, hashed_bytes
+from solar_jax.checkpoints.verify.streamed_logits import Distance, Layer, Model, Pass, Step, compare, stream
 from solar_jax.cli.progress import byte_bar
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.operators import LayerMap
-from solar_jax.model.llama import shapes
+from solar_jax.model.shapes import param_shapes
 
 TOLERANCE = 1e-4  # of float32 logits, absolute, where no number was changed
 SHORT, LONG = (3, 7), 512  # prompts: so many of so many tokens, and one long one
@@ -81,8 +81,8 @@ def certify(c: Checkpoint, folder: pathlib.Path, *, out: pathlib.Path | None = N
     changed = _check_config(c, result)
     companions = _check_companions(c, result)
     stored = Stored(c)
-    with byte_bar(total_bytes(stored, result), "certificate") as progress:
-        tensors = check_tensors(stored, result, progress)
+    with byte_bar(hashed_bytes(stored, result), "certificate") as progress:
+        tensors = compare_tensors(stored, result, progress)
     exact = all(record.get("max_abs_difference", 0.0) == 0.0 for record in tensors.values())
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -180,8 +180,8 @@ def _logits(stored: Stored, result: Checkpoint, exact: bool) -> dict[str, Any]:
     tokens = prompts(stored.c.cfg.vocab_size, stored.c.cfg.max_position_embeddings)
 
     given = [(t, grown.embed(t)) for t in tokens]
-    reference, kept = Run(grown, given), kept_layers(layer_map)
-    base = reference if kept is None or len(kept) == layer_map.layers else Run(grown, given)
+    reference, kept = Pass(grown, given), kept_layers(layer_map)
+    base = reference if kept is None or len(kept) == layer_map.layers else Pass(grown, given)
     steps = [
         Step(_loader(grown, i), (reference,) if base is reference or i not in (kept or ()) else (reference, base))
         for i in range(layer_map.layers)
@@ -189,9 +189,9 @@ def _logits(stored: Stored, result: Checkpoint, exact: bool) -> dict[str, Any]:
 
     given = [(t, made.embed(t)) for t in tokens]
     first = [(t[:, :CONTROL], x[:, :CONTROL]) for t, x in given]
-    own = Run(made, given)
-    rotary = Run(made, first, dataclasses.replace(made.cfg, rope_theta=made.cfg.rope_theta * _ROTARY))
-    damaged = Run(made, first)
+    own = Pass(made, given)
+    rotary = Pass(made, first, dataclasses.replace(made.cfg, rope_theta=made.cfg.rope_theta * _ROTARY))
+    damaged = Pass(made, first)
     what, steps_of_result = _damage(made, layer_map, (own, rotary), damaged)
     steps += steps_of_result
     with byte_bar(len(steps) * _layer_bytes(result.cfg), "logits") as progress:
@@ -200,7 +200,7 @@ def _logits(stored: Stored, result: Checkpoint, exact: bool) -> dict[str, Any]:
     places = np.split(np.arange(sum(t.size for t in tokens)), np.cumsum([t.size for t in tokens])[:-1])
     places = [place.reshape(t.shape) for place, t in zip(places, tokens, strict=True)]  # of each token in a Distance
     seen = np.concatenate([place[:, :CONTROL].reshape(-1) for place in places])
-    pairs: list[tuple[Run, Run, np.ndarray | slice]] = [
+    pairs: list[tuple[Pass, Pass, np.ndarray | slice]] = [
         (reference, own, slice(None)), (reference, rotary, seen), (reference, damaged, seen), (base, own, slice(None)),
     ]  # fmt: skip
     distance, by_rotary, by_damage, to_base = compare(pairs)
@@ -226,7 +226,7 @@ def _logits(stored: Stored, result: Checkpoint, exact: bool) -> dict[str, Any]:
 
 def _layer_bytes(cfg: ModelConfig) -> int:
     """Of one layer as `Model.layer` holds it, float32."""
-    return 4 * sum(math.prod(s.shape[1:]) for s in jax.tree.leaves(shapes(cfg)["layers"]))
+    return 4 * sum(math.prod(s.shape[1:]) for s in jax.tree.leaves(param_shapes(cfg)["layers"]))
 
 
 def _loader(model: Model, layer: int) -> Callable[[], Layer]:
@@ -242,7 +242,7 @@ def different_neighbours(layer_map: LayerMap) -> tuple[int, int] | None:
     return None
 
 
-def _damage(model: Model, layer_map: LayerMap, whole: tuple[Run, ...], damaged: Run) -> tuple[str, list[Step]]:
+def _damage(model: Model, layer_map: LayerMap, whole: tuple[Pass, ...], damaged: Pass) -> tuple[str, list[Step]]:
     """What is done to `damaged`, and the steps that take it and the `whole` runs through the model."""
     pair = different_neighbours(layer_map)
     if pair is None:

@@ -33,7 +33,7 @@ def widen(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32, copy=False)
 
 
-def narrow(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def rounded_to(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """float32 to the nearest number of `dtype`, ties to the even one."""
     if dtype.name != "bfloat16":
         with np.errstate(over="ignore", invalid="ignore"):
@@ -121,7 +121,7 @@ class Stored:
             x = dequantise(bits(data).reshape(-1, size))
         else:
             x = gguf.quants.dequantize(data, kind).astype(np.float32, copy=False)
-        x = narrow(x.reshape(-1, *self.c.shape_of[name][1:]), self.c.dtype_of[name])
+        x = rounded_to(x.reshape(-1, *self.c.shape_of[name][1:]), self.c.dtype_of[name])
         if name not in self._interleaved:
             return x
         # Row 2i + p of a head in the file is row i + p H/2 in HF's: the rotary pairs lie side by side there.
@@ -148,14 +148,14 @@ def source_names(layer_map: LayerMap, path: str, layer: int | None) -> list[str]
     return [TENSORS[path].hf.format(i) for i in dict.fromkeys((layer_map.source[layer], layer_map.partner[layer]))]
 
 
-def grown(parts: Sequence[np.ndarray], scale: float) -> np.ndarray:
+def recomputed(parts: Sequence[np.ndarray], scale: float) -> np.ndarray:
     """The mean of one or two arrays, times `scale`, each step rounded to the first one's dtype; as float32."""
     dtype = parts[0].dtype
     x = widen(parts[0])
     if len(parts) == 2:
-        x = widen(narrow((x + widen(parts[1])) / np.float32(2), dtype))
+        x = widen(rounded_to((x + widen(parts[1])) / np.float32(2), dtype))
     if scale != 1.0:
-        x = widen(narrow(x * widen(narrow(np.array([scale], np.float32), dtype)), dtype))
+        x = widen(rounded_to(x * widen(rounded_to(np.array([scale], np.float32), dtype)), dtype))
     return x
 
 
@@ -166,7 +166,7 @@ def grown_tensor(stored: Stored, path: str, layer: int | None, rows: slice) -> n
     flat, scale = [part.reshape(-1) for part in parts], _scale(stored.layer_map, path, layer)
     for start in range(0, out.size, _PIECE):  # a mean takes several times its own memory
         piece = slice(start, start + _PIECE)
-        out.reshape(-1)[piece] = grown([part[piece] for part in flat], scale)
+        out.reshape(-1)[piece] = recomputed([part[piece] for part in flat], scale)
     return out
 
 
@@ -174,14 +174,14 @@ def _scale(layer_map: LayerMap, path: str, layer: int | None) -> float:
     return layer_map.scale[layer] if layer is not None and TENSORS[path].hf.endswith(_ADDING) else 1.0
 
 
-def total_bytes(stored: Stored, result: Checkpoint) -> int:
+def hashed_bytes(stored: Stored, result: Checkpoint) -> int:
     """What `check_tensors` hashes."""
     used = {name for _, path, layer in hf_tensors(result.cfg) for name in source_names(stored.layer_map, path, layer)}
     made = [(result.shape_of[name], result.dtype_of[name]) for name, _, _ in hf_tensors(result.cfg)]
     return sum(map(stored.nbytes, used)) + sum(math.prod(shape) * dtype.itemsize for shape, dtype in made)
 
 
-def check_tensors(stored: Stored, result: Checkpoint, progress: Callable[[int], None]) -> dict[str, dict[str, Any]]:
+def compare_tensors(stored: Stored, result: Checkpoint, progress: Callable[[int], None]) -> dict[str, dict[str, Any]]:
     """Every tensor of the result hashed, and compared with what the source says that it must be.
 
     Args:
@@ -255,8 +255,8 @@ def _check(
             parts = [np.ascontiguousarray(stored.values(source, rows)).reshape(-1) for source in sources]
             for start in range(0, found.size, _PIECE):
                 piece = slice(start, start + _PIECE)
-                x = grown([part[piece] for part in parts], scale)
-                equal &= np.array_equal(bits(narrow(x, after)), bits(found[piece]))
+                x = recomputed([part[piece] for part in parts], scale)
+                equal &= np.array_equal(bits(rounded_to(x, after)), bits(found[piece]))
                 if after != before:
                     difference = max(difference, _distance(widen(found[piece]), x))
         progress(found.nbytes)

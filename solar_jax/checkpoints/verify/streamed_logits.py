@@ -18,8 +18,9 @@ from solar_jax.checkpoints.checkpoint import row_blocks
 from solar_jax.checkpoints.tensor_table import from_hf, hf_shape
 from solar_jax.config import ModelConfig
 from solar_jax.model.attention import attention_mask
-from solar_jax.model.llama import Block, layer_axes, rms_norm, unconstrained
+from solar_jax.model.llama import Block, rms_norm, unconstrained
 from solar_jax.model.rope import rope_angles
+from solar_jax.model.shapes import layer_axes
 
 # (path, layer or None, rows of the file's first axis) -> float array in HF's layout, as `checkpoints.views.grown_rows`
 ReadRows = Callable[[str, int | None, slice], np.ndarray]
@@ -62,7 +63,7 @@ def _as_ours(x: jax.Array, name: str, cfg: ModelConfig) -> jax.Array:
     return moved(x, f"layers/{name}", cfg).astype(jnp.float32)
 
 
-class Run:
+class Pass:
     """Prompts at some depth of a model; `step` takes them a layer further."""
 
     def __init__(self, model: Model, prompts: Sequence[tuple[np.ndarray, np.ndarray]], cfg: ModelConfig | None = None):
@@ -114,7 +115,7 @@ class Step:
     """A layer, loaded when its turn comes, and the runs that pass it."""
 
     load: Callable[[], Layer]
-    runs: tuple[Run, ...]
+    runs: tuple[Pass, ...]
 
 
 def stream(steps: Sequence[Step], progress: Callable[[int], None] = lambda n: None) -> None:
@@ -144,14 +145,14 @@ class Distance:
         }
 
 
-def logits(run: Run) -> np.ndarray:
+def all_logits(run: Pass) -> np.ndarray:
     """float32 [P, V] of a run that has passed its layers; for vocabularies that can be held."""
     x = run.hidden()
     blocks = row_blocks((run.cfg.vocab_size, run.cfg.hidden_size))
     return np.concatenate([np.asarray(_logits(x, run.model.head(rows))) for rows in blocks], axis=1)
 
 
-def compare(pairs: Sequence[tuple[Run, Run, np.ndarray | slice]]) -> list[Distance]:
+def compare(pairs: Sequence[tuple[Pass, Pass, np.ndarray | slice]]) -> list[Distance]:
     """The distances of pairs of runs that have passed their layers.
 
     Args:
@@ -162,7 +163,7 @@ def compare(pairs: Sequence[tuple[Run, Run, np.ndarray | slice]]) -> list[Distan
     hidden = {run: run.hidden() for run in runs}
     sums = [_Sums(len(hidden[second])) for _, second, _ in pairs]
     for rows in row_blocks((runs[0].cfg.vocab_size, runs[0].cfg.hidden_size)):
-        found: dict[Run, np.ndarray] = {}
+        found: dict[Pass, np.ndarray] = {}
         for model in models:
             head = jnp.asarray(model.head(rows))
             found |= {run: np.asarray(_logits(hidden[run], head)) for run in runs if run.model is model}

@@ -26,12 +26,12 @@ class Work:
     dtype: str  # of stored tokens
     evaluations: Index | None  # what no training document may hold a piece of
 
-    def __call__(self, block: "Block") -> "Packed":
+    def __call__(self, block: "DocumentBlock") -> "Packed":
         return _packed(self, block)
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class DocumentBlock:
     """Consecutive documents of a source's training or held-out part."""
 
     name: str  # of that part
@@ -54,7 +54,7 @@ class Packed:
     matches: list[Match]  # documents that were left out
 
 
-def _packed(work: Work, block: Block) -> Packed:
+def _packed(work: Work, block: DocumentBlock) -> Packed:
     documents, places, matches = block.documents, block.places, []
     if work.evaluations is not None and block.searched:
         found = [work.evaluations.matches(d) for d in documents]

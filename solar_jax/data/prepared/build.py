@@ -17,7 +17,7 @@ import numpy as np
 from solar_jax.config import DataConfig
 from solar_jax.data.packing import block_characters
 from solar_jax.data.prepared import records
-from solar_jax.data.prepared.blocks import Block, Work
+from solar_jax.data.prepared.blocks import DocumentBlock, Work
 from solar_jax.data.prepared.engines import ENGINES
 from solar_jax.data.prepared.shards import Shards
 from solar_jax.data.sources import Document, Source, documents, parse_sources, split
@@ -65,7 +65,7 @@ def write_shards(
     with (folder / DUPLICATES).open("w") if dedup else contextlib.nullcontext() as report:
         seen = _Seen(report) if dedup else None
 
-        def jobs() -> Iterator[Block]:
+        def jobs() -> Iterator[DocumentBlock]:
             for index, source in enumerate(parse_sources(cfg.sources, cfg.text_key)):
                 facts = SourceFacts(source, "")
                 found.append(facts)
@@ -120,13 +120,17 @@ class _Open:
         self.digest.update(digest + struct.pack("<qqq", *place, len(document.text)))
         self.characters += len(document.text)
 
-    def close(self, index: int, part: str) -> Block:
+    def close(self, index: int, part: str) -> DocumentBlock:
         places = np.array(self.places, np.int64).reshape(-1, 2)
         # What is held out is not trained on, and may well be an evaluation set's.
-        return Block(f"{index}-{part}", part == "train", self.documents, places, self.digest.digest(), self.read)
+        return DocumentBlock(
+            f"{index}-{part}", part == "train", self.documents, places, self.digest.digest(), self.read
+        )
 
 
-def _blocks(index: int, source: Source, cfg: DataConfig, facts: SourceFacts, seen: _Seen | None) -> Iterator[Block]:
+def _blocks(
+    index: int, source: Source, cfg: DataConfig, facts: SourceFacts, seen: _Seen | None
+) -> Iterator[DocumentBlock]:
     """The blocks of a source, each when its last document is read."""
     how = split(source, cfg.holdout_every, cfg.holdout)
     facts.holdout = how.rule

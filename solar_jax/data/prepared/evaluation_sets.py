@@ -31,7 +31,7 @@ _SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 _NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json")
 
 
-def find(specs: list[str]) -> list[pathlib.Path]:
+def find_evaluations(specs: list[str]) -> list[pathlib.Path]:
     """The files of evaluation sets.
 
     Args:
@@ -53,7 +53,7 @@ def find(specs: list[str]) -> list[pathlib.Path]:
     return files
 
 
-def read(files: list[pathlib.Path]) -> Evaluations:
+def read_evaluations(files: list[pathlib.Path]) -> Evaluations:
     """Every record's texts, in order.
 
     Raises:

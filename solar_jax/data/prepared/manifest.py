@@ -25,7 +25,9 @@ def is_written(folder: pathlib.Path) -> bool:
     return (folder / SHARDS / _NAMES).exists() or (folder / MANIFEST).exists()
 
 
-def write(folder: pathlib.Path, sources: list[SourceFacts], index: Index | None, about: dict[str, Any]) -> None:
+def write_manifest(
+    folder: pathlib.Path, sources: list[SourceFacts], index: Index | None, about: dict[str, Any]
+) -> None:
     """manifest.json, of several sources one for each too, and the report of what was left out as contaminated.
 
     Args:

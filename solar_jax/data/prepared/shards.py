@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from solar_jax.data.prepared import records
-from solar_jax.data.prepared.blocks import Block, Concat, Packed
+from solar_jax.data.prepared.blocks import Concat, DocumentBlock, Packed
 from solar_jax.errors import UserError
 
 BLOCKS_A_SHARD = 64
@@ -43,7 +43,7 @@ class Shards:
         self._file: Any = None
         self._facts: Facts = {}
 
-    def needs(self, block: Block, digest: bytes) -> bool:
+    def needs(self, block: DocumentBlock, digest: bytes) -> bool:
         """Takes note of the next block, of documents with that digest, and says whether it has to be worked on.
 
         Raises:

@@ -7,6 +7,7 @@ import torch
 
 from solar_jax.checkpoints.checkpoint import numpy_dtype
 from solar_jax.checkpoints.verify import recompute
+from solar_jax.checkpoints.verify.recompute import recomputed, rounded_to
 from solar_jax.growth.operators import LayerMap
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -18,7 +19,7 @@ def test_narrow_rounds_every_pattern_of_bits_as_torch_does(dtype):
     x = rng.integers(0, 1 << 32, 1 << 18, np.uint32)
     ties = (np.arange(1 << 16, dtype=np.uint32) << 16) | 0x8000
     x = np.concatenate([x, ties, ties + 1, ties - 1]).view(np.float32)
-    found = recompute.narrow(x, numpy_dtype(dtype))
+    found = rounded_to(x, numpy_dtype(dtype))
     expected = torch.from_numpy(x).to(getattr(torch, dtype))
     numbers = ~np.isnan(x)
     width = f"u{found.itemsize}"
@@ -34,10 +35,10 @@ def test_narrow_rounds_every_pattern_of_bits_as_torch_does(dtype):
 def test_a_mean_and_a_scale_are_rounded_each_to_the_sources_dtype():
     a, b = np.array([1.0, 256.0, -3.0], BFLOAT16), np.array([2.0, 258.0, -3.0], BFLOAT16)
     # 257 lies between the bfloat16 numbers 256 and 258, and goes to the one with the even last bit.
-    assert recompute.grown([a, b], 1.0).tolist() == [1.5, 256.0, -3.0]
-    assert recompute.grown([a.astype(np.float32), b.astype(np.float32)], 1.0).tolist() == [1.5, 257.0, -3.0]
-    assert recompute.grown([a, b], 0.5).tolist() == [0.75, 128.0, -1.5]
-    zeros = recompute.grown([a], 0.0)
+    assert recomputed([a, b], 1.0).tolist() == [1.5, 256.0, -3.0]
+    assert recomputed([a.astype(np.float32), b.astype(np.float32)], 1.0).tolist() == [1.5, 257.0, -3.0]
+    assert recomputed([a, b], 0.5).tolist() == [0.75, 128.0, -1.5]
+    zeros = recomputed([a], 0.0)
     assert zeros.tolist() == [0.0, 0.0, 0.0]
     assert np.signbit(zeros).tolist() == [False, False, True]
 

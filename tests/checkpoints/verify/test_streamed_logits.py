@@ -10,7 +10,7 @@ from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import TENSORS
 from solar_jax.checkpoints.verify import streamed_logits
-from solar_jax.checkpoints.verify.streamed_logits import Model, Run, Step, compare, logits, stream
+from solar_jax.checkpoints.verify.streamed_logits import Model, Pass, Step, all_logits, compare, stream
 from solar_jax.model import llama
 from tests.checkpoints.test_parity import MODELS, hf_model
 from tests.conftest import TINY, save_hf
@@ -22,9 +22,9 @@ def model_of(c: Checkpoint) -> Model:
     return Model(c.cfg, lambda path, layer, rows: c.read(TENSORS[path].hf.format(layer), rows))
 
 
-def streamed(model: Model, tokens: np.ndarray, layers: list[int] | None = None) -> Run:
+def streamed(model: Model, tokens: np.ndarray, layers: list[int] | None = None) -> Pass:
     """A run through the layers in order, or in another."""
-    run = Run(model, [(tokens, model.embed(tokens))])
+    run = Pass(model, [(tokens, model.embed(tokens))])
     order = range(model.cfg.num_hidden_layers) if layers is None else layers
     stream([Step(lambda i=i: model.layer(i), (run,)) for i in order])
     return run
@@ -38,7 +38,7 @@ def test_they_are_the_models_own_and_transformers(tmp_path, monkeypatch, name, b
     model = hf_model(name)
     c = open_checkpoint(str(save_hf(model, tmp_path / "m")))
     monkeypatch.setattr("solar_jax.checkpoints.checkpoint.BLOCK", block)  # the vocabulary in one block, or in several
-    found = logits(streamed(model_of(c), TOKENS)).reshape(*TOKENS.shape, -1)
+    found = all_logits(streamed(model_of(c), TOKENS)).reshape(*TOKENS.shape, -1)
     own = np.asarray(llama.logits(c.cfg, load_params(c), jnp.array(TOKENS)))
     np.testing.assert_allclose(found, own, rtol=0, atol=1e-5)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_distances_are_those_of_whole_logits(tiny, monkeypatch, block):
     a, b = streamed(model, TOKENS), streamed(model, TOKENS[:, :40], [0, 2, 1, 3, 4, 5])
     seen = np.concatenate([np.arange(40), 300 + np.arange(40)])
     ((found, none),) = (compare([(a, b, seen), (a, a, slice(None))]),)
-    x, y = logits(a).astype(np.float64)[seen], logits(b).astype(np.float64)
+    x, y = all_logits(a).astype(np.float64)[seen], all_logits(b).astype(np.float64)
     p, q = log_softmax(x), log_softmax(y)
     np.testing.assert_allclose(found.max_abs, np.abs(x - y).max(axis=1), rtol=1e-5)
     np.testing.assert_allclose(found.kl, (np.exp(p) * (p - q)).sum(axis=1), rtol=1e-5)

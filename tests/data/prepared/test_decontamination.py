@@ -10,6 +10,7 @@ import pytest
 
 from solar_jax.data.prepared import evaluation_sets
 from solar_jax.data.prepared.decontamination import make_index
+from solar_jax.data.prepared.evaluation_sets import find_evaluations, read_evaluations
 from solar_jax.data.sources import Document
 from solar_jax.errors import UserError
 from solar_jax.prepare import Options, prepare
@@ -84,7 +85,7 @@ def test_files_of_every_kind_are_read_with_all_their_texts(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "sub" / "d.parquet")
     (tmp_path / "README.md").write_text("no set")
     (tmp_path / "dataset_infos.json").write_text('{"description": "no set"}')
-    found = list(evaluation_sets.read(evaluation_sets.find([str(tmp_path)])))
+    found = list(read_evaluations(find_evaluations([str(tmp_path)])))
     assert [name.removeprefix(f"{tmp_path}/") for name, _ in found] == [
         "a.jsonl:1", "a.jsonl:3", "b.jsonl.gz:1", "c.json:0", "c.json:1", "sub/d.parquet:0",
     ]  # fmt: skip
@@ -108,15 +109,15 @@ def test_files_of_every_kind_are_read_with_all_their_texts(tmp_path):
 def test_a_damaged_set_is_told_by_file_and_record(tmp_path, name, data, expected):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError) as e:
-        list(evaluation_sets.read(evaluation_sets.find([str(tmp_path / name)])))
+        list(read_evaluations(find_evaluations([str(tmp_path / name)])))
     assert expected in str(e.value)
 
 
 def test_a_set_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="found nothing there"):
-        evaluation_sets.find([str(tmp_path / "nowhere")])
+        find_evaluations([str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="found a folder without them"):
-        evaluation_sets.find([str(tmp_path)])
+        find_evaluations([str(tmp_path)])
 
 
 def test_the_papers_preset_is_its_ten_names_and_a_folder_stands_in_for_the_hub(tmp_path, monkeypatch):
@@ -125,18 +126,18 @@ def test_the_papers_preset_is_its_ten_names_and_a_folder_stands_in_for_the_hub(t
     for name in names:
         (tmp_path / name / "data").mkdir(parents=True)
         jsonl(tmp_path / name / "data" / "test.jsonl", [f"of {name}"])
-    found = evaluation_sets.find([f"solar={tmp_path}"])
+    found = find_evaluations([f"solar={tmp_path}"])
     assert [file.parts[-3] for file in found] == names
     (tmp_path / "drop" / "data" / "test.jsonl").unlink()
     with pytest.raises(UserError, match="found a folder without them"):
-        evaluation_sets.find([f"solar={tmp_path}"])
+        find_evaluations([f"solar={tmp_path}"])
     (tmp_path / "drop" / "data").rmdir()
     (tmp_path / "drop").rmdir()
     with pytest.raises(UserError, match="must hold a folder drop with the hub's ucinlp/drop"):
-        evaluation_sets.find([f"solar={tmp_path}"])
+        find_evaluations([f"solar={tmp_path}"])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="the hub was not reached or does not give allenai/ai2_arc"):
-        evaluation_sets.find(["solar"])
+        find_evaluations(["solar"])
 
 
 def test_contaminated_documents_are_left_out_of_training_and_reported(tiny, tmp_path):

@@ -1,0 +1,63 @@
+"""The small files of a checkpoint's folder: which travel with a model, and that none is taken from elsewhere."""
+
+import pathlib
+from collections.abc import Iterator
+
+from solar_jax.errors import UserError
+from solar_jax.storage.paths import is_local, read_small
+
+LINEAGE = "lineage.json"
+CERTIFICATE = "certificate.json"
+# What does not travel from a checkpoint to what is made from it: weights in any form, and what speaks of them alone.
+LEFT_BEHIND = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.index.json",
+    "config.json", LINEAGE, CERTIFICATE, "README.md", ".*", "training_args*", "trainer_state.json", "optimizer*",
+    "*_results.json", "consolidated*", "params.json",  # the last two are Mistral's and Meta's own form of the model
+)  # fmt: skip
+
+
+def companions(folder: pathlib.Path) -> dict[str, bytes]:
+    """The files of a checkpoint that belong to every model made from it: tokenizer, templates, generation config."""
+    found = {}
+    try:
+        for path in sorted(_walk(folder)):
+            name = path.relative_to(folder).as_posix()
+            if any(pathlib.PurePath(path.name).match(pattern) for pattern in LEFT_BEHIND):
+                continue
+            found[name] = read_small(inside(folder, name))
+    except OSError as e:
+        raise UserError(f"{e.filename or folder}: cannot be read: {e.strerror}.") from e
+    return found
+
+
+def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Files of a folder, and of the one kind of subfolder that checkpoints have beside weights."""
+    for path in folder.iterdir():
+        if path.is_file():
+            yield path
+        elif path.name == "additional_chat_templates" and path.is_dir():
+            yield from (p for p in path.iterdir() if p.is_file())
+
+
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """A file of a folder, which no link takes out of it.
+
+    The hub's cache alone may: its snapshots consist of links into `blobs` of the same repository.
+
+    Raises:
+      UserError: it lies elsewhere, or is no regular file.
+    """
+    path = folder / name
+    if not is_local(path):
+        return path
+    try:
+        real, root = path.resolve(), folder.resolve()
+        odd = path.exists() and not path.is_file()  # a pipe would be waited for
+    except (OSError, RuntimeError) as e:  # a name that is too long, links in a circle
+        raise UserError(f"{path}: cannot be read: {e}.") from e
+    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    if not any(real.is_relative_to(a) for a in allowed):
+        raise UserError(f"{path}: must lie in its folder, found a link to {real}.")
+    if odd:
+        raise UserError(f"{path}: must be a file.")
+    return path
