@@ -30,8 +30,8 @@ def compiler(monkeypatch):
     seen = types.SimpleNamespace(limit=1000.0, tried=[])
 
     def compile_step(cfg, config, wanted):
-        option = dataclasses.replace(plan.planner.options(cfg, config, plan.planner.of_slice(wanted))[0], config=config)
-        seen.tried.append(plan.planner.need(cfg, option).total / GIB)
+        option = dataclasses.replace(plan.search.options(cfg, config, plan.search.of_slice(wanted))[0], config=config)
+        seen.tried.append(plan.search.need(cfg, option).total / GIB)
         if seen.tried[-1] > seen.limit:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM.\nSee elsewhere.")
         return types.SimpleNamespace(total=GIB, program=types.SimpleNamespace(seconds=lambda: (3.0, 4.0)))
