@@ -129,6 +129,7 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints kept
     keep_every: int = 0  # steps; those at its multiples are kept too; 0: none
     keep_best: int = 0  # so many of least held-out loss are kept too; 0: none
+    restore: str = "blocks"  # checkpoints are read in blocks of chunks; "orbax": by Orbax itself, at half the speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +325,8 @@ def _check(c: Config) -> None:
             f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} must not exceed "
             f"config.train.steps={c.train.steps}."
         )
+    if c.checkpoint.restore not in ("blocks", "orbax"):
+        raise UserError(f"config.checkpoint.restore must be one of blocks, orbax, found {c.checkpoint.restore!r}.")
     if c.checkpoint.keep_best and not c.evaluation.every:
         raise UserError(
             f"config.checkpoint.keep_best={c.checkpoint.keep_best} needs held-out losses of checkpoints: a "

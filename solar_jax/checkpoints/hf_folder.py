@@ -1,4 +1,4 @@
-"""Checkpoint files, opened and checked without reading a weight: a folder of safetensors or .bin files, or GGUF."""
+"""Opens a folder of safetensors or .bin files and checks it without reading any weights."""
 
 import pathlib
 from typing import Any
@@ -14,7 +14,7 @@ from solar_jax.formats.safetensors import MOST_NAME, Entry, read_tensor, short
 from solar_jax.storage.json_files import read_json_object
 
 INDEX = "model.safetensors.index.json"
-# How weights are stored, best first: (one file or several, the index that lists them, the reader of a file's header).
+# Weight formats, preferred first: (glob of one or several files, index that lists them, header reader).
 FORMATS = (
     ("*.safetensors", INDEX, safetensors.read_header),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json", torch_zip.read_header),
@@ -43,12 +43,12 @@ def open_folder(folder: pathlib.Path) -> Checkpoint:
 
 
 def lineage(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The content of a checkpoint's lineage.json, where it has one."""
+    """Returns the content of a checkpoint's lineage.json, or None if it has none."""
     return read_json_object(inside(folder, LINEAGE)) if (folder / LINEAGE).is_file() else None
 
 
 def _entries(folder: pathlib.Path) -> dict[str, Entry]:
-    """Every tensor of a folder's weights, in one file or in those that the index lists."""
+    """Returns every weight tensor of a folder, from one file or the files that the index lists."""
     for pattern, index, read_header in FORMATS:
         if (folder / index).exists():
             return _indexed(folder, index, read_header)
@@ -61,12 +61,12 @@ def _entries(folder: pathlib.Path) -> dict[str, Entry]:
         if files:
             raise UserError(f"{folder}: expected one {pattern} file, or several with {index}, found {len(files)}.")
     if not folder.is_dir():
-        raise UserError(f"{folder}: expected a checkpoint's folder.")
+        raise UserError(f"{folder}: expected a checkpoint folder.")
     raise UserError(f"{folder}: expected weights as one .safetensors file, or several with {INDEX}, found none.")
 
 
 def _is_name(file: Any) -> bool:
-    """Whether it can name a file, and one that lies in no other folder."""
+    """Returns whether `file` is a valid file name without a folder part."""
     if not isinstance(file, str) or not file.isprintable() or len(file.encode()) > 255:
         return False
     return pathlib.PurePath(file).name == file and file not in ("", "..")
@@ -85,10 +85,10 @@ def _indexed(folder: pathlib.Path, index: str, read_header: Any) -> dict[str, En
         if file not in headers:
             headers[file] = read_header(inside(folder, file))
         if name not in headers[file]:
-            raise UserError(f"{folder / file}: the tensor {name}, which {index} places there, is missing.")
+            raise UserError(f"{folder / file}: tensor {name} is missing, but {index} maps it to this file.")
         entries[name] = headers[file][name]
     for file, header in headers.items():
         elsewhere |= {name for name in header if weight_map.get(name) != file}
     if elsewhere:
-        raise UserError(f"{folder / index}: does not list {some(elsewhere)} where its files hold them.")
+        raise UserError(f"{folder / index}: must map {some(elsewhere)} to the files that hold them.")
     return entries

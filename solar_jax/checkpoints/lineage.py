@@ -1,4 +1,4 @@
-"""lineage.json: where a checkpoint comes from; it travels with every checkpoint and holds its parents' in turn."""
+"""lineage.json: a checkpoint's provenance, stored with every checkpoint and nesting its parents' records."""
 
 import datetime
 import functools
@@ -20,12 +20,12 @@ _HEAD, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 256, 4096
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a conversion's result depends on."""
+    """Returns the versions of Python and of the packages that a conversion's result depends on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def fingerprint(c: Checkpoint) -> dict[str, Any]:
-    """Name, size and a hash of samples of every file of an opened checkpoint, which tell its weights from others'."""
+    """Identifies an opened checkpoint's weights by name, size and sampled hash of every file."""
     return {
         "where": c.where,
         "config_sha256": hashlib.sha256(json.dumps(c.hf_config, sort_keys=True).encode()).hexdigest(),
@@ -34,10 +34,10 @@ def fingerprint(c: Checkpoint) -> dict[str, Any]:
 
 
 def sample_sha256(file: pathlib.Path) -> str:
-    """SHA-256 of a file's size, its first MiB, and 256 blocks of 4 KiB spread evenly over it to the last byte.
+    """Returns the SHA-256 of a file's size, its first MiB and 256 blocks of 4 KiB spread evenly up to the last byte.
 
-    A file of many GB is told from another in milliseconds. It is no proof that every byte is the same: that is what
-    the full hashes of a certificate are for.
+    It distinguishes files of many GB in milliseconds, but does not prove that every byte is equal: the full hashes of
+    a certificate do.
     """
     size = byte_size(file)
     digest = hashlib.sha256(size.to_bytes(8, "little"))
@@ -52,12 +52,12 @@ def sample_sha256(file: pathlib.Path) -> str:
 
 
 def lineage_record(c: Checkpoint, made_by: str, **more: Any) -> dict[str, Any]:
-    """The content of lineage.json of a checkpoint that is about to be written.
+    """Builds the content of lineage.json for a checkpoint that is about to be written.
 
     Args:
       c: the checkpoint, usually a view; its `source` is the parent.
       made_by: "upscale", "convert" or "train".
-      more: further keys, as JSON.
+      more: additional keys, with JSON values.
     """
     layer_map = c.layer_map
     return {
@@ -76,5 +76,5 @@ def lineage_record(c: Checkpoint, made_by: str, **more: Any) -> dict[str, Any]:
 
 
 def write_record(folder: pathlib.Path, content: dict[str, Any], name: str) -> None:
-    """Puts a record into a checkpoint's folder, which does not have its name yet."""
+    """Writes a record into a checkpoint folder that does not have its final name yet."""
     (folder / name).write_text(json_text(content))

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors loaded into the stacked, sharded state."""
+"""Loads a checkpoint's tensors into the stacked, sharded state."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from solar_jax.model.shapes import Params, param_shapes
 def load_params(c: Checkpoint, shardings: Params | None = None, dtype: Any = np.float32) -> Params:
     """Loads a checkpoint's weights as the stacked state.
 
-    Of each tensor a process reads the rows that its devices need, once, however many devices and layers hold them.
-    Besides the devices' own parts it holds one tensor at a time.
+    A process reads only the rows that its devices need, and only once, however many devices and layers hold them.
+    Besides its devices' shards it holds one tensor at a time.
 
     Args:
       c: an opened checkpoint, or a view.
@@ -22,7 +22,7 @@ def load_params(c: Checkpoint, shardings: Params | None = None, dtype: Any = np.
       dtype: the dtype of all arrays, or a tree of dtypes.
 
     Returns:
-      A tree shaped as `model.shapes.param_shapes(c.cfg)`.
+      A tree with the structure of `model.shapes.param_shapes(c.cfg)`.
     """
     if shardings is None:
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -39,9 +39,9 @@ def load_params(c: Checkpoint, shardings: Params | None = None, dtype: Any = np.
 def _parts(
     c: Checkpoint, path: str, shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: Any
 ) -> dict[str, np.ndarray]:
-    """What this process's devices hold of one array, by index."""
+    """Returns the shards of one array that this process's devices hold, by index."""
     row, unit, stacked = TENSORS[path], row_unit(path, c.cfg), path.startswith("layers/")
-    axis = row.axes.index(row.hf_axes[0][0])  # of one layer's array, along which the file's rows run
+    axis = row.axes.index(row.hf_axes[0][0])  # axis of one layer's array along which the file's rows run
     indices: Any = {str(i): i for i in sharding.addressable_devices_indices_map(shape).values()}
     spans = {key: [range(n)[i] for n, i in zip(shape, index, strict=True)] for key, index in indices.items()}
     parts = {key: np.empty([len(span) for span in spans[key]], dtype) for key in indices}

@@ -1,4 +1,4 @@
-"""SRC, the same in every command: an HF folder, a hub id, a .gguf file, one of our own checkpoints, or "smollm2"."""
+"""Opens SRC, the same in every command: an HF folder, hub id, .gguf file, one of our own checkpoints or "smollm2"."""
 
 import json
 import pathlib
@@ -23,11 +23,11 @@ from solar_jax.storage.paths import is_local
 
 
 def open_checkpoint(source: str) -> Checkpoint:
-    """Opens what SRC names and checks that its tensors are exactly those of its config; no weight is read yet.
+    """Opens what SRC names and checks that its tensors are exactly those of its config; no weights are read yet.
 
     Raises:
-      UserError: nothing there, damaged, an architecture that is not supported, tensors missing, unknown or of
-        another shape.
+      UserError: nothing found, damaged files, an unsupported architecture, or tensors that are missing, unknown or of
+        the wrong shape.
     """
     path = find_checkpoint(source)
     if path.is_file():
@@ -41,7 +41,7 @@ def open_checkpoint(source: str) -> Checkpoint:
 
 
 def _open_own(folder: pathlib.Path) -> Checkpoint:
-    """The newest checkpoint of a run, or one that `convert --to orbax` wrote."""
+    """Opens the newest checkpoint of a run, or one that `convert --to orbax` wrote."""
     model = folder / MODEL_FOLDER
     hf_config = read_json_object(inside(model, "config.json"))
     cfg = model_config(hf_config, str(model / "config.json"))
@@ -59,7 +59,7 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
         raise UserError(f"{step}: cannot be read; is it damaged?") from e
     for path, array in arrays.items():
         if expected.pop(path, None) != array.shape:
-            raise UserError(f"{step}: {path} of shape {array.shape} is not what {model / 'config.json'} says.")
+            raise UserError(f"{step}: {path} of shape {array.shape} does not match {model / 'config.json'}.")
     if expected:
         raise UserError(f"{step}: {', '.join(sorted(expected))} of {model / 'config.json'} are missing.")
     tensors = {name: (path, layer) for name, path, layer in hf_tensors(cfg)}
@@ -74,7 +74,7 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
             x = arrays[path][tuple(index) if layer is None else (layer, *index)].read().result()
         except (ValueError, OSError) as e:
             raise UserError(f"{step}: {path} cannot be read; is it damaged?") from e
-        # As plain integers: numpy moves those several times faster than the bfloat16 that it does not know.
+        # As plain integers: numpy moves them several times faster than bfloat16, which it does not support natively.
         return to_hf(x.view(f"u{x.dtype.itemsize}"), path, cfg).view(x.dtype)
 
     return Checkpoint(
@@ -85,13 +85,13 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
         shape_of={name: hf_shape(path, cfg) for name, (path, _) in tensors.items()},
         dtype_of={name: arrays[path].dtype.numpy_dtype for name, (path, _) in tensors.items()},
         read=read,
-        files=(step / "params" / "manifest.ocdbt",),  # which names all others by their hashes
+        files=(step / "params" / "manifest.ocdbt",),  # which lists all others by hash
         lineage=lineage(model),
     )
 
 
 def _open_gguf(path: pathlib.Path) -> Checkpoint:
-    from solar_jax.checkpoints import gguf  # here, since only GGUF files need its slow import
+    from solar_jax.checkpoints import gguf  # imported here: slow, and only GGUF files need it
 
     file = gguf.open_gguf(path)
     hf_config = gguf.hf_config(file)

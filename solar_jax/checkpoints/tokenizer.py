@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, checked against its model."""
+"""Loads a checkpoint's tokenizer and checks it against the model."""
 
 import tokenizers
 
@@ -7,10 +7,10 @@ from solar_jax.errors import UserError
 
 
 def load_tokenizer(c: Checkpoint) -> tokenizers.Tokenizer:
-    """The checkpoint's tokenizer.
+    """Loads the checkpoint's tokenizer.
 
     Raises:
-      UserError: it has none as tokenizer.json, or its ids do not fit the embedding.
+      UserError: tokenizer.json is missing or unreadable, or its ids exceed the embedding.
     """
     if "tokenizer.json" not in c.companions:
         raise UserError(f"{c.where}: tokenizer.json is missing.")
@@ -29,13 +29,13 @@ def load_tokenizer(c: Checkpoint) -> tokenizers.Tokenizer:
 
 
 def eos_id(c: Checkpoint) -> int:
-    """The token that ends a document (HF `eos_token_id`, the first where it lists several).
+    """Returns the end-of-document token id (HF `eos_token_id`, the first if it is a list).
 
     Raises:
-      UserError: config.json does not name one within the vocabulary.
+      UserError: config.json has none within the vocabulary.
     """
     found = c.hf_config.get("eos_token_id")
     first = found[0] if isinstance(found, list) and found else found
     if type(first) is not int or not 0 <= first < c.cfg.vocab_size:
-        raise UserError(f"{c.where}: eos_token_id must be a token under {c.cfg.vocab_size}, found {found!r}.")
+        raise UserError(f"{c.where}: eos_token_id must be a token id below {c.cfg.vocab_size}, found {found!r}.")
     return first

@@ -1,4 +1,4 @@
-"""Views: checkpoints computed from others while they are read. Each takes checkpoints and gives one."""
+"""Views: checkpoints computed from others as they are read. Each function takes a checkpoint and returns one."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ from solar_jax.growth.operators import LayerMap
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """How one tensor of a grown checkpoint is made: (source + partner) / 2 * scale, each step in the source's dtype."""
+    """Recipe for one grown tensor: (source + partner) / 2 * scale, each step rounded to the source's dtype."""
 
     source: str  # HF name in the base
-    partner: str  # the same where there is none
+    partner: str  # the source itself if there is none
     scale: float
 
     @property
@@ -32,13 +32,13 @@ def _made(path: str, layer: int | None, layer_map: LayerMap) -> _Made:
 
 
 def grown(c: Checkpoint, layer_map: LayerMap) -> Checkpoint:
-    """The checkpoint that a layer map makes of `c`: what `growth.apply.grow` does, without holding the model.
+    """Grows `c` by a layer map: the result of `growth.apply.grow`, without holding the model in memory.
 
-    Tensors keep their dtypes. A tensor that is a copy has its source's origin.
+    Tensors keep their dtypes. A copied tensor has its source's origin.
 
     Args:
-      c: has as many layers as the layer map's base.
-      layer_map: identity gives `c` itself.
+      c: a checkpoint with as many layers as the layer map's base.
+      layer_map: the identity returns `c` itself.
     """
     if layer_map.is_identity:
         return c
@@ -70,7 +70,7 @@ def grown(c: Checkpoint, layer_map: LayerMap) -> Checkpoint:
 
 
 def cast(c: Checkpoint, dtype: str | None) -> Checkpoint:
-    """The checkpoint with every tensor in one dtype; `c` itself if None. Values too large for float16 become inf."""
+    """Casts every tensor to one dtype; returns `c` itself if None. Values out of float16's range become inf."""
     if dtype is None:
         return c
     wanted = numpy_dtype(dtype)

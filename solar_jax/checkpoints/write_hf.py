@@ -1,4 +1,4 @@
-"""A model out: a Hugging Face folder streamed from a checkpoint, grown and converted on the way."""
+"""Streams a checkpoint into a Hugging Face folder, growing and converting it on the way."""
 
 import concurrent.futures
 import functools
@@ -17,16 +17,16 @@ from solar_jax.errors import UserError
 from solar_jax.formats.safetensors import Piece, write_safetensors
 from solar_jax.storage.paths import is_local
 
-WRITERS = 2  # shards written at a time: one reads while the other writes
+WRITERS = 2  # shards written concurrently: one reads while the other writes
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-Progress = Callable[[int], None]  # told the bytes written since the last call
+Progress = Callable[[int], None]  # called with the bytes written since the last call
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size as transformers writes it, e.g. "5GB".
+    """Parses a size in transformers' notation, e.g. "5GB", into bytes.
 
     Raises:
-      UserError: it is not written so, or zero.
+      UserError: the size is malformed or zero.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
@@ -36,7 +36,7 @@ def parse_size(text: str) -> int:
 
 
 def pieces(c: Checkpoint) -> list[Piece]:
-    """Every tensor in the order that HF writes them, each with where its bytes come from."""
+    """Returns every tensor in HF's order, each with the source of its bytes."""
     return [_piece(c, name, path) for name, path, _ in hf_tensors(c.cfg)]
 
 
@@ -49,7 +49,7 @@ def _piece(c: Checkpoint, name: str, path: str) -> Piece:
 
 
 def shards(tensors: list[Piece], max_shard_size: int) -> dict[str, list[Piece]]:
-    """File name -> its tensors, in order; a file holds `max_shard_size` bytes at most, but for a single larger one."""
+    """Maps file names to tensors, in order; a file holds at most `max_shard_size` bytes, or one larger tensor."""
     files: list[list[Piece]] = [[]]
     used = 0
     for piece in tensors:
@@ -73,19 +73,19 @@ def write_model(
     has: Callable[[str], bool] | None = None,
     put: Callable[[pathlib.Path, str], None] | None = None,
 ) -> None:
-    """Fills a folder with config, tokenizer files and weights.
+    """Writes config, tokenizer files and weights into a folder.
 
-    A shard gets its name only when it is complete and on disk; shards that an earlier, killed run left are not written
-    again. Tensors are copied in the kernel or streamed in blocks of rows.
+    A shard gets its final name only once it is complete and on disk; shards that an earlier, killed run left are not
+    rewritten. Tensors are copied in the kernel or streamed in blocks of rows.
 
     Args:
-      folder: exists; empty, or as an earlier run of the same job left it.
+      folder: an existing folder; empty, or as an earlier run of the same job left it.
       c: the checkpoint to write.
-      max_shard_size: bytes of weights a file holds.
-      progress: told the bytes written since its last call.
-      process: (index, count) of the processes that fill the folder together; each writes its share of the shards.
-      has: whether a file is there already; looks into the folder if None.
-      put: gives a finished file its name and place; within the folder if None.
+      max_shard_size: at most this many bytes of weights per file.
+      progress: called with the bytes written since its last call.
+      process: (index, count) of the processes that write the folder together; each writes its share of the shards.
+      has: returns whether a file already exists; checks the folder if None.
+      put: moves a finished file to its final name and place; within the folder if None.
     """
     has = has or (lambda name: (folder / name).exists())
     put = put or (lambda file, name: os.rename(file, folder / name))
@@ -116,7 +116,7 @@ def write_model(
 
 
 def write_companions(folder: pathlib.Path, hf_config: dict[str, Any], companions: dict[str, bytes]) -> None:
-    """config.json and the tokenizer files: a checkpoint without its weights."""
+    """Writes config.json and the tokenizer files: a checkpoint without its weights."""
     for name, content in companions.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -128,7 +128,7 @@ def write_config(file: pathlib.Path, value: dict[str, Any]) -> None:
 
 
 def json_text(value: dict[str, Any]) -> str:
-    """As a person reads it; half a surrogate pair, which JSON may escape but no file hold, stays escaped."""
+    """Returns indented JSON; lone surrogates, which JSON can escape but UTF-8 cannot encode, stay escaped."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode()

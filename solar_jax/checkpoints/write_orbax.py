@@ -1,4 +1,4 @@
-"""A checkpoint of any source written as one of ours, block by block: no stacked array is ever held."""
+"""Writes a checkpoint from any source as one of ours, block by block: no stacked array is ever held in memory."""
 
 import collections
 import concurrent.futures
@@ -18,13 +18,13 @@ from solar_jax.orbax_store.layout import FOLDER
 from solar_jax.orbax_store.streamed import write_streamed
 from solar_jax.parallel import processes
 
-Chunks = set[tuple[int, ...]]  # positions in an array's grid
-_WORKERS = 2  # blocks read and transposed at a time
-_AHEAD = 3  # blocks that wait for the writer
+Chunks = set[tuple[int, ...]]  # positions in an array's chunk grid
+_WORKERS = 2  # blocks read and transposed concurrently
+_AHEAD = 3  # blocks queued for the writer
 
 
 def array_dtypes(c: Checkpoint) -> dict[str, np.dtype]:
-    """The dtype of every array by path: that of its tensors, float32 where they have several."""
+    """Returns every array's dtype by path: that of its tensors, or float32 if they differ."""
 
     def one(path: str) -> np.dtype:
         layers = range(c.cfg.num_hidden_layers) if path.startswith("layers/") else (None,)
@@ -35,13 +35,13 @@ def array_dtypes(c: Checkpoint) -> dict[str, np.dtype]:
 
 
 def total_bytes(c: Checkpoint) -> int:
-    """Bytes of the arrays that `write_params` writes."""
+    """Returns the bytes of the arrays that `write_params` writes."""
     dtypes, leaves = array_dtypes(c), jax.tree.leaves_with_path(param_shapes(c.cfg))
     return sum(s.size * dtypes["/".join(k.key for k in p)].itemsize for p, s in leaves)
 
 
 def write_params(workdir: pathlib.Path, c: Checkpoint, progress: Callable[[int], None]) -> None:
-    """Writes a checkpoint of step 0 under `workdir`; of several processes, each writes its share of the layers.
+    """Writes a checkpoint of step 0 under `workdir`; with several processes, each writes its share of the layers.
 
     Args:
       workdir: the folder above `checkpoints/`, local or in a bucket; empty or as an earlier run of this job left it.
@@ -61,7 +61,7 @@ def write_params(workdir: pathlib.Path, c: Checkpoint, progress: Callable[[int],
         try:
             if processes.is_first():
                 begun = {path: open_array(folder, path).shape for path in array_paths(folder)}
-                for path in dtypes:  # in whose places Orbax left empty ones of another shape
+                for path in dtypes:  # replaces the placeholders of another shape that Orbax wrote
                     _array(writer, c, path, shape[path], dtypes[path], fresh=begun.get(path) != shape[path])
             processes.wait("the arrays are there to be filled")
             stored = chunks(folder)
@@ -70,7 +70,7 @@ def write_params(workdir: pathlib.Path, c: Checkpoint, progress: Callable[[int],
                 _write_array(writer, array, stored[path], c, path)
             writer.flush()
         finally:
-            writer.abandon()  # where one failed, those that are on their way
+            writer.abandon()  # after a failure, waits for the writes in flight
 
     with told_errors(workdir):
         write_streamed(workdir, tree, write_arrays, progress)
@@ -78,7 +78,7 @@ def write_params(workdir: pathlib.Path, c: Checkpoint, progress: Callable[[int],
 
 
 def _array(writer: BlockWriter, c: Checkpoint, path: str, shape: tuple[int, ...], dtype: np.dtype, fresh: bool) -> Any:
-    """An array on disk, in chunks of one block of a layer's file."""
+    """Creates an array on disk, in chunks of one block of a layer's file tensor."""
     row, unit = TENSORS[path], row_unit(path, c.cfg)
     block = next(row_blocks(hf_shape(path, c.cfg), unit))
     chunk = [sizes(c.cfg)[letter] for letter in row.axes]
@@ -87,14 +87,14 @@ def _array(writer: BlockWriter, c: Checkpoint, path: str, shape: tuple[int, ...]
 
 
 def _rows_axis(path: str) -> int:
-    """The axis of our layer's array along which the file's rows run."""
+    """Returns the axis of our layer's array along which the file's rows run."""
     return TENSORS[path].axes.index(TENSORS[path].hf_axes[0][0])
 
 
 def _write_array(writer: BlockWriter, array: Any, stored: Chunks, c: Checkpoint, path: str) -> None:
-    """One array of the state, its distinct layers each read once and written to every place that they have.
+    """Writes one array of the state; each distinct layer is read once and written everywhere it occurs.
 
-    Layers whose chunks are all stored already are left as they are.
+    Layers whose chunks are all stored already are skipped.
     """
     unit, axis, dtype = row_unit(path, c.cfg), _rows_axis(path), array.dtype.numpy_dtype
     blocks = list(row_blocks(hf_shape(path, c.cfg), unit))
@@ -102,14 +102,14 @@ def _write_array(writer: BlockWriter, array: Any, stored: Chunks, c: Checkpoint,
 
     def prepare(item: tuple[list[int | None], slice]) -> tuple[list[int | None], slice, np.ndarray]:
         layers, rows = item
-        with np.errstate(over="ignore"):  # float16 has no room for what float32 has: it becomes inf
+        with np.errstate(over="ignore"):  # values out of float16's range become inf
             x = c.read(tensor_name(path, layers[0]), rows).astype(dtype, copy=False)
-        # As plain integers: numpy moves those several times faster than the bfloat16 that it does not know.
+        # As plain integers: numpy moves them several times faster than bfloat16, which it does not support natively.
         x = from_hf(x.view(f"u{dtype.itemsize}"), path, c.cfg)
         return layers, rows, np.ascontiguousarray(x).view(dtype)
 
     def positions(layer: int | None) -> Chunks:
-        """Of the chunks of one layer in the array's grid."""
+        """Returns the positions of one layer's chunks in the array's grid."""
         at = [0] * len(TENSORS[path].axes)
         return {(*(() if layer is None else (layer,)), *at[:axis], i, *at[axis + 1 :]) for i in range(len(blocks))}
 
@@ -125,7 +125,7 @@ def _write_array(writer: BlockWriter, array: Any, stored: Chunks, c: Checkpoint,
 
 
 def _ahead(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`map` in threads, a bounded number of results ahead."""
+    """Maps in threads, a bounded number of results ahead."""
     with concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
         waiting: collections.deque[Any] = collections.deque()
         for item in items:

@@ -58,6 +58,16 @@ def _keys(folder: pathlib.Path) -> list[str]:
     return [k.decode() for k in ts.KvStore.open(_key_value_store(folder)).result().list().result()]
 
 
+def layout_is_known(folder: pathlib.Path) -> bool:
+    """Whether a checkpointable is in the layout that this module reads: zarr version 3 in OCDBT, Orbax's default."""
+    if not (folder / "manifest.ocdbt").exists():
+        return False
+    try:
+        return not any(key.endswith("/.zarray") for key in _keys(folder))
+    except (ValueError, OSError):
+        return True  # known and damaged
+
+
 def array_paths(folder: pathlib.Path) -> list[str]:
     """The path of every array of a checkpointable, e.g. "layers/q_proj".
 
@@ -124,7 +134,8 @@ class BlockWriter:
             "shape": list(shape),
             "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            # A checksum a chunk: a flipped bit is an error where it is read, by Orbax too.
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         }
         return ts.open(spec, create=True, open=not fresh, delete_existing=fresh, context=self._context).result()
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from solar_jax.errors import phrase
-from solar_jax.orbax_store.arrays import array_paths, open_array
+from solar_jax.orbax_store.arrays import array_paths, layout_is_known, open_array
 from solar_jax.orbax_store.layout import COMMITTED
 from solar_jax.parallel import processes
 from solar_jax.storage import paths
@@ -168,6 +168,8 @@ def problem(step: pathlib.Path, state: dict[str, Any]) -> str | None:
         seal = read_seal(step)
         if seal is not None and (wrong := _missing(seal["files"], _sizes(step))):
             return wrong
+        if not all(layout_is_known(step / part) for part in state):
+            return None  # Orbax says what it finds
         found = stored_shapes(step, state)
     except (ValueError, OSError, KeyError) as e:
         return f"it cannot be read ({phrase(e)})"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -22,7 +23,7 @@ from solar_jax.config import CheckpointConfig
 from solar_jax.errors import UserError, phrase
 from solar_jax.model.shapes import Params
 from solar_jax.orbax_store import checksums, restore
-from solar_jax.orbax_store.arrays import DATA_FILE_BYTES
+from solar_jax.orbax_store.arrays import DATA_FILE_BYTES, layout_is_known
 from solar_jax.orbax_store.layout import COMMITTED, FOLDER
 from solar_jax.orbax_store.retention import kept
 from solar_jax.parallel import processes
@@ -334,7 +335,7 @@ class CheckpointStore:
             problem = f"it cannot be read ({phrase(e)})"
         self._agree(problem)
         try:
-            found, sums = restore.restore(folder, state)
+            found, sums = self._read(step, state)
         except (*self._failures, KeyError) as e:
             problem = f"it cannot be read ({phrase(e)})"
         self._agree(problem)
@@ -343,6 +344,26 @@ class CheckpointStore:
         if finish is not None:
             found["opt_state"] = finish(found["opt_state"], step)
         return found | host
+
+    def _read(self, step: int, state: dict[str, Any]) -> tuple[dict[str, Any], checksums.Sums]:
+        """The arrays of a step, and this process's shares of the sums of what is stored.
+
+        They are read in blocks, or by Orbax: where the config says so, and where the layout is not the one that
+        `arrays` reads. Orbax reads every byte once for the arrays and once for the sums.
+        """
+        folder = self._folder / str(step)
+        known = all(layout_is_known(folder / part) for part in state)
+        if known and self._cfg.restore == "blocks":
+            return restore.restore(folder, state)
+        if not known:
+            self._warn(f"{folder}: is not zarr version 3 in OCDBT, so that Orbax restores it")
+        found = self._checkpointer.load_checkpointables(step, state)
+        if not known:  # nor is it one of ours, which have sums
+            return found, {}
+        index, count = processes.index_and_count()
+        names = [checksums.name_of(path) for path, _ in jax.tree.leaves_with_path(state)]
+        mine = checksums.stored_sums(folder, names[index::count])
+        return found, dict.fromkeys(names, 0) | mine
 
     @staticmethod
     def _agree(problem: str | None) -> None:

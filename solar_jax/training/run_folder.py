@@ -44,7 +44,7 @@ def config_dict(config: Config) -> dict[str, Any]:
 _TEXT = "data.json"
 
 # Keys that no number of the training depends on, or a group of them: a restart may change them.
-_FREE = ("logging", "data.workers", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best")
+_FREE = ("logging", "data.workers", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.restore")
 TOKENIZER, DATA = "tokenizer", "data"  # what else --allow_changed may name
 _DIFFERENCES = 4  # shown
 

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
+from orbax.checkpoint import v1 as ocp
 
 from solar_jax.checkpoints import checkpoint
 from solar_jax.checkpoints.checkpoint import Checkpoint, from_params
@@ -262,3 +263,23 @@ def test_any_name_of_a_folder_will_do(tmp_path, tiny, name):
     for tensor in ("model.norm.weight", "model.layers.3.self_attn.q_proj.weight"):
         np.testing.assert_array_equal(found.read(tensor), expected.read(tensor))
     assert json.loads((out / "model" / "config.json").read_text()) == expected.hf_config
+
+
+def test_a_flipped_bit_of_a_chunk_is_an_error_for_us_and_for_orbax(tmp_path):
+    c = base(PLAIN)
+    write_params(tmp_path, c, lambda n: None)
+    folder = tmp_path / FOLDER / "0" / "params"
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=one), param_shapes(PLAIN))
+    with ocp.training.Checkpointer(str(tmp_path / FOLDER)) as store:
+        assert_same_bits(store.load_checkpointables(0, {"params": abstract})["params"], load_params(c))
+    # Within a weight, so that nothing but a chunk's checksum can tell.
+    weight = c.read("model.embed_tokens.weight").tobytes()[:64]
+    (data,) = (f for f in folder.rglob("d/*") if weight in f.read_bytes())
+    content = bytearray(data.read_bytes())
+    content[content.index(weight) + 3] ^= 0x10
+    data.write_bytes(content)
+    with pytest.raises(ValueError, match=r"(?i)crc|checksum|data_loss"):
+        open_array(folder, "embed").read().result()
+    with ocp.training.Checkpointer(str(tmp_path / FOLDER)) as store, pytest.raises(KeyError, match=r"params"):
+        store.load_checkpointables(0, {"params": abstract})

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
 
+from solar_jax.config import CheckpointConfig
 from solar_jax.orbax_store import checksums, restore
+from solar_jax.orbax_store.arrays import layout_is_known
 from solar_jax.orbax_store.layout import FOLDER
 from solar_jax.orbax_store.store import CheckpointStore
 
@@ -110,3 +113,34 @@ def test_a_chunk_that_is_gone_is_an_error_and_not_zeros(tmp_path):
         restore.restore(tmp_path, wanted)
     array[3:].write(np.ones((1, 8), np.float32)).result()
     np.testing.assert_array_equal(restore.restore(tmp_path, wanted)[0]["params"]["w"], 1.0)
+
+
+def restored(step, wanted, **config) -> tuple[dict, list[str]]:
+    said: list[str] = []
+    with CheckpointStore(step.parents[1], CheckpointConfig(**config), warn=said.append) as store:
+        return store.restore_params(1, wanted["params"]), said
+
+
+@pytest.mark.parametrize("spec", [P(), P("b", "a")], ids=str)
+def test_orbax_gives_the_same_bits_where_the_config_asks_for_it(step, spec):
+    wanted = abstract(spec)
+    (ours, _), (theirs, said) = restored(step, wanted), restored(step, wanted, restore="orbax")
+    assert said == []
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (a.dtype, a.sharding) == (b.dtype, b.sharding)
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("options", [{"use_ocdbt": False}, {"use_zarr3": False}], ids=["files", "zarr2"])
+def test_a_layout_that_we_do_not_read_is_restored_by_orbax(tmp_path, options):
+    context = ocp.Context()
+    for name, value in options.items():
+        setattr(context.array.saving, name, value)
+    with ocp.training.Checkpointer(str(tmp_path / FOLDER), context=context) as checkpointer:
+        checkpointer.save_checkpointables(1, {"params": jax.device_put(values(), ONE)}, force=True)
+    folder = tmp_path / FOLDER / "1"
+    assert not layout_is_known(folder / "params")
+    found, said = restored(folder, abstract(P("b")))
+    assert [line.partition(": ")[2] for line in said] == ["is not zarr version 3 in OCDBT, so that Orbax restores it"]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(values()), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
