@@ -16,6 +16,24 @@ import ml_collections
 from solar_jax.errors import UserError
 
 
+def _at_least(least: int, group: str, values: Any, *keys: str) -> None:
+    for key in keys:
+        if (value := getattr(values, key)) < least:
+            raise UserError(f"config.{group}.{key} must be at least {least}, found {value}.")
+
+
+def _not_negative(group: str, values: Any, *keys: str) -> None:
+    for key in keys:
+        if not 0 <= (value := getattr(values, key)) < math.inf:  # a NaN is refused too
+            raise UserError(f"config.{group}.{key} must be finite and not negative, found {value}.")
+
+
+def _one_of(group: str, values: Any, **known: tuple[str, ...]) -> None:
+    for key, names in known.items():
+        if (value := getattr(values, key)) not in names:
+            raise UserError(f"config.{group}.{key} must be one of {', '.join(names)}, found {value!r}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a Llama-family decoder; field names are Hugging Face's `config.json` keys.
@@ -75,6 +93,20 @@ class DataConfig:
     packing: str = "best_fit"  # whole documents and pieces, as they fill rows best; "concat": one stream, cut every T
     mask_documents: bool = True  # tokens see only their own document within a packed row
 
+    def check(self) -> None:
+        """Raises a UserError for values that no run could use; so do the other groups'."""
+        _at_least(1, "data", self, "sequence_length")
+        _not_negative("data", self, "workers")
+        _one_of("data", self, packing=("best_fit", "concat"), holdout=("hash", "position"))
+        if not self.sources:
+            raise UserError("config.data.sources must name at least one text, found ().")
+        _at_least(2, "data", self, "holdout_every")
+        if self.packing == "best_fit" and not self.mask_documents:
+            raise UserError(
+                "config.data.packing='best_fit' needs config.data.mask_documents=True, as documents that share a row "
+                "must not see each other; for False take config.data.packing=concat."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -88,6 +120,15 @@ class TrainConfig:
     max_skipped: int = 0  # steps of a run whose loss or gradient may be no number; their updates are left out
     spike: float = 0.0  # running deviations above the running mean at which a loss is a spike; 0: any loss is taken
     control: bool = False  # also train the base without growth, on the same tokens
+
+    def check(self) -> None:
+        _at_least(1, "train", self, "steps", "batch_size")
+        _not_negative("train", self, "accumulation", "max_skipped", "spike")
+        if self.batch_size % max(1, self.accumulation):
+            raise UserError(
+                f"config.train.batch_size={self.batch_size} must be a multiple of "
+                f"config.train.accumulation={self.accumulation}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +145,27 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # on matrices, not on norm scales
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
 
+    def check(self) -> None:
+        _not_negative("optimizer", self, "warmup_steps", "weight_decay", "clip_norm", "learning_rate")
+        for key in ("final_fraction", "decay_fraction"):
+            if not 0 <= (value := getattr(self, key)) <= 1:
+                raise UserError(f"config.optimizer.{key} must lie between 0 and 1, found {value}.")
+        for key in ("b1", "b2"):
+            if not 0 <= (value := getattr(self, key)) < 1:  # Adam divides by 1 - b ** t
+                raise UserError(f"config.optimizer.{key} must be at least 0 and under 1, found {value}.")
+        if not 0 < self.eps < math.inf:  # a gradient of 0 would give 0 / 0
+            raise UserError(f"config.optimizer.eps must be above 0, found {self.eps}.")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     every: int = 0  # steps between held-out evaluations during training; 0: only before and after
     windows: int = 40  # held-out rows
     batch_size: int = 8  # rows at a time over all devices
+
+    def check(self) -> None:
+        _at_least(1, "evaluation", self, "windows", "batch_size")
+        _not_negative("evaluation", self, "every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +187,11 @@ class CheckpointConfig:
     keep_best: int = 0  # so many of least held-out loss are kept too; 0: none
     restore: str = "blocks"  # checkpoints are read in blocks of chunks; "orbax": by Orbax itself, at half the speed
 
+    def check(self) -> None:
+        _at_least(1, "checkpoint", self, "every", "keep")
+        _not_negative("checkpoint", self, "keep_every", "keep_best")
+        _one_of("checkpoint", self, restore=("blocks", "orbax"))
+
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
@@ -143,11 +204,18 @@ class LoggingConfig:
     watchdog_seconds: float = 600.0  # without a step, and 10 median steps, before all stacks are dumped; 0: never
     compilation_cache: bool = True  # programs are kept for the next start
 
+    def check(self) -> None:
+        _at_least(1, "logging", self, "profile_steps")
+        _not_negative("logging", self, "profile_start", "watchdog_seconds")
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
     dtype: str = "bfloat16"
     max_shard_size: str = "5GB"
+
+    def check(self) -> None:
+        _one_of("export", self, dtype=DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +234,27 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     export: ExportConfig = ExportConfig()
+
+    def check(self) -> None:
+        for group in (getattr(self, field.name) for field in dataclasses.fields(self)):
+            if hasattr(group, "check"):
+                group.check()
+        if not self.seed >= 0:
+            raise UserError(f"config.seed must be finite and not negative, found {self.seed}.")
+        if not self.source:
+            raise UserError(
+                "config.source must name a checkpoint (HF folder, hub id, .gguf file or smollm2), found ''."
+            )
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise UserError(
+                f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} must not exceed "
+                f"config.train.steps={self.train.steps}."
+            )
+        if self.checkpoint.keep_best and not self.evaluation.every:
+            raise UserError(
+                f"config.checkpoint.keep_best={self.checkpoint.keep_best} needs held-out losses of checkpoints: a "
+                f"config.evaluation.every above 0, found {self.evaluation.every}."
+            )
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -186,7 +275,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
       UserError: a key is unknown, has another type than its default, or an impossible value.
     """
     resolved = _typed(Config, _renamed(config.to_dict()), "config")
-    _check(resolved)
+    resolved.check()
     return resolved
 
 
@@ -253,84 +342,3 @@ def _typed(cls: type, values: Any, path: str) -> Any:
             raise UserError(f"{path}.{key} must be of type {getattr(expected, '__name__', expected)}, found {value!r}.")
         out[key] = value
     return cls(**out)
-
-
-def _check(c: Config) -> None:
-    """Raises a UserError for values that no run could use."""
-    from_one = {
-        "train.steps": c.train.steps,
-        "train.batch_size": c.train.batch_size,
-        "data.sequence_length": c.data.sequence_length,
-        "evaluation.windows": c.evaluation.windows,
-        "evaluation.batch_size": c.evaluation.batch_size,
-        "checkpoint.every": c.checkpoint.every,
-        "checkpoint.keep": c.checkpoint.keep,
-        "logging.profile_steps": c.logging.profile_steps,
-    }
-    for key, value in from_one.items():
-        if value < 1:
-            raise UserError(f"config.{key} must be at least 1, found {value}.")
-    from_zero = {
-        "seed": c.seed,
-        "train.accumulation": c.train.accumulation,
-        "data.workers": c.data.workers,
-        "train.max_skipped": c.train.max_skipped,
-        "train.spike": c.train.spike,
-        "checkpoint.keep_every": c.checkpoint.keep_every,
-        "checkpoint.keep_best": c.checkpoint.keep_best,
-        "evaluation.every": c.evaluation.every,
-        "optimizer.warmup_steps": c.optimizer.warmup_steps,
-        "optimizer.weight_decay": c.optimizer.weight_decay,
-        "optimizer.clip_norm": c.optimizer.clip_norm,
-        "optimizer.learning_rate": c.optimizer.learning_rate,
-        "logging.profile_start": c.logging.profile_start,
-        "logging.watchdog_seconds": c.logging.watchdog_seconds,
-    }
-    for key, value in from_zero.items():
-        if not 0 <= value < math.inf:  # a NaN is refused too
-            raise UserError(f"config.{key} must be finite and not negative, found {value}.")
-    for key, value in (
-        ("optimizer.final_fraction", c.optimizer.final_fraction),
-        ("optimizer.decay_fraction", c.optimizer.decay_fraction),
-    ):
-        if not 0 <= value <= 1:
-            raise UserError(f"config.{key} must lie between 0 and 1, found {value}.")
-    for key, value in (("optimizer.b1", c.optimizer.b1), ("optimizer.b2", c.optimizer.b2)):
-        if not 0 <= value < 1:  # Adam divides by 1 - b ** t
-            raise UserError(f"config.{key} must be at least 0 and under 1, found {value}.")
-    if not 0 < c.optimizer.eps < math.inf:  # a gradient of 0 would give 0 / 0
-        raise UserError(f"config.optimizer.eps must be above 0, found {c.optimizer.eps}.")
-    if not c.source:
-        raise UserError("config.source must name a checkpoint (HF folder, hub id, .gguf file or smollm2), found ''.")
-    if not c.data.sources:
-        raise UserError("config.data.sources must name at least one text, found ().")
-    if c.data.holdout_every < 2:
-        raise UserError(f"config.data.holdout_every must be at least 2, found {c.data.holdout_every}.")
-    if c.data.packing not in ("best_fit", "concat"):
-        raise UserError(f"config.data.packing must be one of best_fit, concat, found {c.data.packing!r}.")
-    if c.data.packing == "best_fit" and not c.data.mask_documents:
-        raise UserError(
-            "config.data.packing='best_fit' needs config.data.mask_documents=True, as documents that stand together "
-            "by their length must not see each other; for False take config.data.packing=concat."
-        )
-    if c.data.holdout not in ("hash", "position"):
-        raise UserError(f"config.data.holdout must be one of hash, position, found {c.data.holdout!r}.")
-    if c.train.batch_size % max(1, c.train.accumulation):
-        raise UserError(
-            f"config.train.batch_size={c.train.batch_size} must be a multiple of "
-            f"config.train.accumulation={c.train.accumulation}."
-        )
-    if c.optimizer.warmup_steps > c.train.steps:
-        raise UserError(
-            f"config.optimizer.warmup_steps={c.optimizer.warmup_steps} must not exceed "
-            f"config.train.steps={c.train.steps}."
-        )
-    if c.checkpoint.restore not in ("blocks", "orbax"):
-        raise UserError(f"config.checkpoint.restore must be one of blocks, orbax, found {c.checkpoint.restore!r}.")
-    if c.checkpoint.keep_best and not c.evaluation.every:
-        raise UserError(
-            f"config.checkpoint.keep_best={c.checkpoint.keep_best} needs held-out losses of checkpoints: a "
-            f"config.evaluation.every above 0, found {c.evaluation.every}."
-        )
-    if c.export.dtype not in DTYPES:
-        raise UserError(f"config.export.dtype must be one of {', '.join(DTYPES)}, found {c.export.dtype!r}.")

@@ -1,9 +1,9 @@
-"""A checkpoint in another form: SRC to a Hugging Face folder or to one of our own checkpoints, grown where asked.
+"""Convert SRC to a Hugging Face folder or to one of our own checkpoints, optionally growing it.
 
 python -m solar_jax.convert --source SRC --out DIR --to hf [--dtype bfloat16] [--verify]
 python -m solar_jax.convert --source SRC --out DIR --to orbax [--operator dus --m 8]
 
-Weights are streamed in blocks: memory stays small for any model, both ways.
+Weights are streamed in blocks: memory stays small for any model, in both directions.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from solar_jax.errors import UserError
 
 def define_flags() -> None:
     command.define_conversion_flags()
-    flags.DEFINE_enum("to", None, ("hf", "orbax"), "The form to write.")
+    flags.DEFINE_enum("to", None, ("hf", "orbax"), "Format to write.")
 
 
 def check() -> None:
-    """Raises a UserError for flags that cannot work; imports no jax."""
+    """Raises a UserError for flags that cannot work; does not import jax."""
     f = flags.FLAGS
     if not f.source or not f.out or not f.to:
         raise UserError("convert needs --source SRC, --out DIR and --to hf|orbax.")
@@ -33,7 +33,7 @@ def check() -> None:
 
 
 if __name__ == "__main__":
-    command.begin(define_flags, check)  # before the imports that take seconds
+    command.begin(define_flags, check)  # before the slow imports
 
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
 from solar_jax.checkpoints.open import open_checkpoint

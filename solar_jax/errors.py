@@ -1,4 +1,4 @@
-"""The exceptions that a user of the commands is meant to see, and other people's in a few words."""
+"""Exceptions that are meant for users of the commands, and short phrases for those of libraries."""
 
 import os
 import re
@@ -7,27 +7,27 @@ _PHRASE = 300  # characters
 
 
 class UserError(Exception):
-    """Bad input, told in one sentence that names the file, tensor or key, what was expected and what was found.
+    """Bad input, reported in one sentence that names the file, tensor or key, what was expected and what was found.
 
-    Commands print it without a traceback and exit with status 2; everything else that escapes is a bug and keeps
+    Commands print it without a traceback and exit with status 2; any other exception that escapes is a bug and keeps
     its traceback.
     """
 
 
 class Interrupted(BaseException):
-    """A run that was asked to stop and did so in order; its sentence says where the same command goes on.
+    """Raised when a run stops cleanly on request; its message says where the same command resumes.
 
-    The command ends with status 75, which is sysexits' for a failure that a second try mends. As KeyboardInterrupt it
-    is no Exception, since it may come anywhere, also where any failure is tried again.
+    The command exits with status 75, sysexits' code for a failure that a retry fixes. Like KeyboardInterrupt it is not
+    an Exception, since it may occur anywhere, including where any failure is retried.
     """
 
 
 def phrase(e: BaseException) -> str:
-    """What a file system or a bucket said, on one line and without the libraries' notes to themselves."""
+    """Returns the error message of a file system or a bucket on one line, without the libraries' internal notes."""
     text = str(e)
     if found := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's
         return os.strerror(int(found[1]))
     if isinstance(e, OSError) and e.strerror:
         return e.strerror
-    text = re.sub(r"<head>.*?</head>|<[^<>]*>", " ", text.split(" [")[0], flags=re.DOTALL)  # a page for a browser
+    text = re.sub(r"<head>.*?</head>|<[^<>]*>", " ", text.split(" [")[0], flags=re.DOTALL)  # an HTML error page
     return " ".join(text.split())[:_PHRASE].rstrip(" .,") or type(e).__name__

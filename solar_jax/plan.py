@@ -1,10 +1,10 @@
-"""What a run takes on TPU slices that nobody has rented yet: memory, mesh, remat policy, time and price.
+"""Plan a run on TPU slices before renting them: memory, mesh, remat policy, time and price.
 
     python -m solar_jax.plan --config configs/dus_48l.py --slice v5p-128,v6e-256 [--tokens 3e11] [--compile]
 
-What the config leaves open (axes of `config.mesh` that are 0, `train.remat="auto"`, `train.accumulation=0`) is sought.
-Memory and time are estimated from shapes; with `--compile` the TPU compiler's own figures stand in their place, which
-takes minutes a slice and the package libtpu, but no TPU.
+What the config leaves open (axes of `config.mesh` set to 0, `train.remat="auto"`, `train.accumulation=0`) is searched.
+Memory and time are estimated from shapes; `--compile` replaces them with the TPU compiler's own figures, which takes
+minutes per slice and the package libtpu, but no TPU.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from solar_jax.errors import UserError
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
     flags.DEFINE_list("slice", None, "TPU slices as Google names them, e.g. v5p-128,2xv6e-256.")
-    flags.DEFINE_bool("compile", False, "Check each choice with the TPU compiler and take its figures.")
+    flags.DEFINE_bool("compile", False, "Check each choice with the TPU compiler and use its figures.")
     flags.DEFINE_float("tokens", None, "Tokens to train on, e.g. 3e11; the config's own if not given.")
-    flags.DEFINE_string("prices", None, "JSON file of dollars a chip and hour in place of list prices, {'v5p': 4.2}.")
+    flags.DEFINE_string("prices", None, "JSON file of dollars per chip-hour that replace list prices, {'v5p': 4.2}.")
     flags.DEFINE_float("time_limit", 1800.0, "Seconds after which no further compilation is started.")
     flags.DEFINE_string("json", None, "File to write the plan to as JSON.")
 
 
 def check() -> None:
-    """Raises a UserError for flags that cannot work; imports no jax."""
+    """Raises a UserError for flags that cannot work; does not import jax."""
     f = flags.FLAGS
     if f.config is None or not f.slice:
         raise UserError("plan needs --config FILE and --slice NAME, for example --slice=v5p-128,v6e-256.")
@@ -40,7 +40,7 @@ def check() -> None:
 
 
 if __name__ == "__main__":
-    command.begin(define_flags, check)  # before the imports that take seconds
+    command.begin(define_flags, check)  # before the slow imports
 
 import jax
 
@@ -59,15 +59,15 @@ from solar_jax.planning.search import Devices, Option
 from solar_jax.storage.json_files import read_json_object, write_json
 from solar_jax.training.partition import Partition, make_partition
 
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what the compiler's refusal begins with
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # start of the compiler's error when memory is too small
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run's step is taken on a slice."""
+    """Chosen way to run the step on a slice."""
 
     option: Option
-    hbm: float  # bytes a device
+    hbm: float  # bytes per device
     seconds: float
     compiled: bool
     fits: bool = True
@@ -86,12 +86,12 @@ def plan(
     config: Config, slices: Sequence[Slice], *, compiles: bool = False, tokens: float | None = None,
     prices: dict[str, float] | None = None, time_limit: float = 1800.0, file: str | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Plans a run on each slice, says everything, and returns what `--json` writes of each.
+    """Plans a run on each slice, prints the plan, and returns the rows that `--json` writes.
 
     Raises:
-      UserError: the config, or what it asks of the mesh, is impossible.
+      UserError: the config, or the mesh that it asks for, is impossible.
     """
-    # ---- What is asked for ------------------------------------------------------------------------------------------
+    # ---- The run ----------------------------------------------------------------------------------------------------
     begin = time.monotonic()
     base = config.model if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
     layer_map = make_layer_map(base.num_hidden_layers, config.growth)
@@ -102,12 +102,12 @@ def plan(
         raise UserError(f"--tokens must be above 0, found {tokens}.")
     show(
         f"{config.name}: {cfg.num_hidden_layers} layers, {parameter_count(cfg):,} parameters; "
-        f"{config.train.batch_size} x {config.data.sequence_length:,} = {step_tokens:,} tokens a step, {tokens:.4g} "
-        f"in all, precision {config.train.precision}"
+        f"{config.train.batch_size} x {config.data.sequence_length:,} = {step_tokens:,} tokens per step, {tokens:.4g} "
+        f"in total, precision {config.train.precision}"
     )
     show(
-        f"model FLOPs a token, 6 x the weights of matmuls + 12 x heads x head_dim x keys a layer: "
-        f"{flops(cfg, config) / 1e9:.2f} G causal (T/2 keys), {flops(cfg, config, causal=False) / 1e9:.2f} G not"
+        f"model FLOPs per token, 6 x matmul weights + 12 x heads x head_dim x keys per layer: "
+        f"{flops(cfg, config) / 1e9:.2f} G causal (T/2 keys), {flops(cfg, config, causal=False) / 1e9:.2f} G non-causal"
     )
     if compiles and (missing := no_compiler(slices[0])):
         compiles = False
@@ -122,7 +122,7 @@ def plan(
             result = checked(cfg, config, wanted, devices, begin + time_limit, partition) or result
         rows.append(row(cfg, wanted, result, tokens, (prices or {}).get(wanted.chip, wanted.facts.price)))
 
-    # ---- What came of it --------------------------------------------------------------------------------------------
+    # ---- The plan ---------------------------------------------------------------------------------------------------
     show(f"\n{plan_table(rows, tokens)}")
     if file:
         write_json(pathlib.Path(file), {"slices": rows})
@@ -138,7 +138,7 @@ def flops(cfg: ModelConfig, config: Config, *, causal: bool = True) -> float:
 
 
 def read_prices(file: str | None) -> dict[str, float]:
-    """The user's prices by chip.
+    """Reads the user's prices by chip.
 
     Raises:
       UserError: the file holds something else.
@@ -148,14 +148,14 @@ def read_prices(file: str | None) -> dict[str, float]:
     prices = read_json_object(pathlib.Path(file))
     for chip, price in prices.items():
         if chip not in CHIPS:
-            raise UserError(f"{file}: {chip!r} is no chip; chips are {', '.join(CHIPS)}.")
+            raise UserError(f"{file}: {chip!r} is not a known chip; chips are {', '.join(CHIPS)}.")
         if type(price) not in (int, float) or not price >= 0:
-            raise UserError(f"{file}: the price of {chip} must be dollars a chip and hour, found {price!r}.")
+            raise UserError(f"{file}: the price of {chip} must be dollars per chip-hour, found {price!r}.")
     return prices
 
 
 def no_compiler(wanted: Slice) -> str:
-    """Why nothing can be compiled here, or ""."""
+    """Returns why nothing can be compiled on this machine, or ""."""
     try:
         described_devices(wanted)
     except UserError as e:
@@ -164,23 +164,23 @@ def no_compiler(wanted: Slice) -> str:
 
 
 def estimated(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices, partition: Partition) -> Result:
-    """The best way by shapes alone, and what every policy needs on its mesh, printed."""
+    """Returns the best way by shapes alone, and prints what every policy needs on its mesh."""
     chip = wanted.facts
     found = search.options(cfg, config, devices, partition)
     show(
-        f"\n{wanted.name}: {wanted.chips:,} chips, a device {chip.memory:.1f} GiB and {chip.peak / 1e12:,.0f} TFLOP/s; "
-        f"{len(found):,} meshes and policies"
+        f"\n{wanted.name}: {wanted.chips:,} chips, per device {chip.memory:.1f} GiB, {chip.peak / 1e12:,.0f} TFLOP/s; "
+        f"{len(found):,} options"
     )
     option, need = search.best(cfg, found, devices, partition)
     show(policies(cfg, option, devices, partition))
     fits = search.fits(need, devices)
-    show(f"{'best' if fits else 'does not fit; least'}: {option}, {need}")
+    show(f"{'best' if fits else 'does not fit; smallest'}: {option}, {need}")
     assert option.time is not None
     return Result(option, need.total, option.time.total, compiled=False, fits=fits)
 
 
 def policies(cfg: ModelConfig, option: Option, devices: Devices, partition: Partition) -> str:
-    """A line for every remat policy on an option's mesh, GiB a device."""
+    """Formats a line for every remat policy on an option's mesh, in GiB per device."""
     parts = [field.name for field in dataclasses.fields(Need)]
     lines = [f"{'remat':<12}{'HBM GiB':>9}" + "".join(f"{name:>13}" for name in parts) + f"{'step s':>9}"]
     for other in search.other_policies(cfg, option, devices, partition):
@@ -195,14 +195,14 @@ def policies(cfg: ModelConfig, option: Option, devices: Devices, partition: Part
 def checked(
     cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices, deadline: float, partition: Partition
 ) -> Result | None:
-    """The best way that the TPU compiler takes, with its figures; None where time ran out first."""
+    """Returns the best way that the TPU compiler accepts, with its figures; None if time runs out or none is left."""
     smallest = devices.memory
     for option in search.options(cfg, config, devices, partition):
         need = search.need(cfg, option, partition)
         if not search.fits(need, devices) or need.total >= smallest:
             continue
         if time.monotonic() > deadline:
-            show("the time limit is over: estimated, not compiled")
+            show("time limit reached: estimated, not compiled")
             return None
         begin = time.monotonic()
         show(f"compiling {option} for {wanted.name}")
@@ -212,21 +212,21 @@ def checked(
         except jax.errors.JaxRuntimeError as e:
             if OUT_OF_MEMORY not in str(e):
                 raise
-            show(f"does not fit, says the compiler: {str(e).splitlines()[0]}")
+            show(f"does not fit according to the compiler: {str(e).splitlines()[0]}")
             smallest = need.total
             continue
         overlapped, serial = compiled.program.seconds()
         show(
-            f"compiled in {duration(time.monotonic() - begin)}: {compiled.total / GIB:.2f} GiB where "
-            f"{need.total / GIB:.2f} were estimated, step {overlapped:.3f} s ({serial:.3f} s with nothing overlapped)"
+            f"compiled in {duration(time.monotonic() - begin)}: {compiled.total / GIB:.2f} GiB, estimated "
+            f"{need.total / GIB:.2f}, step {overlapped:.3f} s ({serial:.3f} s with nothing overlapped)"
         )
         return Result(option, compiled.total, overlapped, compiled=True)
-    show("the compiler takes none of them")
+    show("no option fits according to the compiler")
     return None
 
 
 def row(cfg: ModelConfig, wanted: Slice, result: Result, tokens: float, price: float) -> dict[str, Any]:
-    """What the plan says of a slice."""
+    """Returns the plan's row for a slice."""
     config, chip = result.option.config, wanted.facts
     rate = config.train.batch_size * config.data.sequence_length / result.seconds / wanted.chips
     hours = tokens / (rate * wanted.chips) / 3600
@@ -250,13 +250,13 @@ def row(cfg: ModelConfig, wanted: Slice, result: Result, tokens: float, price: f
 
 
 def mesh_text(r: dict[str, Any]) -> str:
-    """A row's mesh and, where there are several, microbatches."""
+    """Formats a row's mesh and, if there are several, microbatches."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1) or "one device"
     return f"{mesh}, {r['accumulation']} microbatches" if r["accumulation"] > 1 else mesh
 
 
 def plan_table(rows: list[dict[str, Any]], tokens: float) -> str:
-    """One line a slice."""
+    """Formats one line per slice."""
     meshes = [mesh_text(r) for r in rows]
     wide = max(map(len, meshes)) + 2
     lines = [

@@ -3,7 +3,7 @@
 python -m solar_jax.upscale --source SRC --out DIR --operator dus --m 8
 python -m solar_jax.upscale --source SRC --out DIR --slices 0:24,8:32 [--dtype bfloat16] [--dry_run] [--verify]
 
-Weights are streamed: what does not change goes from file to file in the kernel, and memory stays small for any model.
+Weights are streamed: unchanged tensors are copied from file to file in the kernel; memory stays small for any model.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def define_flags() -> None:
 
 
 def check() -> None:
-    """Raises a UserError for flags that cannot work; imports no jax."""
+    """Raises a UserError for flags that cannot work; does not import jax."""
     f = flags.FLAGS
     if not f.source or not (f.out or f.dry_run):
         raise UserError("upscale needs --source SRC and --out DIR (or --dry_run).")
@@ -35,7 +35,7 @@ def check() -> None:
 
 
 if __name__ == "__main__":
-    command.begin(define_flags, check)  # before the imports that take seconds
+    command.begin(define_flags, check)  # before the slow imports
 
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
 from solar_jax.checkpoints.open import open_checkpoint

@@ -56,7 +56,7 @@ COMMANDS = {
 # As `python -m`, but Orbax's files of 4 MB, so that many reach the disk before the last.
 RUN = """
 import runpy, sys
-from solar_jax.training import arrays
+from solar_jax.orbax_store import arrays
 arrays.DATA_FILE_BYTES, arrays._PENDING_BYTES = 1 << 22, 1 << 23
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 """

@@ -29,7 +29,7 @@ def compiler(monkeypatch):
     """In the TPU compiler's place one that refuses what needs more than `limit` GiB, and says 1 GiB and 3 s."""
     seen = types.SimpleNamespace(limit=1000.0, tried=[])
 
-    def compile_step(cfg, config, wanted):
+    def compile_step(cfg, config, wanted, partition):
         option = dataclasses.replace(plan.search.options(cfg, config, plan.search.of_slice(wanted))[0], config=config)
         seen.tried.append(plan.search.need(cfg, option).total / GIB)
         if seen.tried[-1] > seen.limit:
@@ -78,7 +78,7 @@ def test_a_slice_that_is_too_small_is_told_from_one_that_fits(capsys):
     rows = plan.plan(FULL, [find_slice("v5e-8"), find_slice("v5p-64")])
     assert [r["fits"] for r in rows] == [False, True]
     assert rows[0]["hbm_gib"] > 15.75  # the smallest need that there is
-    assert "does not fit; least:" in capsys.readouterr().out
+    assert "does not fit; smallest:" in capsys.readouterr().out
 
 
 def test_the_compilers_figures_stand_in_place_of_estimates(compiler, capsys):
@@ -101,7 +101,7 @@ def test_nothing_is_compiled_when_time_is_over(compiler, capsys):
     (r,) = plan.plan(FULL, V5P, compiles=True, time_limit=0.0)
     assert compiler.tried == []
     assert not r["compiled"]
-    assert "the time limit is over: estimated, not compiled" in capsys.readouterr().out
+    assert "time limit reached: estimated, not compiled" in capsys.readouterr().out
 
 
 def test_without_a_compiler_the_plan_says_that_it_estimated(monkeypatch, capsys):
@@ -117,8 +117,8 @@ def test_without_a_compiler_the_plan_says_that_it_estimated(monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"v9": 1}', "'v9' is no chip; chips are v4"),
-        ('{"v5p": "4"}', "the price of v5p must be dollars a chip and hour, found '4'"),
+        ('{"v9": 1}', "'v9' is not a known chip; chips are v4"),
+        ('{"v5p": "4"}', "the price of v5p must be dollars per chip-hour, found '4'"),
         ('{"v5p": -1}', "found -1"),
         ("[1]", "prices.json"),
     ],

@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RUN = """
 import sys
 from solar_jax import prepare
-    from solar_jax.cli import command
+from solar_jax.cli import command
 from solar_jax.data import packing
 from solar_jax.data.prepared import shards
 packing._BLOCK_CHARACTERS, packing._ROWS_A_BLOCK, shards.BLOCKS_A_SHARD = 20000, 1, 4

@@ -23,7 +23,7 @@ from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.model.shapes import parameter_count
 from solar_jax.orbax_store.layout import newest
-from solar_jax.training import loop, run_folder
+from solar_jax.training import loop, run_folder, stages
 from tests.conftest import byte_tokenizer, hf_model, save_hf
 
 REPO = pathlib.Path(__file__).parents[1]
@@ -128,7 +128,7 @@ def test_transformers_loads_the_healed_model_with_our_logits(finished):
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     config, folder, summary = finished
-    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(train, "CONTINUED_PRETRAINING", None)
     assert train.run(config, folder) == summary
 
 
@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on_bit_by_bit(finished, tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "say", interrupt)
-        patch.setattr(train, "say", interrupt)
+        patch.setattr(stages, "say", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -341,7 +341,7 @@ def test_a_run_goes_on_with_what_was_allowed_to_change_and_with_nothing_else(fin
     words = tmp_path / "other.txt"
     words.write_text(" ".join(np.random.default_rng(1).choice(["other", "words"], 3000)))
     other = dataclasses.replace(longer, data=dataclasses.replace(longer.data, sources=(str(words),)))
-    with pytest.raises(UserError, match=r"other data, train source 0: 388 rows .* where this one has .*=data goes on"):
+    with pytest.raises(UserError, match=r"other data, train source 0: 388 rows .* where this one has .*=data resumes"):
         train.run(other, tmp_path / "run", ["train", "data.sources"])
     with pytest.raises(UserError, match=r"--allow_changed=train.stepz: .* did you mean train.steps"):
         train.run(longer, tmp_path / "run", ["train.stepz"])
@@ -412,5 +412,5 @@ def test_kill_9_then_the_same_command_goes_on(finished, tmp_path):
     found = newest(tmp_path / "run")  # that of step 3, unless it was still being written
     done = command(*arguments)
     assert done.returncode == 0, done.stderr
-    assert ("going on from the checkpoint of step 3" in done.stdout) == (found is not None)
+    assert ("resuming from the checkpoint of step 3" in done.stdout) == (found is not None)
     assert metrics(tmp_path / "run") == metrics(whole)

@@ -1,13 +1,13 @@
-"""The training step compiled for a TPU slice that is not here, next to MaxText's: memory, time, compilation.
+"""Compiles the training step for a TPU slice, without having one, next to MaxText's: memory, time, compilation.
 
     python scripts/bench/aot.py --slice v5p-128 --batch 4 --length 4096 --remat matmuls,attention
     python scripts/bench/aot.py --slice v5p-128 --remat matmuls \
         --peer MAXTEXT_ENV/bin/python --peer_remat minimal_with_context,full
 
-Needs the extra `tpu` (libtpu) and no TPU; `--peer` the python of an environment with maxtext[tpu]==0.2.5. Both programs
-are compiled for the same devices, rows and options, one after the other. Their step times are read by the same reader,
-`solar_jax/training/hlo_cost.py`, from what the compiler writes next to each operation; of the compilations the CPU time
-is told.
+Needs the extra `tpu` (libtpu) and no TPU; `--peer` is the python of an environment with maxtext[tpu]==0.2.5. Both
+programs are compiled for the same devices, rows and options, one after the other. Their step times are read by the same
+reader, `solar_jax/planning/hlo_cost.py`, from the compiler's annotations of each operation; for compilation, the CPU
+time is reported.
 """
 
 import argparse
@@ -43,7 +43,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A compiled step; bytes and seconds."""
+    """Compiled step; bytes and seconds."""
 
     name: str  # program and remat policy
     seconds: float  # CPU time of tracing and compilation
@@ -54,7 +54,7 @@ class Result:
 
 
 def recipe(config_file: str, layers: int) -> tuple[ModelConfig, Config]:
-    """The grown model of a config file, as deep as asked, and its run."""
+    """Returns the grown model of a config file, at the requested depth, and its run."""
     path, _, argument = config_file.partition(":")
     spec = importlib.util.spec_from_file_location("recipe", ROOT / path)
     assert spec
@@ -76,7 +76,7 @@ def ours(cfg: ModelConfig, config: Config, wanted: Slice, remat: str, options: d
 
 def peers(python: str, cfg: ModelConfig, args: argparse.Namespace, wanted: Slice, options: dict[str, str],
           remat: str) -> Result:  # fmt: skip
-    """MaxText's step of the same model and rows; its stock Mistral-7B, as deep as ours."""
+    """Compiles MaxText's step of the same model and rows: its stock Mistral-7B, as deep as ours."""
     flags = " ".join(f"--{name}={value}" for name, value in options.items())
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "program.txt"
@@ -96,7 +96,7 @@ def peers(python: str, cfg: ModelConfig, args: argparse.Namespace, wanted: Slice
 
 
 def mfus(result: Result, flops: float) -> tuple[float, ...]:
-    """Per cent of the chip's peak, (overlapped, serial)."""
+    """Returns the (overlapped, serial) per cent of the chip's peak."""
     return tuple(100 * flops / seconds / result.program.chip.peak for seconds in result.program.seconds())
 
 
@@ -107,7 +107,7 @@ def row(result: Result, flops: float) -> str:
 
 
 def ratios(results: list[Result], flops: float, budgets: list[float]) -> Iterator[str]:
-    """The best of ours against the best of the peer's within each budget of temporaries, GiB a chip."""
+    """Compares the best of ours with the peer's best within each budget of temporaries, in GiB per chip."""
     for budget in budgets:
         best = {}
         for name in ("solar_jax", "MaxText"):

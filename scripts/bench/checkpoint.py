@@ -1,14 +1,14 @@
-"""Saving and restoring a state, beside a plain write and read of the same bytes to the same disk, in turns.
+"""Saves and restores a state, next to a plain write and read of the same bytes to the same disk, in turns.
 
     uv run --extra demo python scripts/bench/checkpoint.py --work DIR [--gigabytes 2] [--rounds 3]
 
 The plain write is one file, written in 64 MB pieces and followed by fsync; the plain read comes after the file's pages
-were dropped from the cache, as do the restores. The save that is compared with it has the machine to itself
-as well, until the checkpoint is there; the reading back that follows is told by itself. Of a second one, with a step
-beside it, two things are told apart: how long the call that begins it takes, in which training stands still, and how
-much longer than others the next step takes, which on a CPU has to find new memory, as the bytes that are being written
-are the old state itself. Each round begins with memory that was touched before, since a virtual machine's first touch
-of a page is not what is measured. DIR needs three times the state.
+were dropped from the page cache, as do the restores. The save that is compared with it also has the machine to itself,
+until the checkpoint is committed; the read-back that follows is reported separately. For a second save, with a step
+running beside it, two times are reported: that of the call that begins it, in which training stands still, and how much
+longer than usual the next step takes, which on a CPU needs new memory, since the bytes being written are the old state
+itself. Each round begins with memory that was touched before, to exclude a virtual machine's first touch of a page. DIR
+needs three times the state's disk space.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PIECE = 1 << 26
 
 
 def make_state(gigabytes: float) -> dict:
-    """Stacked float32 layers as a model has them, and two moments of each."""
+    """Makes stacked float32 layers as a model has them, and two moments of each."""
     layers = max(1, round(gigabytes * 1e9 / (3 * 4 * 4 * 1024 * 1024)))
     keys = iter(jax.random.split(jax.random.key(0), 12))
 
@@ -42,7 +42,7 @@ def make_state(gigabytes: float) -> dict:
 
 
 def forget(folder: pathlib.Path) -> None:
-    """Drops a folder's pages from the cache, as far as the system lets one."""
+    """Drops a folder's pages from the page cache, as far as the system allows."""
     os.sync()
     for file in folder.rglob("*") if folder.is_dir() else [folder]:
         if file.is_file():
@@ -51,7 +51,7 @@ def forget(folder: pathlib.Path) -> None:
 
 
 def warm(gigabytes: float) -> None:
-    """Touches memory and gives it back: a virtual machine's first touch of a page can cost ten times a later one."""
+    """Touches memory and frees it: a virtual machine's first touch of a page can cost ten times a later one."""
     memory = np.empty(int(gigabytes * 1e9), np.uint8)
     memory[::4096] = 1
 
@@ -79,7 +79,7 @@ def plain_read(file: pathlib.Path) -> float:
 
 
 def save(store: CheckpointStore, number: int, state: dict) -> dict[str, float]:
-    """Saves with nothing beside it; seconds by name."""
+    """Saves with nothing running beside it; returns seconds by name."""
     os.sync()
     begin = time.perf_counter()
     store.begin(number, **state, host={"step": number})
@@ -90,7 +90,7 @@ def save(store: CheckpointStore, number: int, state: dict) -> dict[str, float]:
 
 
 def save_while_stepping(store: CheckpointStore, number: int, state: dict, step) -> tuple[dict, dict[str, float]]:
-    """Begins a save and takes a step; the new state and seconds by name."""
+    """Begins a save and takes a step; returns the new state and seconds by name."""
     usual = []
     for _ in range(3):
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A checkpoint to Orbax, grown by depth up-scaling on the way, and back: time, memory, and whether it is the same.
+"""Converts a checkpoint to Orbax, grown by depth up-scaling on the way, and back: time, memory and equality.
 
     uv run --extra demo python scripts/bench/convert.py --work DIR --source FOLDER [--m 8]
 
@@ -17,7 +17,7 @@ import time
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and the peak resident GiB of a command."""
+    """Runs a command; returns its wall seconds and peak resident GiB."""
     os.sync()
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -28,7 +28,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of every weight file."""
+    """Returns the SHA-256 of every weight file."""
     out = {}
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as f:

@@ -1,11 +1,11 @@
-"""One training step of SmolLM2-135M on this machine's CPU, side by side with transformers on torch.
+"""Times a training step of SmolLM2-135M on this machine's CPU, side by side with transformers on torch.
 
     uv run --extra demo --extra test python scripts/bench/cpu_step.py [--repeats 7] [--profile]
 
-The recipe of configs/dus_48l.py:smollm2 on the base model: 30 layers, 4 rows of 256 tokens, float32, AdamW. Both
-begin with the same weights, see the same batches, and have to have the same losses. They take turns in processes of
-their own; torch with each of its kinds of attention, of which the faster one counts. A turn waits until others leave
-the CPUs alone, and a round that they disturbed is not counted, for `--patience` seconds in all.
+Uses the recipe of configs/dus_48l.py:smollm2 on the base model: 30 layers, 4 rows of 256 tokens, float32, AdamW. Both
+start from the same weights, see the same batches, and must have the same losses. They take turns in their own
+processes; torch runs with each of its attention implementations, of which the fastest counts. A turn waits until other
+processes leave the CPUs idle, and disturbed rounds are not counted, for `--patience` seconds in total.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import sys
 import interleaved
 
 ROOT = pathlib.Path(__file__).parents[2]
-TOLERANCE = 1e-4  # nats, of the first step's loss: later ones also differ by what Adam makes of rounding
-PEERS = ("sdpa", "eager", "compile")  # torch: kinds of attention, and torch.compile of sdpa
+TOLERANCE = 1e-4  # nats, of the first step's loss: later ones also differ because Adam amplifies rounding
+PEERS = ("sdpa", "eager", "compile")  # torch: attention implementations, and torch.compile of sdpa
 
 
 def work(steps: int):  # -> programs.Work; what it imports is for the programs' own processes
-    """The recipe's first batches."""
+    """Builds the recipe's first batches."""
     import numpy as np
     from programs import Work
 
@@ -41,7 +41,7 @@ def work(steps: int):  # -> programs.Work; what it imports is for the programs' 
 
 
 def serve(program: str, steps: int, options: str) -> None:
-    """One of the programs, in its own process."""
+    """Runs one of the programs, in its own process."""
     from programs import ours, theirs
 
     if program == "solar_jax":

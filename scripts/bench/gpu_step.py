@@ -1,11 +1,11 @@
-"""One training step of a Llama on a GPU, side by side with torch (transformers, torch.compile, SDPA) on the same GPU.
+"""Times a training step of a Llama on a GPU next to torch (transformers, torch.compile, SDPA) on the same GPU.
 
     python scripts/bench/gpu_step.py --shape 1b [--rounds 3]     in an environment with the extra test and jax[cuda13]
-    python scripts/bench/gpu_step.py --device cpu                the same code on a tiny shape, for no figures
+    python scripts/bench/gpu_step.py --device cpu                the same code on a tiny shape, as a smoke test only
 
-Both begin with the same random weights, see the same random tokens, keep weights and AdamW's state in float32 and
-multiply in bfloat16. They take turns, each turn in a process of its own that has the whole GPU: warm-up, then timed
-steps. What counts is the median over all turns. MFU is by `metrics.flops_per_token` and the GPU's dense bfloat16 peak.
+Both start from the same random weights, see the same random tokens, keep weights and AdamW's state in float32 and
+multiply in bfloat16. They take turns, each in its own process with the GPU to itself: warm-up, then timed steps.
+The median over all turns counts. MFU uses `model.flops.flops_per_token` and the GPU's dense bfloat16 peak.
 """
 
 import argparse
@@ -20,7 +20,7 @@ COMMON = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-# name -> (HF config, rows, tokens a row, `remat` of ours): what 80 GB hold, 16 bytes a parameter for the state alone
+# name -> (HF config, rows, tokens a row, `remat` of ours): sized for 80 GB, 16 bytes per parameter for the state alone
 SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
     # Llama 3.2 1B
     "1b": ({
@@ -40,12 +40,12 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         "max_position_embeddings": 64, "rope_theta": 10000.0,
     }, 2, 64, "matmuls"),
 }  # fmt: skip
-TOLERANCE = 0.02  # nats, of the first step's loss, which bfloat16 rounds in other places
+TOLERANCE = 0.02  # nats, of the first step's loss, which bfloat16 rounds in different places
 PROGRAMS = ("solar_jax", "torch")
 
 
 def random_checkpoint(hf_config: dict[str, Any]):  # -> Checkpoint; its import is for the programs' own processes
-    """A checkpoint whose tensors are drawn when they are read, each from a seed of its own."""
+    """Returns a checkpoint whose tensors are sampled when they are read, each from its own seed."""
     import zlib
 
     import numpy as np
@@ -68,7 +68,7 @@ def random_checkpoint(hf_config: dict[str, Any]):  # -> Checkpoint; its import i
 
 
 def work(shape: str):  # -> programs.Work
-    """A shape's model and batches under the recipe's optimiser."""
+    """Builds a shape's model and batches with the recipe's optimiser."""
     import numpy as np
     from programs import Work
 
@@ -88,21 +88,21 @@ def work(shape: str):  # -> programs.Work
 
 
 def serve(program: str, shape: str, device: str) -> None:
-    """One of the programs, in its own process."""
+    """Runs one of the programs, in its own process."""
     from programs import ours, theirs
 
     if program == "solar_jax":
         import jax
 
         if device == "cuda" and jax.devices()[0].platform != "gpu":
-            raise SystemExit("error: jax finds no GPU here; it needs the CUDA packages (pip install 'jax[cuda13]').")
+            raise SystemExit("error: jax finds no GPU; install its CUDA packages (pip install 'jax[cuda13]').")
         interleaved.serve(*ours(work(shape)), jax.devices()[0].device_kind)
     else:
         interleaved.serve(*theirs(work(shape), "sdpa", True, device))
 
 
 def report(shape: str, spent: dict[str, list[float]], kind: str) -> None:
-    """The table: medians, tokens/s, MFU."""
+    """Prints the table: medians, tokens/s, MFU."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # the GPU is the programs'
     from solar_jax.checkpoints.hf_config import model_config
     from solar_jax.hardware.chips import GPU_PEAK_FLOPS
@@ -138,7 +138,7 @@ def main() -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise SystemExit("error: there is no GPU here that torch finds; --device cpu only tries the code out.")
+            raise SystemExit("error: torch finds no GPU on this machine; --device cpu only smoke-tests the code.")
 
     cpu = {"JAX_PLATFORMS": "cpu"}
     environment = {"solar_jax": cpu if args.device == "cpu" else {}, "torch": cpu}

@@ -1,8 +1,8 @@
-"""A step's time from the text of a program that the TPU compiler has optimised; see `solar_jax/training/hlo_cost.py`.
+"""Estimates a step's time from HLO text optimised by the TPU compiler; see `solar_jax/planning/hlo_cost.py`.
 
     python scripts/bench/hlo_cost.py HLO.txt --chip v5p --tokens 16384 --flops 1.12e15
 
-Any program's text will do, a peer's too.
+Works on any program's text, including other frameworks'.
 """
 
 import argparse

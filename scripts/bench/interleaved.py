@@ -1,7 +1,7 @@
-"""Programs that take turns at the same work, each in a process of its own that stays alive between its turns.
+"""Programs that take turns at the same work, each in its own process that stays alive between turns.
 
-Two thread pools in one process stand in each other's way, and programs that run one after the other find the machine
-in different states. So each waits for its turn, the order is turned round every time, and medians count.
+Two thread pools in one process interfere with each other, and programs that run one after the other find the machine
+in different states. So each waits for its turn, the order is reversed every round, and medians count.
 """
 
 import json
@@ -14,19 +14,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 TICKS = os.sysconf("SC_CLK_TCK")
-IDLE = 0.05  # of all CPUs: what others may use when a turn begins
+IDLE = 0.05  # fraction of all CPUs that other processes may use when a turn begins
 
 
 def serve(step: Callable[[int], float], profile: Callable[[], str], about: str = "") -> None:
-    """A program's side: takes a step or is profiled whenever a line on stdin says so, until stdin ends.
+    """Program side: takes a step or profiles one whenever a line on stdin says so, until stdin ends.
 
     Args:
-      step: takes the step of that number and returns its loss, when all of it is done.
-      profile: takes one more and tells where its time went.
-      about: what the other side may want to know of this process.
+      step: takes the step with the given number and returns its loss once all of it is done.
+      profile: takes one more step and reports where its time went.
+      about: information about this process for the other side.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keeps libraries' prints out of the answers
     answers.write(json.dumps(about) + "\n")
     answers.flush()
     for taken, line in enumerate(sys.stdin):
@@ -42,7 +42,7 @@ def serve(step: Callable[[int], float], profile: Callable[[], str], about: str =
 
 
 def busy() -> float:
-    """CPU seconds that this machine has worked since it started; 0 where that is not told."""
+    """Returns the CPU seconds that this machine has worked since boot; 0 if unavailable."""
     try:
         with open("/proc/stat") as f:
             user, nice, system, _, _, irq, softirq, steal = map(int, f.readline().split()[1:9])
@@ -52,7 +52,7 @@ def busy() -> float:
 
 
 def wait_until_idle(end: float) -> None:
-    """Returns when others have left the CPUs alone for a second, or at the latest at `end` of `time.monotonic()`."""
+    """Returns once other processes leave the CPUs idle for a second, at the latest at `end` of `time.monotonic()`."""
     while time.monotonic() < end:
         begin, before = time.monotonic(), busy()
         time.sleep(1)
@@ -85,7 +85,7 @@ class Program:
         return json.loads(self._answer())
 
     def turn(self) -> dict[str, float]:
-        """One step: wall and CPU seconds, its loss, and the share of the CPUs that others had meanwhile."""
+        """Takes one step; returns wall and CPU seconds, loss, and the share of the CPUs that others used meanwhile."""
         begin, before = time.perf_counter(), busy()
         measured = self._ask("step")
         spent = (time.perf_counter() - begin) * (os.cpu_count() or 1)
@@ -106,14 +106,14 @@ class Program:
 
 
 def alternate(programs: list[Program], warmup: int, repeats: int, patience: float) -> list[int]:
-    """Rounds in which each program has its turn, there and back; every turn on a line.
+    """Runs rounds in which each program has its turn, in alternating order; prints every turn on a line.
 
     Args:
-      programs: which.
+      programs: the programs.
       warmup: rounds that are not counted.
-      repeats: rounds that are.
-      patience: seconds in all for which turns may wait for idle CPUs, and rounds in which others disturbed a turn may
-        be taken once more instead of being counted.
+      repeats: rounds that are counted.
+      patience: total seconds for which turns may wait for idle CPUs, and rounds that other processes disturbed may be
+        repeated instead of counted.
 
     Returns:
       The indices in `turns` of the rounds that count.
@@ -141,5 +141,5 @@ def alternate(programs: list[Program], warmup: int, repeats: int, patience: floa
 
 
 def loss_difference(one: Program, other: Program) -> float:
-    """The largest of all their steps'."""
+    """Returns the largest loss difference over all steps."""
     return max(abs(a["loss"] - b["loss"]) for a, b in zip(one.turns, other.turns, strict=True))

@@ -1,11 +1,11 @@
-"""A training run killed with SIGKILL again and again, at random: in its start-up, in its steps, in its saves.
+"""Kills a training run with SIGKILL again and again, at random: during start-up, steps or saves.
 
     uv run --extra test python scripts/bench/kill_training.py --work DIR [--kills 50] [--seed 0] [--bucket]
 
-Every start has to go on from the newest checkpoint that was whole when the process died, none of which may be lost or
-half there, and a run that got to its end has to have, bit by bit, the losses and the weights of one that nobody
-killed. The model is tiny, so that most of the time is what Python and jax take to start. With --bucket the run is in a
-bucket of an emulator on loopback, whose every 151st request fails beside that; the run that nobody killed is local.
+Every start must resume from the newest checkpoint that was complete when the process died; no checkpoint may be lost or
+incomplete, and a finished run must have bitwise the same losses and weights as an uninterrupted run. The model is tiny,
+so that most of the time goes into starting Python and jax. With --bucket the run is in an emulated bucket on loopback,
+where in addition every 151st request fails; the uninterrupted run is local.
 """
 
 import argparse
@@ -33,7 +33,7 @@ MARKER = "commit_success.txt"
 
 
 def make_source(folder: pathlib.Path) -> None:
-    """A tiny model and a text."""
+    """Makes a tiny model and a text."""
     from tests.conftest import hf_model, save_hf
 
     save_hf(hf_model(num_hidden_layers=4), folder / "model")
@@ -53,15 +53,15 @@ def command(source: pathlib.Path, workdir: pathlib.Path) -> list[str]:
 
 
 def whole_steps(workdir: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints that have their marker, ascending."""
+    """Returns the steps of the checkpoints that have their marker, ascending."""
     return sorted(int(f.name) for f in saves(workdir) if f.name.isdigit() and (f / MARKER).exists())
 
 
 def saves(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Folders of checkpoints, whole or not."""
+    """Returns the folders of checkpoints, complete or not."""
     try:
         return list((workdir / "checkpoints").iterdir())
-    except FileNotFoundError:  # as a bucket's folder is that the run has just emptied
+    except FileNotFoundError:  # e.g. a bucket folder that the run has just emptied
         return []
 
 
@@ -71,7 +71,7 @@ def metrics(workdir: pathlib.Path) -> list[tuple]:
 
 
 def result(workdir: pathlib.Path) -> tuple:
-    """What of a finished run has to repeat bit by bit."""
+    """Returns the parts of a finished run that must be bitwise reproducible."""
     return metrics(workdir), (workdir / "evals.jsonl").read_bytes(), (workdir / "hf" / "model.safetensors").read_bytes()
 
 
@@ -88,7 +88,7 @@ def kill_one(
     rng: random.Random,
     startup: float,
 ) -> None:
-    """Kills a run that was just started, and writes to `said`, at a moment of a kind."""
+    """Kills a run that was just started, and writes to `said`, at a random moment of the given kind."""
     slower = 1 if is_local(workdir) else 8
     if moment == "start-up":
         time.sleep(rng.uniform(0, startup))
@@ -96,7 +96,7 @@ def kill_one(
         wait_for(process, lambda: "healed step " in said.read_text())
         time.sleep(rng.uniform(0, 0.6 * slower))
     else:
-        whole = whole_steps(workdir)  # what the last kill left half done is not a save of this start
+        whole = whole_steps(workdir)  # what the last kill left incomplete is not a save of this start
         left = {f.name for f in saves(workdir)} - set(map(str, whole))
         wait_for(process, lambda: any(f.name not in left and not (f / MARKER).exists() for f in saves(workdir)))
         time.sleep(rng.uniform(0, 0.15 * slower))
@@ -105,7 +105,7 @@ def kill_one(
 
 
 def check_left(workdir: pathlib.Path, before: list[int]) -> list[int]:
-    """Checkpoints of a killed run: all that were whole but for what newer ones replaced, and each can be read.
+    """Checks that a killed run lost no complete checkpoint, except to newer ones, and that the newest can be read.
 
     Returns:
       Their steps.
@@ -123,10 +123,10 @@ def check_left(workdir: pathlib.Path, before: list[int]) -> list[int]:
 
 
 def run(work: pathlib.Path, kills: int, seed: int, bucket: bool = False) -> dict[str, int]:
-    """Kills until `kills` are counted and the run that is under way has come to its end.
+    """Kills until `kills` are counted and the current run has finished.
 
     Returns:
-      Kills by moment, finished runs, and the most steps that one start had to take again.
+      Kills by moment, finished runs, and the most steps that one start had to repeat.
     """
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -136,7 +136,7 @@ def run(work: pathlib.Path, kills: int, seed: int, bucket: bool = False) -> dict
 
 @contextlib.contextmanager
 def emulated_bucket() -> Iterator[pathlib.Path]:
-    """A bucket on loopback whose every 151st request fails."""
+    """Serves a bucket on loopback in which every 151st request fails."""
     from solar_jax.storage import paths
     from tests.bucket import serving
 
@@ -146,7 +146,7 @@ def emulated_bucket() -> Iterator[pathlib.Path]:
 
 
 def kill_again_and_again(work: pathlib.Path, workdir: pathlib.Path, kills: int, rng: random.Random) -> dict[str, int]:
-    """See `run`; `workdir` may be a bucket's."""
+    """Does the work of `run`; `workdir` may be in a bucket."""
     counts = dict.fromkeys((*MOMENTS, "finished", "most_again"), 0)
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(work / "cache")}
     make_source(work)
@@ -167,7 +167,7 @@ def kill_again_and_again(work: pathlib.Path, workdir: pathlib.Path, kills: int, 
         said = (work / "said.txt").read_text()
         lines = [line for line in said.splitlines() if line.startswith("healed step ")]
         if before and lines:
-            assert f"going on from the checkpoint of step {before[-1]}" in said, said
+            assert f"resuming from the checkpoint of step {before[-1]}" in said, said
         if process.returncode == 0:
             assert result(workdir) == expected
             counts["finished"] += 1

@@ -1,11 +1,11 @@
-"""MaxText's training step of a Mistral-7B of any depth, compiled for a TPU slice that is not here.
+"""Compiles MaxText's training step of a Mistral-7B of any depth for a TPU slice, without having one.
 
 Runs in MaxText's environment (maxtext[tpu]==0.2.5), started by `aot.py --peer`:
 
     python maxtext_step.py OUT.txt NAME=VALUE ...
 
 The names are those of MaxText's config. Writes the optimised program to OUT.txt and, as the last line of its output,
-{"seconds", "arguments", "temporaries"} as JSON: CPU time of compilation, and bytes a chip.
+{"seconds", "arguments", "temporaries"} as JSON: CPU time of compilation, and bytes per chip.
 """
 
 import json
@@ -51,7 +51,7 @@ def main() -> None:
 
     train_compile.jit_and_compile = observed
     with tempfile.TemporaryDirectory() as folder:
-        # Its data pipeline wants a tokenizer, though the data are synthetic: the smallest that loads.
+        # Its data pipeline needs a tokenizer even for synthetic data: the smallest that loads.
         (pathlib.Path(folder) / "tokenizer.json").write_text(
             json.dumps({"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}})
         )

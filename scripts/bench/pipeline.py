@@ -1,12 +1,12 @@
-"""How fast batches are made of prepared rows: tokens a second on one core, and through worker processes.
+"""Measures how fast batches are made from prepared rows: tokens/s on one core, and through worker processes.
 
     uv run --extra demo python scripts/bench/pipeline.py [--prepared DIR] [--length 4096] [--batch 8] [--workers 1,2]
 
-Without --prepared some text is made of CPython's documentation topics, their paragraphs shuffled, and prepared with
-SmolLM2's tokenizer. A batch is read, decoded, stacked and laid on the device, as training takes it; "a core" is by the
-CPU time of this process, all its threads counted, while batches are made in the thread that asks. Rows are read in the
-shuffled order. Worker processes are timed on the wall after their first batches, and their start apart. Real tokens
-are counted, not padding. Medians of the rounds, which take turns.
+Without --prepared, text is made of CPython's documentation topics, their paragraphs shuffled, and prepared with
+SmolLM2's tokenizer. A batch is read, decoded, stacked and put on the device, as in training; "a core" is based on the
+CPU time of this process, all threads counted, while batches are made in the calling thread. Rows are read in shuffled
+order. Worker processes are timed by wall clock after their first batches, their start-up separately. Real tokens are
+counted, not padding. Figures are medians of the rounds, which take turns.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def make_config(source: str, text: str, length: int) -> Config:
 
 
 def write_text(file: pathlib.Path, megabytes: float) -> None:
-    """Documents of 1 to 80 paragraphs."""
+    """Writes documents of 1 to 80 paragraphs."""
     rng, size = np.random.default_rng(0), 0
     paragraphs = [p for name in sorted(topics) for p in topics[name].split("\n\n") if p.strip()]
     with file.open("w") as f:
@@ -57,7 +57,7 @@ def prepared(source: str, folder: pathlib.Path, megabytes: float, length: int) -
 
 
 def rate(feed: Feed, first: int, batches: int) -> tuple[float, float]:
-    """Rows that `batches` batches from number `first` on have a second of the wall, and of this process's CPUs."""
+    """Returns the rows per wall second, and per CPU second of this process, of `batches` batches from `first` on."""
     rows = 0
     wall, cpu = time.perf_counter(), time.process_time()
     for k in range(first, first + batches):
@@ -67,13 +67,13 @@ def rate(feed: Feed, first: int, batches: int) -> tuple[float, float]:
 
 
 def through_workers(corpus: Corpus, size: int, batches: int, workers: int) -> tuple[float, float]:
-    """Rows a second of the wall, and the seconds until the first batch was there."""
+    """Returns the rows per wall second, and the seconds until the first batch was ready."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     begin = time.perf_counter()
     with contextlib.closing(Feed(training_rows(corpus, 0), 0, size, size, sharding, workers)) as feed:
         feed(0)
         start = time.perf_counter() - begin
-        warm = 1 + 4 * workers  # what was made while this process waited
+        warm = 1 + 4 * workers  # batches made while this process waited
         rate(feed, 1, warm)
         return rate(feed, 1 + warm, batches)[0], start
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", default="1,2", help="numbers of worker processes")
     args = parser.parse_args()
-    flags.FLAGS.mark_as_parsed()  # grain reads flags of its own, which a command's start parses
+    flags.FLAGS.mark_as_parsed()  # grain reads its own flags, which a command parses at start-up
     with tempfile.TemporaryDirectory(prefix="solar_jax_bench_") as temporary:
         folder = args.prepared or prepared(args.source, pathlib.Path(temporary), args.megabytes, args.length)
         checkpoint = open_checkpoint(args.source)

@@ -1,11 +1,11 @@
-"""How far the planner's HBM, taken from shapes, lies from what the TPU compiler allots.
+"""Compares the planner's HBM estimate, from shapes, with what the TPU compiler allocates.
 
     python scripts/bench/plan_memory.py [--only v5p] [--full]
 
-Needs the extra `tpu` (libtpu) and no TPU. Of every combination of model, slice, rows and remat policy the step is
-compiled for all of the slice's devices, until the compiler has laid out memory: what it then holds against the
-chip's HBM is compared with the prediction. With `--full` it goes on to the end, for many minutes, and the table also
-has the sum of the arguments and temporaries that jax reports of the program, which is more than was allotted.
+Needs the extra `tpu` (libtpu) and no TPU. For every combination of model, slice, rows and remat policy, the step is
+compiled for all of the slice's devices until the compiler has assigned buffers: the total that it checks against the
+chip's HBM is compared with the prediction. With `--full` it compiles to the end, for many minutes, and the table also
+has the sum of arguments and temporaries that jax reports for the program, which exceeds the allocation.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MODELS = {
 }
 MODELS = {name: dataclasses.replace(m, rope_theta=1e4, rms_norm_eps=1e-5) for name, m in MODELS.items()}
 
-# model, slice, rows a device, tokens a row, remat policy, (data, fsdp, tensor, context), microbatches
+# model, slice, rows per device, tokens per row, remat policy, (data, fsdp, tensor, context), microbatches
 PLAIN = (1, -1, 1, 1)
 COMBINATIONS = (
     ("solar", "v5p-128", 4, 4096, "full", PLAIN, 1),
@@ -69,17 +69,17 @@ def run_of(combination: tuple) -> tuple[ModelConfig, Config, Slice]:
 
 
 def predicted(cfg: ModelConfig, config: Config, wanted: Slice) -> float:
-    """Bytes a device, by the planner."""
+    """Returns the planner's estimate in bytes per device."""
     return search.need(cfg, search.options(cfg, config, search.of_slice(wanted))[0]).total
 
 
 def allotted(index: int) -> float:
-    """Bytes a device that the compiler allots to a combination, read from its report; it is stopped there."""
+    """Returns the bytes per device that the compiler allocates to a combination, from its report; stops it there."""
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text"}
         command = [sys.executable, __file__, f"--compile={index}"]
         child = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        done = f"{folder}/*jit_train_step*after_buffer_assignment.txt"  # what is written next
+        done = f"{folder}/*jit_train_step*after_buffer_assignment.txt"  # written right after the report
         while child.poll() is None and not glob.glob(done):
             time.sleep(0.5)
         child.kill()

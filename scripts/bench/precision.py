@@ -1,10 +1,10 @@
-"""Every policy of precision and every optimiser on the SmolLM2 run, next to float32 with AdamW.
+"""Compares every precision policy and every optimiser on the SmolLM2 run with float32 and AdamW.
 
     uv run --extra demo --extra quantised python scripts/bench/precision.py [--steps 12] [--slices 0:30] [--length 256]
 
 Each option trains the recipe `configs/dus_48l.py:smollm2` from the same weights on the same batches, without the
-control. Printed are the loss of the last batch, the held-out loss afterwards, computed in float32, how far it is from
-the first line's, bytes of state a parameter, and seconds a step here (which say nothing of a TPU).
+control. It prints the loss of the last batch, the final held-out loss in float32, its difference from the first line's,
+state bytes per parameter, and seconds per step on this machine (which say nothing about a TPU).
 """
 
 import argparse
@@ -36,7 +36,7 @@ from solar_jax.training.state import abstract_state, state_shardings
 from solar_jax.training.step import make_eval_step, make_train_step, mean_loss
 
 RECIPE = pathlib.Path(__file__).parents[2] / "configs" / "dus_48l.py"
-RATES = {"lion": 0.3}  # of AdamW's rate: the step of a sign is a larger one
+RATES = {"lion": 0.3}  # fraction of AdamW's rate: a sign update takes larger steps
 
 # what is printed -> (config.train.precision, config.optimizer.name)
 OPTIONS = {
@@ -64,7 +64,7 @@ def recipe(steps: int, slices: str, length: int) -> Config:
 def trained(
     base: Checkpoint, layer_map: LayerMap, config: Config, batches: list[Batch], heldout: list[Batch]
 ) -> tuple[float, float, float, float]:
-    """The loss of the last batch, the held-out loss afterwards, bytes of state a parameter, median seconds a step."""
+    """Returns the last batch's loss, the final held-out loss, state bytes per parameter and median step seconds."""
     cfg, mesh = grown_config(base.cfg, layer_map), make_mesh(config.mesh)
     optimizer = make_optimizer(config, mesh=mesh)
     abstract = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh))

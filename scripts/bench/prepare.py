@@ -1,10 +1,10 @@
-"""Preparing text: how fast its core tokenises and packs beside the `tokenizers` library alone, and how full rows are.
+"""Times text preparation: its core's tokenising and packing next to the `tokenizers` library alone, and row fill.
 
     python scripts/bench/prepare.py [--text FILE ...] [--articles] [--copies 3] [--rounds 3] [--workers 2]
 
 The core is what `prepare` does with blocks of documents: tokenise, pack by best fit, encode records. It runs in this
-process, where the library's own threads tokenise, and in worker processes of one thread each, whose start is not
-counted. The library alone tokenises the same texts in one call, on all cores. All take turns in the same run; medians.
+process, where the library's own threads tokenise, and in single-threaded worker processes, whose start-up is not
+counted. The library alone tokenises the same texts in one call, on all cores. All take turns; figures are medians.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _SETTLE = 6  # seconds in which worker processes start
 
 
 def read(paths: list[str], articles: bool) -> dict[str, list[Document]]:
-    """The documents of every file; of WikiText, if asked for, an article each."""
+    """Reads the documents of every file; with `articles`, WikiText is split into one document per article."""
     found = {}
     for source in parse_sources(tuple(paths)):
         texts = list(documents(source))
@@ -43,7 +43,7 @@ def as_blocks(texts: list[Document], length: int) -> list[DocumentBlock]:
 
 
 def timed(action: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds, and CPU seconds of this process's threads."""
+    """Returns wall seconds, and CPU seconds of this process's threads."""
     begin, used = time.perf_counter(), time.process_time()
     action()
     return time.perf_counter() - begin, time.process_time() - used
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, action="append", help="T, of the rows' fill; several may be given")
     parser.add_argument("--source", default="smollm2", help="whose tokenizer")
     args = parser.parse_args()
-    # Here, since worker processes import this file and have no use for JAX.
+    # Imported here, since worker processes import this file and do not need JAX.
     from solar_jax.checkpoints.open import open_checkpoint
     from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 

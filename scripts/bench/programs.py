@@ -1,4 +1,4 @@
-"""One training step, by this package and by transformers on torch: the same weights, batches, loss and optimiser."""
+"""One training step by this package and by transformers on torch, with equal weights, batches, loss and optimiser."""
 
 import collections
 import dataclasses
@@ -23,21 +23,21 @@ from solar_jax.training.optimizer import learning_rate, make_optimizer
 from solar_jax.training.state import state_shardings
 from solar_jax.training.step import make_train_step
 
-Step = Callable[[int], float]  # the step of that number -> its loss
+Step = Callable[[int], float]  # step number -> its loss
 Profile = Callable[[], str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What both do."""
+    """Work that both programs do."""
 
-    checkpoint: Checkpoint  # where they begin
+    checkpoint: Checkpoint  # initial weights
     config: Config  # optimiser, precision, and what of `train` concerns this package alone
-    batches: list[dict[str, np.ndarray]]  # one after the other, again and again; "tokens", "targets", ... [B, T]
+    batches: list[dict[str, np.ndarray]]  # cycled through in order; "tokens", "targets", ... [B, T]
 
 
 def ours(work: Work, options: dict[str, str] | None = None) -> tuple[Step, Profile]:
-    """The step as `solar_jax.train` compiles and runs it; `options` of the compiler are added to the device's own."""
+    """Builds the step as `solar_jax.train` compiles and runs it, with compiler `options` added to the device's own."""
     config, cfg = work.config, work.checkpoint.cfg
     mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
     shardings = state_shardings(cfg, optimizer, mesh)
@@ -68,7 +68,7 @@ def ours(work: Work, options: dict[str, str] | None = None) -> tuple[Step, Profi
     return step, profile
 
 
-# What an operation is, by its name and, for XLA's, by what of the program it was made from; the first that fits.
+# Kind of an operation by its name and, for XLA's, by its origin in the program; the first match counts.
 KINDS = (
     ("optimiser", r"adamw|foreach|linalg_vector_norm|global_norm|jit\(train_step\)/[^/(]*$"),
     ("attention", r"scaled_dot_product|attention.*(bk|softmax|where|div|exp|reduce)|bmm|softmax(?!.*log)"),
@@ -78,7 +78,7 @@ KINDS = (
 
 
 def _operations(data: Any, hlo: str) -> dict[str, float]:
-    """Seconds of every operation that XLA ran, named with its origin in the program, its callees' time left out."""
+    """Returns the seconds of every operation that XLA ran, named with its origin, excluding its callees' time."""
     origin = {}
     for name, rest in re.findall(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", hlo, re.MULTILINE):
         found = re.search(r'op_name="([^"]*)"', rest)
@@ -89,11 +89,11 @@ def _operations(data: Any, hlo: str) -> dict[str, float]:
         events = []
         for event in line.events:
             name = event.name.lstrip("%")
-            if name not in origin:  # a GPU's kernels have names of their own
+            if name not in origin:  # GPU kernels have their own names
                 name = str(dict(event.stats).get("hlo_op", "")) if line.name.startswith("Stream") else ""
             if name in origin and event.duration_ns > 0:
                 events.append((event.start_ns, event.duration_ns, origin[name]))
-        open_: list[tuple[float, str]] = []  # (end, name) of what is under way
+        open_: list[tuple[float, str]] = []  # (end, name) of what is running
         for start, duration, name in sorted(events, key=lambda e: (e[0], -e[1])):
             while open_ and open_[-1][0] <= start:
                 open_.pop()
@@ -105,7 +105,7 @@ def _operations(data: Any, hlo: str) -> dict[str, float]:
 
 
 def table(seconds: dict[str, float], longest: int = 12) -> str:
-    """Shares by kind, then the longest operations."""
+    """Formats shares by kind, then the longest operations."""
     total = sum(seconds.values())
     kinds: collections.Counter[str] = collections.Counter()
     for name, spent in seconds.items():
@@ -118,13 +118,13 @@ def table(seconds: dict[str, float], longest: int = 12) -> str:
 
 
 def theirs(work: Work, attention: str, compiles: bool, device: str) -> tuple[Step, Profile]:
-    """transformers' model and torch's optimiser in the fastest form that torch has for the device.
+    """Builds the step of transformers' model and torch's optimiser, in the fastest form that torch has for the device.
 
     Args:
-      work: its precision "mixed" is autocast.
+      work: the work; its precision "mixed" is autocast.
       attention: transformers' `attn_implementation`.
       compiles: whether the model goes through torch.compile.
-      device: torch's.
+      device: torch's device.
     """
     import torch
     import transformers
@@ -138,7 +138,7 @@ def theirs(work: Work, attention: str, compiles: bool, device: str) -> tuple[Ste
     weights = {name: torch.from_numpy(np.array(checkpoint.read(name), np.float32)) for name in checkpoint.shape_of}
     lacking = model.load_state_dict(weights, strict=False)
     if lacking.unexpected_keys or set(lacking.missing_keys) - set(model._tied_weights_keys or ()):
-        raise SystemExit(f"transformers' model has other tensors: {lacking}.")
+        raise SystemExit(f"transformers' model has different tensors: {lacking}.")
     model.to(device).train()
     parameters = list(model.parameters())
     o = config.optimizer

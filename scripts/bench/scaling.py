@@ -1,10 +1,10 @@
-"""Weak scaling on paper: one training step, the same work a chip, compiled for slices of growing size.
+"""Weak scaling on paper: one training step with constant work per chip, compiled for slices of growing size.
 
     python scripts/bench/scaling.py --slices v5p-32,v5p-128,v5p-512,v5p-2048,2xv5p-2048 --batch 4 --length 4096
 
-Needs the extra `tpu` (libtpu) and no TPU; a 48-layer step compiles in minutes. Of each program
-`solar_jax/planning/hlo_cost.py` reads step time, MFU and the bytes that a chip moves within its slice and to other
-slices; what the links and the network give a chip stands in `solar_jax/hardware/chips.py`.
+Needs the extra `tpu` (libtpu) and no TPU; a 48-layer step compiles in minutes. `solar_jax/planning/hlo_cost.py` reads
+from each program the step time, MFU and the bytes that a chip moves within its slice and to other slices; the ICI and
+DCN bandwidths of a chip are in `solar_jax/hardware/chips.py`.
 """
 
 import argparse
@@ -28,14 +28,14 @@ HEAD += f"{'':44} {'args':>6} {'temp':>6} {'overl. serial':>14} {'':>11} {'links
 
 
 def step_on(name: str, cfg: ModelConfig, config: Config, rows: int) -> Compiled:
-    """The step with `rows` rows a device, compiled for a slice."""
+    """Compiles the step with `rows` rows per device for a slice."""
     wanted = find_slice(name)
     train = dataclasses.replace(config.train, batch_size=rows * wanted.devices)
     return compile_step(cfg, dataclasses.replace(config, train=train), wanted)
 
 
 def row(name: str, config: Config, step: Compiled, flops: float) -> tuple[str, list[float]]:
-    """A line of the table, and its (overlapped, serial) MFU in per cent."""
+    """Returns a line of the table and its (overlapped, serial) MFU in per cent."""
     wanted, program = find_slice(name), step.program
     sizes = dict(zip(AXES, mesh_shape(config.mesh, wanted.devices, wanted.count), strict=True))
     mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)

@@ -1,10 +1,10 @@
-"""Depth up-scaling of a checkpoint on disk, side by side with mergekit's passthrough merge of the same layers.
+"""Times depth up-scaling of a checkpoint on disk, next to mergekit's passthrough merge of the same layers.
 
     uv run --extra demo python scripts/bench/upscale.py --work DIR [--repeats 3] [--source FOLDER]
 
-DIR needs 60 GB for the default source, a Mistral-7B of random bfloat16 weights that is made there. mergekit is
-installed into an environment of its own under DIR. Each repeat runs both programs, in turns, each on a cold target;
-the outputs are then compared tensor by tensor. A plain copy of as many bytes gives the disk's own speed.
+DIR needs 60 GB for the default source, a Mistral-7B of random bfloat16 weights that is created there. mergekit is
+installed into its own environment under DIR. Each repeat runs both programs, in turns, each into a fresh target
+folder; the outputs are then compared tensor by tensor. A plain copy of as many bytes gives the disk's own speed.
 """
 
 import argparse
@@ -44,7 +44,7 @@ dtype: bfloat16
 
 
 def make_source(folder: pathlib.Path) -> None:
-    """A Mistral-7B of random weights: 14.5 GB of bfloat16 in three files."""
+    """Creates a Mistral-7B of random weights: 14.5 GB of bfloat16 in three files."""
     from solar_jax.checkpoints.hf_config import model_config
 
     cfg = model_config(CONFIG, "config.json")
@@ -74,7 +74,7 @@ def make_source(folder: pathlib.Path) -> None:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Wall and CPU seconds and the peak resident GiB of a command."""
+    """Runs a command; returns its wall and CPU seconds and peak resident GiB."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -90,7 +90,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of every tensor."""
+    """Returns the SHA-256 of every tensor."""
     c = open_folder(folder)
     check_tensors(c)
     out = {}

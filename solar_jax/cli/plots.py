@@ -1,4 +1,4 @@
-"""Pictures of a result."""
+"""Plots of results."""
 
 import io
 import pathlib
@@ -9,12 +9,12 @@ from solar_jax.storage import paths
 def plot_losses(
     file: pathlib.Path, title: str, base_loss: float, arms: dict[str, dict[str, list[tuple[int, float]]]]
 ) -> None:
-    """The healing curve: training and held-out loss of each arm by step, against the base's line.
+    """Plots the healing curve: training and held-out loss of each arm by step, with the base model as a line.
 
     Args:
       file: PNG to write.
-      title: above the picture.
-      base_loss: held-out, before growth.
+      title: of the figure.
+      base_loss: held-out loss before growth.
       arms: name -> {"train": [(step, loss)], "heldout": [(step, loss)]}.
     """
     import matplotlib
@@ -31,10 +31,10 @@ def plot_losses(
         if curves["train"]:
             faint = {"color": color, "alpha": 0.35, "linewidth": 1}
             ax.plot(*zip(*curves["train"], strict=True), label=f"{name}, training batches", **faint)
-    ax.set(title=title, xlabel="step", ylabel="loss (nats a token)")
+    ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()  # since matplotlib writes to no bucket
+    picture = io.BytesIO()  # since matplotlib cannot write to a bucket
     figure.savefig(picture, dpi=130, format="png")
     pyplot.close(figure)
     paths.write_file(file, picture.getvalue())

@@ -1,4 +1,4 @@
-"""A bar in bytes with speed and time left, and a clock for what has no measure, for work that takes minutes."""
+"""Progress of work that takes minutes: a byte bar with speed and ETA, and a timer for work of unknown size."""
 
 import contextlib
 import sys
@@ -11,7 +11,7 @@ import tqdm
 
 @contextlib.contextmanager
 def byte_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """A function to tell the bytes done since the last call, from any thread; on standard error."""
+    """Shows a bar on standard error; yields a thread-safe function that takes the bytes done since its last call."""
     live = sys.stderr.isatty()
     lock = threading.Lock()
     with tqdm.tqdm(
@@ -28,7 +28,7 @@ def byte_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def ticking(what: str) -> Iterator[None]:
-    """Says on standard error how long `what` has taken so far."""
+    """Prints on standard error how long `what` has taken so far."""
     live, over, begin = sys.stderr.isatty(), threading.Event(), time.monotonic()
 
     def tick() -> None:
@@ -48,7 +48,7 @@ def ticking(what: str) -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """E.g. "48 s", "3 min 20 s", "2 h 05 min", "3 d 04 h"."""
+    """Formats a duration: "48 s", "3 min 20 s", "2 h 05 min", "3 d 04 h"."""
     s = round(seconds)
     if s < 60:
         return f"{s} s"

@@ -1,4 +1,4 @@
-"""A growth layer map applied to a stacked pytree: one gather over the layer axis."""
+"""Applies a growth layer map to a stacked pytree with one gather over the layer axis."""
 
 import dataclasses
 
@@ -9,16 +9,16 @@ from solar_jax.config import ModelConfig
 from solar_jax.growth.operators import LayerMap
 from solar_jax.model.shapes import Params
 
-# The arrays by which a layer adds to the residual stream; scaled to 0, the layer passes its input on.
+# The arrays through which a layer adds to the residual stream; scaled to 0, the layer passes its input through.
 SCALED = ("o_proj", "o_bias", "down_proj")
 
 
 def grow(params: Params, layer_map: LayerMap) -> Params:
-    """The grown parameters: layer i is source layer plan.source[i], or its mean with plan.partner[i].
+    """Grows parameters: layer i becomes source layer layer_map.source[i], or its mean with layer_map.partner[i].
 
     Args:
-      params: the base, its `layers` arrays [n, ...].
-      layer_map: made for n layers.
+      params: the base, with `layers` arrays [n, ...].
+      layer_map: a layer map for n layers.
 
     Returns:
       A tree of the same dtypes whose `layers` arrays are [L, ...]; everything else is the base's.
@@ -44,7 +44,7 @@ def grow(params: Params, layer_map: LayerMap) -> Params:
 
 
 def _per_layer(values: jax.Array, like: jax.Array) -> jax.Array:
-    """[L] shaped to broadcast against `like` [L, ...]."""
+    """Reshapes [L] to broadcast against `like` [L, ...]."""
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 

@@ -1,7 +1,7 @@
-"""Growth operators as a table of layer maps, and the typed layer map that they make.
+"""Table of growth operators, and the typed layer map that they produce.
 
-A layer map says of every output layer which source layer it copies. Layer ranges are half-open and 0-based, as in
-`slices`, the notation that people know from merge tools.
+A layer map gives the source layer that every output layer copies. Layer ranges are half-open and 0-based, as in
+`slices`, the notation known from merge tools.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from solar_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LayerMap:
-    """Which source layer stands where in the grown model. All tuples have one entry an output layer."""
+    """Placement of source layers in the grown model. All tuples have one entry per output layer."""
 
-    operator: str  # as a person would write it, e.g. "dus(m=8)"
+    operator: str  # name for display, e.g. "dus(m=8)"
     base_layers: int  # n
     source: tuple[int, ...]  # the source layer
-    scale: tuple[float, ...] = ()  # of o_proj and down_proj; 0 makes a layer pass its input on unchanged
-    partner: tuple[int, ...] = ()  # second source layer of a mean; the source itself where there is none
-    new: tuple[bool, ...] = ()  # an added copy, as against a layer that the base had there
+    scale: tuple[float, ...] = ()  # factor on o_proj and down_proj; at 0 a layer passes its input through unchanged
+    partner: tuple[int, ...] = ()  # second source layer of a mean; the source itself if there is none
+    new: tuple[bool, ...] = ()  # True for an added copy, False for a layer that the base had there
 
     def __post_init__(self):
         object.__setattr__(self, "scale", self.scale or (1.0,) * len(self.source))
@@ -31,22 +31,22 @@ class LayerMap:
 
     @property
     def layers(self) -> int:
-        """L of the grown model."""
+        """Number of layers L of the grown model."""
         return len(self.source)
 
     @property
     def is_identity(self) -> bool:
-        """Whether the grown model is the base."""
+        """True if the grown model is the base."""
         return self.source == tuple(range(self.base_layers)) and self.copies_only
 
     @property
     def copies_only(self) -> bool:
-        """Whether every output layer equals a source layer bit by bit."""
+        """True if every output layer is bitwise equal to a source layer."""
         return self.partner == self.source and set(self.scale) <= {1.0}
 
     @property
     def distances(self) -> tuple[int, ...]:
-        """|difference of source index| between neighbours (paper section 2: 1 but at the seam), L - 1 of them."""
+        """Absolute differences of neighbours' source indices (paper section 2: 1 except at the seam), L - 1 of them."""
         return tuple(abs(b - a) for a, b in itertools.pairwise(self.source))
 
     @property
@@ -55,13 +55,13 @@ class LayerMap:
         return tuple(i for i, (a, b) in enumerate(itertools.pairwise(self.source)) if b != a + 1)
 
     def runs(self) -> list[tuple[int, int]]:
-        """Half-open output ranges within which the source layers are consecutive."""
+        """Returns the half-open output ranges within which the source layers are consecutive."""
         cuts = [0, *(i + 1 for i in self.seams), self.layers]
         return list(itertools.pairwise(cuts))
 
 
 def _repeats(source: tuple[int, ...]) -> tuple[bool, ...]:
-    """True where a source layer has stood before."""
+    """Marks with True every source layer that occurred before."""
     return tuple(layer in source[:i] for i, layer in enumerate(source))
 
 
@@ -78,14 +78,14 @@ def dus(n: int, g: GrowthConfig) -> LayerMap:
 
 
 def naive(n: int, g: GrowthConfig) -> LayerMap:
-    """The whole stack `copies` times (G_stack)."""
+    """Repeats the full stack `copies` times (G_stack)."""
     name = f"naive(copies={g.copies})"
     _require(g.copies >= 2, name, n, f"copies must be at least 2, found {g.copies}")
     return LayerMap(name, n, tuple(range(n)) * g.copies)
 
 
 def interleave(n: int, g: GrowthConfig) -> LayerMap:
-    """Each layer `copies` times in a row: 0, 0, 1, 1, ..."""
+    """Repeats each layer `copies` times in a row: 0, 0, 1, 1, ..."""
     name = f"interleave(copies={g.copies})"
     _require(g.copies >= 2, name, n, f"copies must be at least 2, found {g.copies}")
     return LayerMap(name, n, tuple(i for i in range(n) for _ in range(g.copies)))
@@ -99,7 +99,7 @@ def block_repeat(n: int, g: GrowthConfig) -> LayerMap:
 
 
 def llama_pro(n: int, g: GrowthConfig) -> LayerMap:
-    """After every `every`-th layer a copy with o_proj = down_proj = 0, which changes no output (arXiv 2401.02415)."""
+    """Adds a copy with o_proj = down_proj = 0 after every `every`-th layer; outputs stay equal (arXiv 2401.02415)."""
     name = f"llama_pro(every={g.every})"
     _require(1 <= g.every <= n, name, n, f"every must lie between 1 and {n}, found {g.every}")
     source, scale = [], []
@@ -123,7 +123,7 @@ def zeroed(n: int, g: GrowthConfig) -> LayerMap:
 
 
 def average(n: int, g: GrowthConfig) -> LayerMap:
-    """After every `every`-th layer i a new one, (W_i + W_{i+1}) / 2; none after the last."""
+    """Adds a new layer (W_i + W_{i+1}) / 2 after every `every`-th layer i; none after the last."""
     name = f"average(every={g.every})"
     _require(1 <= g.every < n, name, n, f"every must lie between 1 and {n - 1}, found {g.every}")
     source, partner, new = [], [], []
@@ -139,13 +139,13 @@ def average(n: int, g: GrowthConfig) -> LayerMap:
 
 
 def identity(n: int, g: GrowthConfig | None = None) -> LayerMap:
-    """The base as it is."""
+    """Returns the base unchanged."""
     del g
     return LayerMap("identity", n, tuple(range(n)))
 
 
 def slices(n: int, g: GrowthConfig) -> LayerMap:
-    """Any half-open source ranges one after another, written "0:24,8:32"."""
+    """Concatenates any half-open source ranges, written "0:24,8:32"."""
     name = f"slices({g.slices})"
     source: list[int] = []
     for part in g.slices.split(","):
@@ -172,10 +172,10 @@ OPERATORS: dict[str, Callable[[int, GrowthConfig], LayerMap]] = {
 
 
 def make_layer_map(base_layers: int, growth: GrowthConfig) -> LayerMap:
-    """The layer map of `growth` for a base of `base_layers` layers.
+    """Builds the layer map of `growth` for a base of `base_layers` layers.
 
     Raises:
-      UserError: no such operator, or its numbers do not fit the base.
+      UserError: unknown operator, or its numbers do not fit the base.
     """
     if growth.operator not in OPERATORS:
         raise UserError(f"growth.operator must be one of {', '.join(OPERATORS)}, found {growth.operator!r}.")

@@ -1,6 +1,6 @@
-"""Arrays of an Orbax checkpoint read and written in blocks, through TensorStore, which is where Orbax keeps them.
+"""Reads and writes the arrays of an Orbax checkpoint in blocks, through TensorStore, where Orbax keeps them.
 
-Orbax itself moves whole arrays; a stacked leaf of a large model is larger than the machine that converts it.
+Orbax itself moves full arrays; a stacked leaf of a large model exceeds the memory of the machine that converts it.
 """
 
 import collections
@@ -16,17 +16,17 @@ import tensorstore as ts
 
 from solar_jax.errors import UserError, phrase
 
-_METADATA, _CHUNK = "/zarr.json", "/c/"  # in the keys of a store
+_METADATA, _CHUNK = "/zarr.json", "/c/"  # parts of a store's keys
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 _CACHE_BYTES = 1 << 27
-_PENDING_BYTES = 1 << 28  # handed over for writing and not yet on disk
-DATA_FILE_BYTES = 1 << 27  # of which OCDBT keeps the last in memory until it is full
+_PENDING_BYTES = 1 << 28  # queued for writing and not yet on disk
+DATA_FILE_BYTES = 1 << 27  # OCDBT keeps the last file in memory until it is full
 Index = tuple[slice | int, ...]
 
 
 def _key_value_store(folder: pathlib.Path) -> dict[str, Any]:
-    """The spec of the store that Orbax makes of a checkpointable's folder."""
-    # No URLs: in one, a per cent or a question mark of a folder's name would mean something else.
+    """Returns the spec of the store that Orbax keeps in a checkpointable's folder."""
+    # No URLs: there, a per cent sign or a question mark in a folder's name has another meaning.
     scheme, _, place = os.fspath(folder).rpartition("://")
     if scheme:
         bucket, _, path = place.partition("/")
@@ -39,7 +39,7 @@ def _key_value_store(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _s3_from_environment() -> dict[str, Any]:
-    """What s3fs finds in the environment by itself and TensorStore must be told: another vendor's address, keys."""
+    """Reads what s3fs takes from the environment but TensorStore needs as options: another vendor's address, keys."""
     e, found = os.environ, {}
     if endpoint := e.get("AWS_ENDPOINT_URL_S3") or e.get("AWS_ENDPOINT_URL"):
         found["endpoint"] = endpoint
@@ -50,7 +50,7 @@ def _s3_from_environment() -> dict[str, Any]:
 
 
 def _array(folder: pathlib.Path, path: str) -> dict[str, Any]:
-    """The spec of one array; Orbax joins the keys of its path with dots."""
+    """Returns the spec of one array; Orbax joins the keys of its path with dots."""
     return {"driver": "zarr3", "kvstore": _key_value_store(folder) | {"path": path.replace("/", ".") + "/"}}
 
 
@@ -59,7 +59,7 @@ def _keys(folder: pathlib.Path) -> list[str]:
 
 
 def layout_is_known(folder: pathlib.Path) -> bool:
-    """Whether a checkpointable is in the layout that this module reads: zarr version 3 in OCDBT, Orbax's default."""
+    """Returns whether a checkpointable has the layout that this module reads: zarr v3 in OCDBT, Orbax's default."""
     if not (folder / "manifest.ocdbt").exists():
         return False
     try:
@@ -69,16 +69,16 @@ def layout_is_known(folder: pathlib.Path) -> bool:
 
 
 def array_paths(folder: pathlib.Path) -> list[str]:
-    """The path of every array of a checkpointable, e.g. "layers/q_proj".
+    """Returns the path of every array of a checkpointable, e.g. "layers/q_proj".
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: the checkpointable is damaged.
     """
     return [k.removesuffix(_METADATA).replace(".", "/") for k in _keys(folder) if k.endswith(_METADATA)]
 
 
 def chunks(folder: pathlib.Path) -> dict[str, set[tuple[int, ...]]]:
-    """By an array's path, the places in its grid of the chunks that are stored; each is there whole or not at all."""
+    """Returns the grid positions of the stored chunks by array path; each chunk is either complete or absent."""
     found: dict[str, set[tuple[int, ...]]] = collections.defaultdict(set)
     for key in _keys(folder):
         path, _, position = key.partition(_CHUNK)
@@ -88,13 +88,13 @@ def chunks(folder: pathlib.Path) -> dict[str, set[tuple[int, ...]]]:
 
 
 def open_array(folder: pathlib.Path, path: str, context: ts.Context | None = None) -> Any:
-    """An array to read from, by slices.
+    """Opens an array for reading by slices.
 
-    Without a `context` chunks are remembered for neighbouring slices that share one. A chunk that is not there fails
-    where it is read.
+    Without a `context`, chunks are cached for neighbouring slices that share one. A missing chunk fails when it is
+    read.
 
     Raises:
-      ValueError: there is no such array, or it is damaged.
+      ValueError: the array does not exist or is damaged.
     """
     context = context or ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
     spec = _array(folder, path) | {"fill_missing_data_reads": False}
@@ -103,12 +103,12 @@ def open_array(folder: pathlib.Path, path: str, context: ts.Context | None = Non
 
 @contextlib.contextmanager
 def told_errors(folder: pathlib.Path) -> Iterator[None]:
-    """What a store refused, as errors that can be told: OSError of a local folder, UserError of a bucket's."""
+    """Turns a store's failures into errors that can be reported: OSError for a local folder, UserError for a bucket."""
     try:
         yield
     except (UserError, OSError):
         raise
-    except Exception as e:  # of several types, by the kind of failure
+    except Exception as e:  # its type depends on the kind of failure
         if "://" in os.fspath(folder) and re.search(r"(gs|s3)://|http_response_code", str(e)):
             raise UserError(f"{folder}: the bucket failed ({phrase(e)}).") from e
         if found := re.search(r"os_error_code='(\d+)'", str(e)):
@@ -117,7 +117,7 @@ def told_errors(folder: pathlib.Path) -> Iterator[None]:
 
 
 class BlockWriter:
-    """Writes arrays under a checkpointable's folder, a bounded number of bytes on their way at a time."""
+    """Writes arrays under a checkpointable's folder with a bounded number of bytes in flight."""
 
     def __init__(self, folder: pathlib.Path, progress: Callable[[int], None]):
         self._folder, self._progress = folder, progress
@@ -126,28 +126,28 @@ class BlockWriter:
         self._pending_bytes = 0
 
     def create(self, path: str, shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, ...], fresh: bool) -> Any:
-        """An array to write to in blocks of `chunk`; one that an earlier run began is gone on with unless `fresh`."""
+        """Opens an array for writing in blocks of `chunk`; resumes one that an earlier run began unless `fresh`."""
         spec = _array(self._folder, path)
         spec["kvstore"]["target_data_file_size"] = DATA_FILE_BYTES
-        spec["store_data_equal_to_fill_value"] = True  # Orbax takes a chunk of zeros that is absent for a lost one
+        spec["store_data_equal_to_fill_value"] = True  # Orbax treats an absent chunk of zeros as lost
         spec["metadata"] = {
             "shape": list(shape),
             "data_type": dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
-            # A checksum a chunk: a flipped bit is an error where it is read, by Orbax too.
+            # One checksum per chunk: a flipped bit is an error when the chunk is read, by Orbax too.
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         }
         return ts.open(spec, create=True, open=not fresh, delete_existing=fresh, context=self._context).result()
 
     def write(self, array: Any, index: Index, block: np.ndarray) -> None:
-        """Hands over a block, which must not change afterwards."""
+        """Queues a block, which must not change afterwards."""
         while self._pending and (self._pending_bytes + block.nbytes > _PENDING_BYTES or self._pending[0][0].done()):
             self._wait()
         self._pending.append((array[index].write(block, can_reference_source_data_indefinitely=True), block.nbytes))
         self._pending_bytes += block.nbytes
 
     def skip(self, size: int) -> None:
-        """Counts bytes that are on disk already."""
+        """Counts bytes that are already on disk."""
         self._progress(size)
 
     def flush(self) -> None:
@@ -156,7 +156,7 @@ class BlockWriter:
             self._wait()
 
     def abandon(self) -> None:
-        """Returns when nothing is being written any more, well or not: the folder may be removed then."""
+        """Returns when no write is in flight, failed ones included; the folder may then be removed."""
         while self._pending:
             written, _ = self._pending.popleft()
             with contextlib.suppress(Exception):

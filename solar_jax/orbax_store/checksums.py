@@ -1,8 +1,8 @@
-"""Whether a checkpoint is what was saved: sums of the bits on the devices, read back from the files, kept beside them.
+"""Checkpoint verification: sums of the bits on the devices, compared with the files and stored beside them.
 
-A sum is that of an array's bits as unsigned integers of their own width, each row of the leading axis times an odd
-number of its own, modulo 2 ** 32. It depends on no mesh and no host count, so that each host adds up what it holds.
-It finds any single changed, lost or zeroed element and rows in another order, and was not made against an adversary.
+A sum adds an array's bits as unsigned integers of the element width, each row of the leading axis times an odd number
+of its own, modulo 2 ** 32. It does not depend on mesh or host count, so that each host sums what it holds. It detects
+any single changed, lost or zeroed element and reordered rows; it does not protect against an adversary.
 """
 
 import json
@@ -22,23 +22,23 @@ from solar_jax.parallel import processes
 from solar_jax.storage import paths
 from solar_jax.storage.paths import is_local
 
-SEAL = "verified.json"  # we write it when the checkpoint was read back
+SEAL = "verified.json"  # written once the checkpoint was read back
 _NOT_FINITE = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}  # exponent bits, all set
 _BLOCK_BYTES = 1 << 26
 
 Sums = dict[str, int]  # "params/layers/q_proj" -> its sum, or a process's share of it
-Views = dict[str, list[tuple[int, np.ndarray]]]  # by the same names: (first row, what this process holds)
+Views = dict[str, list[tuple[int, np.ndarray]]]  # same names -> (first row, this process's part)
 
 
 def name_of(path: Any) -> str:
-    """Of an array in a state's tree, e.g. "params/layers/q_proj"."""
+    """Returns the name of an array in a state's tree, e.g. "params/layers/q_proj"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def views(state: dict[str, Any]) -> Views:
-    """The host's copies of the parts of a state's arrays that this process has to count, each once over all processes.
+    """Copies to the host the parts of a state's arrays that this process sums, each part once over all processes.
 
-    They stay what they are when the devices' memory is given away.
+    The copies stay valid when the devices' buffers are donated.
     """
     return {
         name_of(path): [
@@ -51,13 +51,13 @@ def views(state: dict[str, Any]) -> Views:
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
-    """[rows, the rest] as unsigned integers."""
+    """Views an array as unsigned integers [rows, rest]."""
     rows = x.shape[0] if x.ndim else 1
     return np.ascontiguousarray(x).reshape(rows, -1).view(f"u{x.dtype.itemsize}")
 
 
 def sum_of(x: np.ndarray, first_row: int = 0) -> int:
-    """The sum of part of an array, from a row of its leading axis on."""
+    """Returns the sum of part of an array that starts at a row of its leading axis."""
     rows = _bits(x).sum(axis=1, dtype=np.uint32)
     weights = 2 * np.arange(first_row, first_row + len(rows), dtype=np.uint32) + 1
     return int((rows * weights).sum(dtype=np.uint32))
@@ -69,18 +69,18 @@ def _is_finite(x: np.ndarray) -> bool:
 
 
 def sums(parts: Views) -> Sums:
-    """This process's shares."""
+    """Returns this process's shares of the sums."""
     return {name: sum(sum_of(x, row) for row, x in pieces) % 2**32 for name, pieces in parts.items()}
 
 
 def not_finite(parts: Views) -> list[str]:
-    """Names of the parameters that hold a NaN or an infinity in this process's part."""
+    """Returns the names of the parameters with a NaN or an infinity in this process's part."""
     params = {name: pieces for name, pieces in parts.items() if name.startswith("params/")}
     return [name for name, pieces in params.items() if not all(_is_finite(x) for _, x in pieces)]
 
 
 def stored_sums(step: pathlib.Path, names: Iterable[str]) -> Sums:
-    """Sums of the arrays of a checkpoint as its files have them; all of their bytes are read.
+    """Returns the sums of a checkpoint's arrays as stored in its files; all of their bytes are read.
 
     Raises:
       ValueError, OSError: they cannot be read.
@@ -93,7 +93,7 @@ def _stored_sum(step: pathlib.Path, name: str) -> int:
     array = open_array(step / folder, path)
     if not array.ndim:
         return sum_of(array.read().result())
-    # Rows of a layer of several chunks are read at once; rows of an array without layers, a block of them.
+    # A layer's chunks are read together; an array without layers is read in blocks of rows.
     row_bytes = max(1, math.prod(array.shape[1:]) * array.dtype.numpy_dtype.itemsize)
     chunk = array.chunk_layout.read_chunk.shape[0]
     rows = max(chunk, _BLOCK_BYTES // row_bytes // chunk * chunk)
@@ -104,7 +104,7 @@ def _stored_sum(step: pathlib.Path, name: str) -> int:
 
 
 def stored_shapes(step: pathlib.Path, parts: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """(shape, dtype) by name of every array in some of a checkpoint's parts, as their metadata says."""
+    """Returns (shape, dtype) by name of every array in some of a checkpoint's parts, from their metadata."""
     found = {}
     for part in parts:
         for path in array_paths(step / part):
@@ -114,7 +114,7 @@ def stored_shapes(step: pathlib.Path, parts: Iterable[str]) -> dict[str, tuple[t
 
 
 def shapes_of(step: pathlib.Path, part: str) -> dict[str, tuple[int, ...]]:
-    """The shape of every array in a part of a checkpoint, by path; none where it cannot be read."""
+    """Returns the shape of every array in a part of a checkpoint, by path; empty if it cannot be read."""
     try:
         return {path: tuple(open_array(step / part, path).shape) for path in array_paths(step / part)}
     except (ValueError, OSError):
@@ -122,7 +122,7 @@ def shapes_of(step: pathlib.Path, part: str) -> dict[str, tuple[int, ...]]:
 
 
 def _sizes(step: pathlib.Path) -> dict[str, int]:
-    """Bytes of every file of a checkpoint but for the seal, by its path within it."""
+    """Returns the bytes of every file of a checkpoint except the seal, by relative path."""
     if is_local(step):
         return {
             str((pathlib.Path(root) / name).relative_to(step)): (pathlib.Path(root) / name).stat().st_size
@@ -132,7 +132,7 @@ def _sizes(step: pathlib.Path) -> dict[str, int]:
         }
     found: dict[str, int] = {}
     folders = [step]
-    while folders:  # folder by folder, since etils takes no ** in a bucket
+    while folders:  # folder by folder, since etils does not support ** in a bucket
         for f in folders.pop().iterdir():
             if f.is_dir():
                 folders.append(f)
@@ -142,34 +142,34 @@ def _sizes(step: pathlib.Path) -> dict[str, int]:
 
 
 def write_seal(step: pathlib.Path, total: Sums) -> None:
-    """Notes sums and sizes of a checkpoint that was found whole, beside its arrays."""
+    """Writes the sums and file sizes of an intact checkpoint beside its arrays."""
     paths.write_file(step / SEAL, json.dumps({"sums": total, "files": _sizes(step)}, indent=0))
 
 
 def read_seal(step: pathlib.Path) -> dict[str, Any] | None:
-    """{"sums", "files"}; None where the checkpoint was never verified, as its run ended right after it."""
+    """Returns {"sums", "files"}, or None if the checkpoint was never verified because its run ended right after it."""
     text = paths.read_text(step / SEAL)
     return None if text is None else json.loads(text)
 
 
 def problem(step: pathlib.Path, state: dict[str, Any]) -> str | None:
-    """What is wrong with a checkpoint by its marker, its files' names and sizes and its arrays' metadata.
+    """Checks a checkpoint's commit marker, file names and sizes, and array metadata.
 
     Args:
       step: its folder.
-      state: what it should hold, by part ("params", "opt_state"): trees of abstract arrays. Dtypes may be others.
+      state: its expected content by part ("params", "opt_state"): trees of abstract arrays. Dtypes may differ.
 
     Returns:
-      A phrase, or None if nothing was found; the bytes of the arrays are not read.
+      A phrase that says what is wrong, or None; the bytes of the arrays are not read.
     """
     if not (step / COMMITTED).exists():
-        return "it has no commit marker, so that its writing or its removal was interrupted"
+        return "it has no commit marker, so its save or removal was interrupted"
     try:
         seal = read_seal(step)
         if seal is not None and (wrong := _missing(seal["files"], _sizes(step))):
             return wrong
         if not all(layout_is_known(step / part) for part in state):
-            return None  # Orbax says what it finds
+            return None  # Orbax reports what it finds
         found = stored_shapes(step, state)
     except (ValueError, OSError, KeyError) as e:
         return f"it cannot be read ({phrase(e)})"
@@ -192,12 +192,12 @@ def _missing(expected: dict[str, int], found: dict[str, int]) -> str | None:
 
 
 def differing(expected: Sums, found: Sums) -> str | None:
-    """The first array whose sum is not what was saved, as a phrase."""
+    """Returns a phrase that names the first array whose sum differs from the saved one, or None."""
     wrong = [name for name, value in found.items() if expected.get(name) != value]
     return f"the bytes of {wrong[0]} are not those that were saved" if wrong else None
 
 
 def together(share: Sums) -> Sums:
-    """The sums over all processes, which have to call with the same names."""
+    """Adds up the sums over all processes, which must call with the same names."""
     added = processes.added(np.array(list(share.values()), np.uint32))
     return dict(zip(share, map(int, added), strict=True))

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept: the newest, one every so many steps, and the best."""
+"""Checkpoint retention: keeps a run's newest checkpoints, one every so many steps, and the best."""
 
 from collections.abc import Iterable, Mapping
 
@@ -6,12 +6,12 @@ from solar_jax.config import CheckpointConfig
 
 
 def kept(steps: Iterable[int], cfg: CheckpointConfig, losses: Mapping[int, float]) -> set[int]:
-    """Of the steps with a good checkpoint those that stay.
+    """Returns the steps whose checkpoints are kept.
 
     Args:
-      steps: of good checkpoints.
-      cfg: `keep` newest stay; those at multiples of `keep_every` steps; and the `keep_best` of least held-out loss.
-      losses: held-out loss by step, in nats a token; a checkpoint of a step without one is not among the best.
+      steps: steps of good checkpoints.
+      cfg: the `keep` newest stay, multiples of `keep_every` steps, and the `keep_best` of lowest held-out loss.
+      losses: held-out loss by step, in nats per token; a step without one is not among the best.
     """
     newest_first = sorted(steps, reverse=True)
     measured = sorted((losses[step], step) for step in newest_first if step in losses)

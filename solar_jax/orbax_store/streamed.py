@@ -1,4 +1,4 @@
-"""A checkpoint of parameters alone whose arrays are written in blocks, none of which is ever held whole."""
+"""Writes a parameters-only checkpoint in blocks, without ever holding a full array in memory."""
 
 import functools
 import pathlib
@@ -24,20 +24,20 @@ def write_streamed(
     write_arrays: Callable[[BlockWriter], None],
     progress: Callable[[int], None],
 ) -> None:
-    """A checkpoint of step 0 that holds `params` alone, none of whose arrays is ever held whole.
+    """Writes a checkpoint of step 0 that holds only `params`, without ever holding a full array in memory.
 
-    Orbax writes the checkpoint with an empty array in each place; the real ones then take the places. What an
-    earlier, killed run wrote is kept, so that `write_arrays` can go on.
+    Orbax writes the checkpoint with placeholder arrays, which the real ones then replace. What an earlier, killed run
+    wrote is kept, so that `write_arrays` can resume.
 
     Args:
-      workdir: the folder above `checkpoints/`, local or a bucket's.
-      dtypes: the tree of parameters, a dtype in the place of each array.
+      workdir: the folder above `checkpoints/`, local or in a bucket.
+      dtypes: the tree of parameters, with a dtype in place of each array.
       write_arrays: creates and writes every array.
-      progress: told the bytes written since its last call.
+      progress: called with the bytes written since its last call.
     """
     folder = workdir / FOLDER / "0"
     if not (folder / COMMITTED).exists():
-        processes.wait(f"{folder} is not there")  # every process has seen that
+        processes.wait(f"{folder} is not there")  # every process has seen this
         with tempfile.TemporaryDirectory(prefix="solar_jax_empty_") as temporary:
             _save_empty(pathlib.Path(temporary), dtypes)
             if processes.is_first():
@@ -49,17 +49,17 @@ def write_streamed(
 
 
 def _save_empty(local: pathlib.Path, dtypes: Params) -> None:
-    """A checkpoint of arrays of one element; each process writes it to a folder of its own."""
+    """Saves a checkpoint of one-element arrays; each process writes it to its own folder."""
     context = saving_context()
     saving = context.array.saving
-    # No notes beside the arrays on how they lie: the arrays say that themselves.
+    # No separate layout metadata beside the arrays: their own metadata has it.
     saving.array_metadata_store = None
     saving.enable_write_sharding_file = False
     if processes.index_and_count()[1] > 1:
-        context.multiprocessing_options.primary_host = None  # none writes for another
+        context.multiprocessing_options.primary_host = None  # no process writes for another
         saving.use_replica_parallel = False
     with ocp.training.Checkpointer(str(local), context=context) as checkpointer:
-        # On all devices of all processes, since Orbax takes no array that others do not know of.
+        # On all devices of all processes, since Orbax rejects arrays that other processes do not know of.
         everywhere = jax.sharding.NamedSharding(
             jax.make_mesh((jax.device_count(),), ("all",)), jax.sharding.PartitionSpec()
         )
@@ -68,7 +68,7 @@ def _save_empty(local: pathlib.Path, dtypes: Params) -> None:
 
 
 def _copy(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Copies small files to a local folder or a bucket's; the one that makes them a checkpoint comes last."""
+    """Copies small files to a local or bucket folder; the commit marker, which makes them a checkpoint, comes last."""
     files = sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: p == source / COMMITTED)
     for file in files:
         target = folder / file.relative_to(source).as_posix()

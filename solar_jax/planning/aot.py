@@ -1,4 +1,4 @@
-"""The training step compiled for a TPU slice that is not there: exact memory, and time by the compiler's figures."""
+"""Compiles the training step for a TPU slice without having one: exact memory, and time by the compiler's figures."""
 
 import dataclasses
 import time
@@ -24,26 +24,26 @@ BATCH_TYPES = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), j
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A step as one device of the slice runs it; sizes in bytes."""
+    """Compiled step of one device of the slice; sizes in bytes."""
 
     arguments: int
     temporaries: int
-    total: int  # all that the compiler allots, which is what it holds against the chip's memory
+    total: int  # all that the compiler allocates, which it checks against the chip's HBM
     traced_seconds: float
     compiled_seconds: float
     text: str  # optimised HLO
-    program: hlo_cost.Program  # as the roofline model reads it
+    program: hlo_cost.Program  # as read by the roofline model
 
 
 def lower_step(
     cfg: ModelConfig, config: Config, mesh: jax.sharding.Mesh, partition: Partition | None = None
 ) -> jax.stages.Lowered:
-    """The step of a run on a mesh of any devices, nothing allocated.
+    """Lowers the step of a run on a mesh of any devices, allocating nothing.
 
     Args:
       cfg: the grown model.
       config: the run.
-      mesh: of devices of one kind, there or described.
+      mesh: of devices of one kind, real or described.
     """
     optimizer = make_optimizer(config, mesh=mesh)
     state = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh, partition), partition)
@@ -63,14 +63,14 @@ def compile_step(
 
     Args:
       cfg: the grown model.
-      config: the run; its mesh has to fit the slice.
+      config: the run; its mesh must fit the slice.
       wanted: the slice.
-      options: compiler options in place of the chip's own.
+      options: compiler options that replace the chip's own.
       partition: which parameters train; all if None.
 
     Raises:
       UserError: no TPU compiler is installed, or the mesh or the config does not fit.
-      jax.errors.JaxRuntimeError: the compiler refuses; "RESOURCE_EXHAUSTED" where memory is too small.
+      jax.errors.JaxRuntimeError: compilation failed; "RESOURCE_EXHAUSTED" if memory is too small.
     """
     devices = described_devices(wanted)
     begin = time.perf_counter()

@@ -1,17 +1,17 @@
-"""A step's time from the text of a program that the TPU compiler has optimised: a model, to compare programs by.
+"""Estimates a step's time from HLO text that the TPU compiler has optimised: a model for comparing programs.
 
-The compiler writes the cycles that it expects of an operation next to it. What is added up, each operation as often
-as the loops around it turn:
+The compiler annotates each operation with its estimated cycles. The sums below count each operation as often as the
+loops around it run:
 
   compute  those cycles, at the chip's clock
   kernels  attention kernels, which have none: their FLOPs, half of them masked, at half of the chip's peak
-  comm     bytes of collectives over the links of all axes; an all-reduce moves its bytes twice, unless it stands for a
+  comm     bytes of collectives over ICI on all axes; an all-reduce moves its bytes twice, unless it implements a
            reduce-scatter: the compiler names that fusion of an all-reduce and a slice "all-reduce-scatter"
   host     bytes copied to and from host memory, at 16 GB/s
-  network  bytes to other slices, over a chip's share of its host's network; the compiler writes them as sends
+  network  bytes to other slices, over a chip's share of its host's DCN bandwidth; the compiler writes them as sends
 
-"overlapped" takes compute + kernels, comm and host to run at once, "serial" one after the other. The network is added
-to both: what slices exchange is the sum of their gradients, which is there after the last layer and needed next.
+"overlapped" assumes that compute + kernels, comm and host run concurrently, "serial" one after the other. DCN time is
+added to both: slices exchange the sum of their gradients, which is ready after the last layer and needed next.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from solar_jax.hardware.chips import Chip
 
 HOST = 1.6e10  # bytes/s
-KERNEL_RATE = 0.5  # of the peak, that attention kernels are taken to run at
+KERNEL_RATE = 0.5  # fraction of the peak that attention kernels are assumed to reach
 # Forward FLOPs are 2 matmuls of [T, H] x [H, T], half of them masked; kernels of a backward pass in units of that.
 KERNELS = ((r"fwd", 1.0), (r"dkv.*fused|fused.*dkv", 2.5), (r"dq", 1.5), (r"", 2.0))
 
@@ -43,7 +43,7 @@ _HOST_COPY = re.compile(r" (copy-start|copy|dynamic-update-slice|dynamic-slice)\
 
 
 def _arrays(text: str) -> list[tuple[str, list[int]]]:
-    """The (type, shape) of every array that is written in `text`."""
+    """Returns the (type, shape) of every array in `text`."""
     return [(t, [int(d) for d in dims.split(",") if d]) for t, dims in _ARRAY.findall(text)]
 
 
@@ -53,7 +53,7 @@ def _bytes(text: str) -> list[int]:
 
 @dataclasses.dataclass
 class Program:
-    """What one step does on one chip."""
+    """Work of one step on one chip."""
 
     chip: Chip
     cycles: float = 0.0
@@ -61,11 +61,11 @@ class Program:
     moved: Counter[str] = dataclasses.field(default_factory=Counter)  # bytes by kind of collective
     host: float = 0.0  # bytes
     network: float = 0.0  # bytes
-    kernels: Counter[str] = dataclasses.field(default_factory=Counter)  # how often each runs
-    unknown: set[str] = dataclasses.field(default_factory=set)  # kernels that have no cost here
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)  # number of times that each runs
+    unknown: set[str] = dataclasses.field(default_factory=set)  # kernels without a known cost
 
     def parts(self) -> dict[str, float]:
-        """Seconds of each part."""
+        """Returns the seconds of each part."""
         return {
             "compute": self.cycles / self.chip.clock,
             "kernels": self.kernel_flops / (KERNEL_RATE * self.chip.peak),
@@ -75,12 +75,12 @@ class Program:
         }
 
     def seconds(self) -> tuple[float, float]:
-        """(overlapped, serial) step time."""
+        """Returns the (overlapped, serial) step time."""
         p = self.parts()
         return max(p["compute"] + p["kernels"], p["comm"], p["host"]) + p["network"], sum(p.values())
 
     def report(self, tokens: float, flops: float) -> str:
-        """For a person; `tokens` and model `flops` are those of one chip and step."""
+        """Formats a report; `tokens` and model `flops` are per chip and step."""
         lines = [f"kernels without a cost, so not comparable: {', '.join(self.unknown)}"] if self.unknown else []
         lines.append("parts " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.parts().items()))
         moved = self.moved | ({"to other slices": self.network} if self.network else {})
@@ -92,7 +92,7 @@ class Program:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the one that is run."""
+    """Returns the lines of each computation, and the name of the entry computation."""
     found: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -109,7 +109,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _executed(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int, str]]:
-    """(operation, how often it runs, the computation that it stands in)."""
+    """Yields (operation, how often it runs, the enclosing computation)."""
     for line in computations[name]:
         if loop := _WHILE.search(line):
             limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(loop[1], [])))
@@ -119,7 +119,7 @@ def _executed(computations: dict[str, list[str]], name: str, times: int) -> Iter
             yield from _executed(computations, branch, times)
         yield line, times, name
         inner = _FUSED.search(line) if " fusion(" in line and "kCustom" in line and not _CYCLES.search(line) else None
-        if _DONE.search(line):  # its start has been counted, and both are written with the collective in them
+        if _DONE.search(line):  # its start has been counted, and both contain the collective
             inner = None
         for called in (inner, _CALL.search(line)):
             if called and called[1] in computations:
@@ -134,9 +134,9 @@ def _kernel(program: Program, line: str, times: int) -> None:
         program.unknown.add(name)
         return
     operands = line.split("operand_layout_constraints")[-1]
-    shapes = [shape for t, shape in _arrays(operands) if t == "bf16" and len(shape) >= 3]  # one row has no axis
+    shapes = [shape for t, shape in _arrays(operands) if t == "bf16" and len(shape) >= 3]  # a single row has no axis
     *rows, length, width = max(shapes, key=lambda s: math.prod(s[:-2]))
-    keys = max(s[-2] for s in shapes)  # more than queries where a row is split over chips
+    keys = max(s[-2] for s in shapes)  # more than queries if a row is sharded over chips
     factor = next(f for pattern, f in KERNELS if re.search(pattern, name))
     program.kernel_flops += times * factor * 2 * math.prod(rows) * length * keys * width
     program.kernels[name] += times
@@ -156,7 +156,7 @@ def _collective(program: Program, line: str, times: int, where: str) -> None:
 
 
 def _network(program: Program, line: str, times: int) -> None:
-    """Adds what a chip sends to other slices: of a sum over n of them (n - 1) / n twice, as in any all-reduce."""
+    """Adds the bytes a chip sends to other slices: 2 (n - 1) / n of a sum over n slices, as in any all-reduce."""
     found = _SEND.search(line)
     if not found:
         return
@@ -168,7 +168,7 @@ def _network(program: Program, line: str, times: int) -> None:
 
 
 def read_program(text: str, chip: Chip) -> Program:
-    """The program of an optimised HLO text, as one device of `chip` runs it."""
+    """Parses optimised HLO text into the program that one device of `chip` runs."""
     computations, entry = _computations(text)
     program = Program(chip)
     for line, times, where in _executed(computations, entry, 1):

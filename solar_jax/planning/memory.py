@@ -1,8 +1,8 @@
-"""What a training step needs of a device's memory, estimated from shapes alone, before anything is allocated.
+"""Estimates a training step's device memory from shapes alone, before anything is allocated.
 
-Parameters and optimiser state are exact. The rest follows what XLA allocates: arrays that wait for the backward pass
-layer by layer, and the larger of what the loss and what one layer's backward pass work with. Its few numbers were
-fitted to what the TPU compiler reports; `scripts/bench/plan_memory.py` shows how far off they are.
+Parameters and optimiser state are exact. The rest follows what XLA allocates: activations saved layer by layer for the
+backward pass, and the larger of the working memory of the loss and of one layer's backward pass. Its few constants were
+fitted to what the TPU compiler reports; `scripts/bench/plan_memory.py` shows their error.
 """
 
 import dataclasses
@@ -24,26 +24,26 @@ from solar_jax.training.state import State
 from solar_jax.training.step import loss_chunks
 
 GIB = 2**30
-# Values a token that differentiation asks for in one layer when nothing is computed again, by their axes; some of
-# them are float32 and count twice.
+# Values per token that differentiation saves in one layer when nothing is rematerialised, by their axes; some of them
+# are float32 and count twice.
 EVERYTHING = {"D": 9.0, "NH": 4.0, "KH": 6.0, "F": 5.0}
-# Values a token that are live at once in the backward pass of a layer, beside what it reads: what the mlp computes
-# again comes on top.
+# Values per token that are live at once in the backward pass of a layer, besides what it reads; what the mlp
+# recomputes comes on top.
 LAYER = {"D": 6.5, "F": 3.0}
-SCORES = 8.5  # bytes that plain attention keeps of each score in the layer at work
-HOLES = 0.05  # between buffers, of all that is not parameters or optimiser state
-HEAD = 5.0  # bytes a weight of the output projection and its float32 gradient, in the loss
+SCORES = 8.5  # bytes that plain attention keeps per score in the current layer
+HOLES = 0.05  # fragmentation, as a fraction of all but parameters and optimiser state
+HEAD = 5.0  # bytes per weight of the output projection and its float32 gradient, in the loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes a device."""
+    """Memory needed, in bytes per device."""
 
     parameters: int
     optimizer: int
     gradients: int  # and the copy of the parameters that matmuls use
     activations: int  # saved for the backward pass, over all layers
-    working: int  # of the loss or of one layer's backward pass, and holes between buffers
+    working: int  # of the loss or of one layer's backward pass, and fragmentation
 
     @property
     def total(self) -> int:
@@ -55,32 +55,32 @@ class Need:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of abstract arrays with shardings."""
+    """Returns the bytes that one device holds of a tree of abstract arrays with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def shard_count(tree: Any) -> int:
-    """Elements that one device holds of a tree of abstract arrays with shardings."""
+    """Returns the elements that one device holds of a tree of abstract arrays with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def estimate(
     cfg: ModelConfig, config: Config, state: State, mesh: Mesh | AbstractMesh, partition: Partition | None = None
 ) -> Need:
-    """The need of one step.
+    """Estimates the memory that one step needs.
 
       gradients    of the parameters that a device holds, in the compute dtype, and a copy of the parameters in it
-                   where theirs is another; with microbatches their sum in float32
-      activations  of each layer its input and what the remat policy saves; with the policy `none` everything that
-                   differentiation asks for, gathered weights too
+                   if theirs differs; with microbatches also their float32 sum
+      activations  each layer's input and what the remat policy saves; with the policy `none` everything that
+                   differentiation needs, including gathered weights
       working      the larger of the loss (a chunk's logits in float32, the output projection and its gradient) and
-                   of one layer's backward pass (its gathered weights, and values of its tokens), and holes
+                   of one layer's backward pass (its gathered weights and token values), and fragmentation
 
     Args:
       cfg: the grown model.
       config: the run, with a remat policy of `REMAT`.
       state: abstract, with shardings.
-      mesh: of the shardings; its devices need not be there.
+      mesh: of the shardings; its devices need not exist.
       partition: which parameters train; all if None.
     """
     partition = partition or everything(cfg)
@@ -102,25 +102,25 @@ def estimate(
 
 
 def each(cfg: ModelConfig, mesh: Mesh | AbstractMesh, letters: str) -> float:
-    """Values a token and device of an activation of these axes; B and T do not count."""
+    """Returns the values per token and device of an activation with these axes; B and T do not count."""
     letters = letters.replace("B", "").replace("T", "")
     return size(cfg, letters) / ways(letters, ACTIVATIONS, mesh)
 
 
 def _gathered(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> float:
-    """Weights of one layer as a device multiplies by them."""
+    """Returns the number of weights of one layer that a device multiplies by."""
     return sum(size(cfg, letters) for letters in layer_axes(cfg).values()) / axis_size(mesh, "tensor")
 
 
 def _scores(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> float:
-    """Scores of attention a token and device that array operations hold; kernels hold none."""
+    """Returns the attention scores per token and device that array operations hold; kernels hold none."""
     if attention_choice(cfg, config, mesh) != "xla":
         return 0.0
     return each(cfg, mesh, "N") * config.data.sequence_length
 
 
 def _saved(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float, width: int) -> float:
-    """Bytes of one layer that wait for its backward pass."""
+    """Returns the bytes that one layer saves for its backward pass."""
     names = REMAT[config.train.remat]
     if names is None:
         values = sum(count * each(cfg, mesh, letters) for letters, count in EVERYTHING.items())
@@ -133,7 +133,7 @@ def _saved(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: 
 
 
 def _layer(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float, width: int) -> float:
-    """Bytes that the backward pass of one layer works with, beside what was saved."""
+    """Returns the working bytes of one layer's backward pass, besides what was saved."""
     names = REMAT[config.train.remat]
     kept = None if names is None else (*names, *OFFLOADED.get(config.train.remat, ()))
     again = [letters for name, letters in SAVEABLE.items() if kept is not None and name not in kept]
@@ -143,7 +143,7 @@ def _layer(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: 
 
 
 def _loss(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float) -> float:
-    """Bytes that the loss works with."""
+    """Returns the working bytes of the loss."""
     logits = tokens * each(cfg, mesh, "V")
     chunks = loss_chunks(round(logits), config.data.sequence_length)
     head = size(cfg, "DV") / axis_size(mesh, "tensor")

@@ -1,6 +1,6 @@
-"""Which mesh, remat policy and number of microbatches a run takes: every one that there is, by estimated time and HBM.
+"""Chooses a run's mesh, remat policy and number of microbatches among all that exist, by estimated time and HBM.
 
-A config leaves to the planner what it sets to 0 in `config.mesh`, `train.remat="auto"` and `train.accumulation=0`.
+A config leaves to the planner the axes of `config.mesh` set to 0, `train.remat="auto"` and `train.accumulation=0`.
 """
 
 import dataclasses
@@ -28,24 +28,24 @@ from solar_jax.training.partition import Partition
 from solar_jax.training.state import abstract_state, state_shardings
 
 AUTO = "auto"  # config.train.remat
-SPARE = 0.05  # of a device's memory, left alone
-NEAR = 0.01  # steps this much slower than the fastest count as equally fast, and the simplest of them is taken
-MOST = {"tensor": 16, "context": 16}  # ways to split these axes; more pays on no TPU
+SPARE = 0.05  # fraction of a device's memory that stays free
+NEAR = 0.01  # steps slower by at most this fraction count as equally fast, and the simplest is taken
+MOST = {"tensor": 16, "context": 16}  # most ways to shard these axes; more pays off on no TPU
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """What a run is planned for; nothing of it has to be there."""
+    """Devices that a run is planned for; they need not exist."""
 
     count: int
     kind: str  # `device.device_kind`
     platform: str  # "tpu", "gpu" or "cpu"
-    memory: float  # bytes of one
-    chip: chips.Chip | None = None  # its facts, where it is a TPU
+    memory: float  # bytes per device
+    chip: chips.Chip | None = None  # the chip's data, if it is a TPU
     slices: int = 1
 
     def mesh(self, cfg: MeshConfig) -> AbstractMesh:
-        """The mesh of a config on them."""
+        """Returns the mesh of a config on these devices."""
         device = AbstractDevice(device_kind=self.kind, num_cores=None, platform=self.platform)
         auto = (AxisType.Auto,) * len(AXES)
         return AbstractMesh(mesh_shape(cfg, self.count, self.slices), AXES, axis_types=auto, abstract_device=device)
@@ -53,11 +53,11 @@ class Devices:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One way to take a run's step."""
+    """One way to run the step."""
 
     config: Config  # with nothing left open
     mesh: AbstractMesh
-    time: StepTime | None  # None where the chip is not known
+    time: StepTime | None  # None if the chip is unknown
 
     def __str__(self) -> str:
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items() if size > 1) or "one device"
@@ -66,35 +66,35 @@ class Option:
 
 
 def is_open(config: Config) -> bool:
-    """Whether a config leaves anything to the planner."""
+    """Returns whether a config leaves anything to the planner."""
     open_axes = [axis for axis in AXES if axis != "slice" and getattr(config.mesh, axis) == 0]
     return bool(open_axes) or config.train.remat == AUTO or not config.train.accumulation
 
 
 def present() -> Devices:
-    """The devices that this run has."""
+    """Returns the devices that this run has."""
     device = jax.devices()[0]
     name = chips.chip_name(device)
     return Devices(
         count=jax.device_count(),
         kind=device.device_kind,
         platform=device.platform,
-        memory=processes.least(chips.memory_bytes(jax.local_devices()[0])),  # all have to choose alike
+        memory=processes.least(chips.memory_bytes(jax.local_devices()[0])),  # all processes must choose alike
         chip=chips.CHIPS[name] if name else None,
         slices=len({getattr(d, "slice_index", 0) for d in jax.devices()}),
     )
 
 
 def of_slice(wanted: Slice) -> Devices:
-    """The devices of a slice that is not there."""
+    """Returns the devices of a slice, which need not exist."""
     chip = wanted.facts
     return Devices(wanted.devices, chip.kinds[0], "tpu", chip.memory * GIB, chip, wanted.count)
 
 
 def meshes(config: Config, devices: Devices) -> Iterator[MeshConfig]:
-    """Every mesh of the devices that the config allows, each axis given.
+    """Yields every mesh of the devices that the config allows, with each axis set.
 
-    What is no TPU takes what is left open as fsdp: nothing is known there of what a collective costs.
+    On anything but a TPU, open axes are resolved to fsdp: the cost of a collective is unknown there.
     """
     axes = [axis for axis in AXES if axis != "slice"]
     given = {axis: getattr(config.mesh, axis) for axis in axes}
@@ -104,7 +104,7 @@ def meshes(config: Config, devices: Devices) -> Iterator[MeshConfig]:
         return
     per_slice = devices.count // devices.slices
     divisors = [n for n in range(1, per_slice + 1) if per_slice % n == 0]
-    filled = next((axis for axis in axes if given[axis] == -1), free[0])  # takes what the others leave
+    filled = next((axis for axis in axes if given[axis] == -1), free[0])  # takes the devices that the others leave
     others = [axis for axis in free if axis != filled]
     for sizes in itertools.product(*([n for n in divisors if n <= MOST.get(axis, n)] for axis in others)):
         mesh = given | dict(zip(others, sizes, strict=True))
@@ -114,26 +114,26 @@ def meshes(config: Config, devices: Devices) -> Iterator[MeshConfig]:
 
 
 def microbatches(config: Config) -> list[int]:
-    """The numbers of microbatches that the config allows."""
+    """Returns the numbers of microbatches that the config allows."""
     if config.train.accumulation:
         return [config.train.accumulation]
     return [k for k in (2**i for i in range(10)) if config.train.batch_size % k == 0]
 
 
 def options(cfg: ModelConfig, config: Config, devices: Devices, partition: Partition | None = None) -> list[Option]:
-    """Every way to take the step that the config allows and the devices and the model divide by, fastest first.
+    """Returns every way to run the step that the config allows and that divides devices and model, fastest first.
 
-    Where nothing is known of time, what computes least again comes first. Among nearly equal times the simplest mesh
-    does, and of its policies the one that saves least.
+    If time is unknown, the option that recomputes least comes first. Among nearly equal times the simplest mesh does,
+    and of its policies the one that saves the fewest activations.
 
     Args:
       cfg: the grown model.
       config: the run.
-      devices: what it is to run on.
+      devices: the devices to run on.
       partition: which parameters train; all if None.
 
     Raises:
-      UserError: there is no such policy, or the mesh that the config asks for does not fit the devices or the model.
+      UserError: unknown policy, or the mesh that the config asks for does not fit the devices or the model.
     """
     if config.train.remat not in (*REMAT, AUTO):
         raise UserError(f"config.train.remat must be one of {', '.join((*REMAT, AUTO))}, found {config.train.remat!r}.")
@@ -155,7 +155,7 @@ def options(cfg: ModelConfig, config: Config, devices: Devices, partition: Parti
                 Option(chosen, mesh, step_time(cfg, chosen, mesh, devices.chip, partition) if devices.chip else None)
             )
     if not found:
-        raise refused or UserError(f"config.mesh fits no {devices.count} devices.")
+        raise refused or UserError(f"config.mesh does not fit {devices.count} devices.")
     return sorted(found, key=_rank)
 
 
@@ -169,7 +169,7 @@ def _rank(option: Option) -> tuple[float, ...]:
 
 
 def need(cfg: ModelConfig, option: Option, partition: Partition | None = None) -> Need:
-    """What an option takes of a device's memory."""
+    """Estimates the device memory that an option needs."""
     optimizer = make_optimizer(option.config)
     shardings = state_shardings(cfg, optimizer, option.mesh, partition)
     state = abstract_state(cfg, option.config, optimizer, shardings, partition)
@@ -183,7 +183,7 @@ def fits(wanted: Need, devices: Devices) -> bool:
 def best(
     cfg: ModelConfig, found: list[Option], devices: Devices, partition: Partition | None = None
 ) -> tuple[Option, Need]:
-    """The first of the options that fits; where none does, the one that needs least."""
+    """Returns the first option that fits or, if none does, the one that needs least memory."""
     smallest: tuple[Option, Need] | None = None
     for option in found:
         wanted = need(cfg, option, partition)
@@ -198,7 +198,7 @@ def best(
 def other_policies(
     cfg: ModelConfig, option: Option, devices: Devices, partition: Partition | None = None
 ) -> list[Option]:
-    """The option with every remat policy there is."""
+    """Returns the option with every remat policy there is."""
     found = []
     for remat in REMAT:
         config = dataclasses.replace(option.config, train=dataclasses.replace(option.config.train, remat=remat))
@@ -210,10 +210,10 @@ def other_policies(
 def choose(
     cfg: ModelConfig, config: Config, devices: Devices, partition: Partition | None = None
 ) -> tuple[Option, Need]:
-    """The best way to take the step that fits.
+    """Returns the best way to run the step that fits.
 
     Raises:
-      UserError: none fits, with the smallest need that there is; or as `options`.
+      UserError: none fits (the message names the smallest need), or as in `options`.
     """
     option, wanted = best(cfg, options(cfg, config, devices, partition), devices, partition)
     if fits(wanted, devices):

@@ -1,4 +1,4 @@
-"""How long a training step takes on a TPU, estimated from shapes alone: what the planner knows without a compiler."""
+"""Estimates a training step's time on a TPU from shapes alone, for planning without a compiler."""
 
 import dataclasses
 
@@ -15,25 +15,25 @@ from solar_jax.planning.hlo_cost import HOST, KERNEL_RATE
 from solar_jax.planning.memory import each
 from solar_jax.training.partition import Partition, everything
 
-FLOAT32_PASSES = 6  # bfloat16 products that a TPU makes of one in float32 (`Precision.HIGHEST`)
+FLOAT32_PASSES = 6  # bfloat16 matmuls that a TPU runs for one in float32 (`Precision.HIGHEST`)
 BACKWARD_KERNEL = 2.5  # FLOPs of the attention kernel's backward pass, in units of its forward pass
-# Axes of the weight whose product gives a value of `SAVEABLE`: computed again where a policy does not save the value.
+# Axes of the weight whose matmul gives a value of `SAVEABLE`: recomputed if a policy does not save the value.
 _WEIGHT = {"q": "DNH", "k": "DKH", "v": "DKH", "mid": "NHD", "gate": "DF", "up": "DF"}
-# Values a token and layer that pass between a device and its HBM outside of matmuls and kernels, by their last axes:
-# norms, residual sums, rotations, transposes, SwiGLU and what gathers them. Fitted to what the TPU compiler reports.
+# Values per token and layer that move between a device and its HBM outside of matmuls and kernels, by last axes: norms,
+# residual sums, rotary embeddings, transposes, SwiGLU and what gathers them. Fitted to what the TPU compiler reports.
 _VECTORS = {"D": 22.0, "NH": 14.0, "KH": 14.0, "F": 8.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step on one device; the first three run one after the other, links and host beside them."""
+    """Seconds of one step on one device; the first three run in sequence, links and host concurrently with them."""
 
     matmuls: float
     kernels: float
     vectors: float
-    links: float  # collectives within a slice
-    host: float  # copies to the host's memory and back
-    network: float  # collectives between slices, after everything else
+    links: float  # collectives over ICI, within a slice
+    host: float  # copies to host memory and back
+    network: float  # collectives over DCN, between slices, after everything else
 
     @property
     def total(self) -> float:
@@ -41,7 +41,7 @@ class StepTime:
 
 
 def tokens_a_device(config: Config, mesh: Mesh | AbstractMesh) -> float:
-    """Tokens of a step that one device works on, those of empty rows included, shared with its tensor group."""
+    """Returns the tokens of a step that one device works on, padding rows included, shared with its tensor group."""
     rows = padded_rows(config.train.batch_size, mesh, config.train.accumulation)
     return rows * config.data.sequence_length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))
 
@@ -49,28 +49,28 @@ def tokens_a_device(config: Config, mesh: Mesh | AbstractMesh) -> float:
 def step_time(
     cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip: Chip, partition: Partition | None = None
 ) -> StepTime:
-    """The estimate; t are the tokens of a device, `/ tensor` the share of them that heads, mlp and vocabulary have.
+    """Estimates the step time; t is a device's tokens, `/ tensor` the share of heads, mlp and vocabulary.
 
-      matmuls  [3 x 2 x weights + 2 x weights of what remat computes again] x t / tensor, at the chip's matmul rate;
-               the loss computes nothing again; in float32 six times as long
-      kernels  4 N H keys t / tensor a layer, times 1 + 2.5, and 1 more where attention is not saved, at half the
-               peak; keys are T / 2, at most the sliding window. Without kernels the same, as matmuls.
-      vectors  `_VECTORS` a token and layer; of the optimiser parameters, moments and gradients read and written;
-               of microbatches their sum read and written; at the HBM's bandwidth
-      links    a layer's weights gathered twice and their gradients scattered once, in the compute dtype, a
-               microbatch; the embedding and the output projection the same once; over tensor four all-reduces of
-               [t, D] a layer, a fifth where `mid` is not saved; over context keys and values gathered and their
-               gradients scattered; over data an all-reduce of the gradients. An all-reduce moves its bytes twice.
-      host     what the policy keeps in the host's memory, there and back
-      network  an all-reduce of the float32 gradients between n slices: of its bytes a device sends (n - 1) / n twice
+      matmuls  [3 x 2 x weights + 2 x weights that remat recomputes with] x t / tensor, at the chip's matmul rate;
+               the loss recomputes nothing; six times as long in float32
+      kernels  4 N H keys t / tensor per layer, times 1 + 2.5, plus 1 if attention is not saved, at half the peak;
+               keys are T / 2, at most the sliding window. Without kernels the same, as matmuls.
+      vectors  `_VECTORS` per token and layer; parameters, moments and gradients that the optimiser reads and writes;
+               with microbatches, their sum read and written; at HBM bandwidth
+      links    per microbatch, a layer's weights gathered twice and their gradients scattered once, in the compute
+               dtype; the embedding and the output projection the same, once; over tensor, four all-reduces of
+               [t, D] per layer, a fifth if `mid` is not saved; over context, keys and values gathered and their
+               gradients scattered; over data, an all-reduce of the gradients. An all-reduce moves its bytes twice.
+      host     what the policy offloads to host memory, there and back
+      network  an all-reduce of the float32 gradients over n slices: a device sends 2 (n - 1) / n of its bytes
 
     Args:
       cfg: the grown model.
       config: the run, with a remat policy of `REMAT`.
-      mesh: of devices that need not be there.
-      chip: of its devices.
-      partition: which parameters train; all if None. A frozen layer has no gradient of its weights, and one below the
-        first that trains no backward pass.
+      mesh: of devices that need not exist.
+      chip: of the mesh's devices.
+      partition: which parameters train; all if None. A frozen layer has no weight gradients, and a layer below the
+        first that trains has no backward pass.
     """
     partition = partition or everything(cfg)
     behind = cfg.num_hidden_layers - partition.first  # layers with a backward pass
@@ -110,7 +110,7 @@ def step_time(
 def _link_bytes(
     cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, t: float, weights: int, width: int, mid_again: bool
 ) -> float:
-    """Bytes of a device's collectives within a slice."""
+    """Returns the bytes of a device's collectives over ICI, within a slice."""
     L, D = cfg.num_hidden_layers, cfg.hidden_size
     tensor, context = axis_size(mesh, "tensor"), axis_size(mesh, "context")
     shards = ways("D", PARAMETERS, mesh)

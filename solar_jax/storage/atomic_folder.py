@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: filled under a hidden name beside its own and renamed at the end."""
+"""Atomic folders: filled under a hidden sibling name and renamed at the end, so they appear complete or not at all."""
 
 import contextlib
 import fcntl
@@ -11,39 +11,39 @@ from typing import Any
 
 from solar_jax.errors import UserError
 
-# In a folder that is being filled: what it will be, so that the same job can go on. Hidden, as no file is that a
-# checkpoint carries along.
+# In a folder that is being filled: describes the result, so that the same job can resume. Hidden, since no companion
+# file of a checkpoint is.
 JOB = ".job.json"
-CONFIGS = ("config.json", "model/config.json")  # one of which a checkpoint has: an HF folder's, one of ours
+CONFIGS = ("config.json", "model/config.json")  # a checkpoint has one of them: HF folders the first, ours the second
 
 
 def check_target(out: pathlib.Path, overwrite: bool = False) -> None:
-    """Raises a UserError unless `out` is free: not there, an empty folder, or one that may be replaced."""
+    """Raises a UserError unless `out` is free: missing, an empty folder, or a checkpoint that may be replaced."""
     try:
         if out.is_symlink() and not out.exists():
-            raise UserError(f"{out}: is a link to nothing; give a new folder.")
+            raise UserError(f"{out}: is a dangling symbolic link; give a new folder.")
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
         if not overwrite:
             raise UserError(f"{out}: already exists; give a new folder, or --overwrite to replace it.")
         if not out.is_dir() or not any((out / name).exists() for name in CONFIGS):
             raise UserError(f"{out}: is not a checkpoint, so it is not replaced; give a new folder.")
-    except OSError as e:  # a name that is too long, a folder that others may not look into
+    except OSError as e:  # such as a name that is too long, or a folder without read permission
         raise UserError(f"{out}: cannot be written: {e.strerror}.") from e
 
 
 def check_space(out: pathlib.Path, needed: int) -> None:
-    """Raises a UserError unless the disk that `out` will lie on has room for `needed` bytes."""
+    """Raises a UserError unless the disk that will hold `out` has `needed` bytes of free space."""
     parent = next(p for p in (out, *out.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(parent).free
-    # What an earlier run left is gone on with, or cleared away.
+    # Files that an earlier run left are reused or deleted.
     begun = sum(os.lstat(os.path.join(at, f)).st_blocks * 512 for at, _, files in os.walk(partial(out)) for f in files)
     if needed > free + begun:
         raise UserError(f"{out}: needs {needed / 1e9:.2f} GB of disk, but {parent} has {free / 1e9:.2f} GB free.")
 
 
 def partial(out: pathlib.Path) -> pathlib.Path:
-    """Where `out` is filled before it has its name; beside the folder itself where `out` is a link."""
+    """Returns the folder that `out` is filled in before the rename; next to the link's target if `out` is a link."""
     out = out.resolve()
     return out.parent / f".{out.name}.partial"
 
@@ -52,19 +52,19 @@ def partial(out: pathlib.Path) -> pathlib.Path:
 def new_folder(
     out: pathlib.Path, *, overwrite: bool = False, job: dict[str, Any] | None = None, keep: bool = False
 ) -> Iterator[pathlib.Path]:
-    """The hidden sibling of `out` to fill; it becomes `out` if the block ends well and vanishes if it fails.
+    """Yields a hidden sibling of `out` to fill; it becomes `out` if the block succeeds and is deleted if it fails.
 
-    What a killed process left is cleared away, or, where it was the same `job`, is there to be completed. An
-    interrupted job (Ctrl-C) is left in the same way.
+    Leftovers of a killed process are deleted or, if they are from the same `job`, kept to be completed. An interrupted
+    job (Ctrl-C) leaves its files in the same way.
 
     Args:
-      out: the folder to be.
-      overwrite: replace a checkpoint that stands there.
-      job: JSON that says what the folder will hold; the same job goes on where it stopped.
-      keep: whatever ends the block, what was made stays for the same job.
+      out: the folder to create.
+      overwrite: replace an existing checkpoint.
+      job: JSON that describes the folder's content; the same job resumes where it stopped.
+      keep: keep the files for the same job however the block ends.
 
     Raises:
-      UserError: `out` is taken, cannot be written, or another process is filling it.
+      UserError: `out` exists, cannot be written, or is being filled by another process.
     """
     check_target(out, overwrite)
     out = out.resolve()  # a change of the working directory must not move it
@@ -76,9 +76,9 @@ def new_folder(
         raise UserError(f"{out}: cannot be written: {e.strerror}.") from e
     try:
         try:
-            if not out.exists() and _old(out).exists():  # a process was killed between the two renames of `_replace`
+            if not out.exists() and _old(out).exists():  # killed between the two renames of `_replace`
                 os.rename(_old(out), out)
-            check_target(out, overwrite)  # again, since another process may have had the lock before
+            check_target(out, overwrite)  # again, since another process may have held the lock
             _prepare(folder, job)
             yield folder
             (folder / JOB).unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def new_folder(
 
 
 def _lock(folder: pathlib.Path) -> int:
-    """Makes `folder` where it is missing and locks it for this process, until the descriptor is closed."""
+    """Creates `folder` if missing and locks it for this process until the returned descriptor is closed."""
     while True:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
@@ -106,7 +106,7 @@ def _lock(folder: pathlib.Path) -> int:
         except BlockingIOError as e:
             os.close(descriptor)
             raise UserError(f"{folder}: another process is writing there; wait for it to end.") from e
-        # The one that held it before may have renamed or removed the folder meanwhile.
+        # The previous holder may have renamed or removed the folder in the meantime.
         with contextlib.suppress(FileNotFoundError):
             if os.stat(folder).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
@@ -114,7 +114,7 @@ def _lock(folder: pathlib.Path) -> int:
 
 
 def _prepare(folder: pathlib.Path, job: dict[str, Any] | None) -> None:
-    """Leaves what the same job wrote before, and nothing else."""
+    """Keeps what the same job wrote earlier and deletes everything else."""
     text = None if job is None else json.dumps(job, indent=2, sort_keys=True)
     if text is not None and (folder / JOB).is_file() and (folder / JOB).read_text(errors="replace") == text:
         return
@@ -129,7 +129,7 @@ def _old(out: pathlib.Path) -> pathlib.Path:
 
 
 def _replace(out: pathlib.Path, folder: pathlib.Path) -> None:
-    """Renames; what stands at `out` leaves first, and is deleted only when the new folder has its name."""
+    """Renames `folder` to `out`; an old `out` is moved aside first and deleted only after the rename."""
     if not out.exists() or not any(out.iterdir()):
         if out.exists():
             out.rmdir()

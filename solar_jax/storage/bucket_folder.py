@@ -1,7 +1,7 @@
-"""A checkpoint's folder in a bucket: filled through a local one, object by object, config.json last.
+"""Checkpoint folders in a bucket: filled object by object through a local folder, config.json last.
 
-A bucket knows no rename, so the folder is a checkpoint only once it has config.json; until then a `.job.json` says
-what is being written there, and the same job goes on where it stopped.
+Buckets have no rename, so the folder is a checkpoint only once it has config.json; until then a `.job.json` describes
+what is being written, and the same job resumes where it stopped.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from solar_jax.storage.retry import retry
 
 
 def names(folder: pathlib.Path) -> set[str]:
-    """Of the objects directly in a bucket's folder."""
+    """Returns the names of the objects directly in a bucket folder."""
     return retry(lambda: {p.name for p in folder.iterdir()} if folder.exists() else set(), str(folder))
 
 
 def check_bucket(folder: pathlib.Path, overwrite: bool) -> None:
-    """Raises a UserError unless a folder of a bucket is free, unfinished, or may be replaced."""
+    """Raises a UserError unless a bucket folder is empty, unfinished, or may be replaced."""
     found = names(folder)
     if not found or (JOB in found and not _is_checkpoint(folder)):
         return
@@ -40,15 +40,15 @@ def _is_checkpoint(folder: pathlib.Path) -> bool:
 def bucket_folder(
     folder: pathlib.Path, *, overwrite: bool, job: dict[str, Any], first: bool = True
 ) -> Iterator[tuple[pathlib.Path, Callable[[str], bool], Callable[[pathlib.Path, str], None]]]:
-    """A local folder to fill, whether an object is there already, and how to move a finished file to the bucket.
+    """Yields a local folder to fill, a test for objects already in the bucket, and a function that uploads a file.
 
-    What is left in the local folder at the end of the block follows, config.json last.
+    Files left in the local folder at the end of the block are uploaded too, config.json last.
 
     Args:
       folder: in the bucket.
-      overwrite: replace the checkpoint that stands there.
-      job: JSON that says what the folder will hold.
-      first: the process that prepares and completes the folder, where several fill it.
+      overwrite: replace an existing checkpoint.
+      job: JSON that describes the folder's content.
+      first: whether this process prepares and completes the folder, if several fill it.
     """
     if first:
         check_bucket(folder, overwrite)
@@ -72,20 +72,20 @@ def bucket_folder(
 
 
 def _prepare(folder: pathlib.Path, job: str) -> None:
-    """Leaves what the same job wrote before, and nothing else; config.json goes first."""
+    """Keeps what the same job wrote earlier and deletes everything else, config.json first."""
     found = names(folder)
     if JOB in found and not _is_checkpoint(folder) and retry((folder / JOB).read_text, f"{folder / JOB}") == job:
         return
     for name in CONFIGS:
         retry(lambda path=folder / name: path.unlink() if path.exists() else None, f"{folder / name}")
     for name in sorted(found - set(CONFIGS)):
-        path: Any = folder / name  # a bucket's path has rmtree, pathlib's has not
+        path: Any = folder / name  # bucket paths have rmtree, pathlib's do not
         retry(lambda path=path: path.rmtree() if path.is_dir() else path.unlink(), f"{path}")
-    retry(lambda: (folder / JOB).write_text(job), f"{folder / JOB}")  # and no mkdir, which might make a bucket
+    retry(lambda: (folder / JOB).write_text(job), f"{folder / JOB}")  # without mkdir, which might create a bucket
 
 
 def _upload(file: pathlib.Path, target: pathlib.Path) -> None:
-    """Streams a file to an object, which appears when it is whole."""
+    """Streams a file to an object, which appears once it is complete."""
     with file.open("rb") as source, target.open("wb") as out:
         while block := source.read(1 << 24):
             out.write(block)

@@ -1,4 +1,4 @@
-"""JSON files, here or in a bucket, read and written whole."""
+"""JSON files, local or in a bucket, read and written atomically."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ _MOST_DEPTH = 200
 
 
 def read_json(file: pathlib.Path, missing: Any = None) -> Any:
-    """`missing` where there is no such file."""
+    """Returns the value in a file, or `missing` if there is no such file."""
     text = paths.read_text(file)
     return missing if text is None else json.loads(text)
 
@@ -22,7 +22,7 @@ def write_json(file: pathlib.Path, value: Any) -> None:
 
 
 def read_json_object(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object.
+    """Returns the JSON object in a file.
 
     Raises:
       UserError: the file is missing or holds something else.
@@ -41,7 +41,7 @@ def read_json_object(file: pathlib.Path) -> dict[str, Any]:
 
 
 def _shallow(value: Any) -> bool:
-    """Whether a JSON value can be printed and written without running out of stack."""
+    """Returns whether a JSON value can be printed and written without a stack overflow."""
     level = [value]
     for _ in range(_MOST_DEPTH):
         inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))

@@ -1,4 +1,4 @@
-"""Where files are: on this machine, or behind a URL (gs://, s3://, hf://); small ones read and written whole."""
+"""Paths on this machine or behind a URL (gs://, s3://, hf://), and atomic reads and writes of small files."""
 
 import logging
 import os
@@ -13,67 +13,67 @@ from etils import epath
 from solar_jax.errors import UserError
 from solar_jax.storage.retry import retry
 
-_MOST_SMALL_BYTES = 1 << 28  # of a tokenizer, a template, or JSON
+_MOST_SMALL_BYTES = 1 << 28  # largest tokenizer, template or JSON file
 
-# Objects come and go by other hands, TensorStore's and other hosts', so no listing may be remembered.
+# TensorStore and other hosts create and delete objects too, so listings must not be cached.
 for _protocol in ("gs", "gcs", "s3"):
     fsspec.config.conf.setdefault(_protocol, {}).setdefault("use_listings_cache", False)
-# It logs a page and a traceback each time that a request fails for good, which we ask again or tell in a sentence.
+# gcsfs logs a page and a traceback for every request that fails for good; we retry or report those in one sentence.
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def is_local(place: str | os.PathLike[str]) -> bool:
-    """Whether a path is of this machine's file systems; etils' paths keep the URL of a bucket's."""
+    """Returns whether a path is on a file system of this machine; etils' paths keep a bucket's URL."""
     return "://" not in os.fspath(place)
 
 
 def path(text: str) -> pathlib.Path:
-    """A local path, or a bucket's behind the same interface."""
+    """Returns a local path, or a bucket path with the same interface."""
     return pathlib.Path(text).expanduser() if is_local(text) else typing.cast(pathlib.Path, epath.Path(text))
 
 
 def write_file(file: pathlib.Path, content: bytes | str) -> None:
-    """Replaces a file at once: a reader sees the old content or the new, never a part.
+    """Replaces a file atomically: a reader sees the old content or the new, never a part.
 
     Raises:
-      OSError: it cannot be written here.
-      UserError: the bucket does not take it.
+      OSError: a local file cannot be written.
+      UserError: the bucket rejects the write.
     """
     if isinstance(content, str):
         content = content.encode()
-    temporary = file.with_name(f".{file.name}.tmp") if is_local(file) else file  # an object appears when it is whole
+    temporary = file.with_name(f".{file.name}.tmp") if is_local(file) else file  # an object appears once complete
     attempt(file, lambda: temporary.write_bytes(content))
     if temporary != file:
         os.replace(temporary, file)
 
 
 def read_text(file: pathlib.Path) -> str | None:
-    """The text of a file; None where there is none.
+    """Returns the text of a file, or None if there is no such file.
 
     Raises:
-      OSError: it cannot be read here.
-      UserError: the bucket does not give it.
+      OSError: a local file cannot be read.
+      UserError: the bucket fails to return it.
     """
     return attempt(file, lambda: file.read_text() if file.exists() else None)
 
 
 def attempt(place: pathlib.Path, action: Callable[[], Any]) -> Any:
-    """What an action on a place returns: here it is done once, in a bucket again when it fails.
+    """Runs an action on a path and returns its result: once on a local path, with retries in a bucket.
 
     Raises:
-      UserError: the bucket fails.
+      UserError: the bucket keeps failing.
     """
     return action() if is_local(place) else retry(action, str(place))
 
 
 def byte_size(file: pathlib.Path) -> int:
-    """Of a local file or an object in a bucket."""
+    """Returns the size of a local file or an object in a bucket."""
     found: Any = file.stat()
     return found.st_size if is_local(file) else found.length
 
 
 def read_small(file: pathlib.Path) -> bytes:
-    """The content of a file that is no weights."""
+    """Returns the content of a file that does not hold weights."""
     size = byte_size(file)
     if size > _MOST_SMALL_BYTES:
         raise UserError(f"{file}: is too large ({size} bytes) for anything but weights.")

@@ -1,4 +1,4 @@
-"""What is asked of a bucket again when it fails."""
+"""Retries for bucket operations."""
 
 import time
 from collections.abc import Callable
@@ -6,21 +6,21 @@ from typing import Any
 
 from solar_jax.errors import UserError, phrase
 
-TRIES, FIRST_WAIT = 4, 1.0  # of one action; the wait in seconds doubles
+TRIES, FIRST_WAIT = 4, 1.0  # tries per action; seconds before the first retry, doubled for each further one
 
 
 def retry(action: Callable[[], Any], what: str) -> Any:
-    """Calls `action` until it works, a few times; a UserError of its own is raised at once.
+    """Calls `action` until it succeeds, a few times at most; a UserError that it raises is not retried.
 
     Raises:
-      UserError: it did not work.
+      UserError: every try failed.
     """
     for attempt in range(TRIES):
         try:
             return action()
         except UserError:
             raise
-        except Exception as e:  # each cloud's client has exceptions of its own
+        except Exception as e:  # each cloud client has its own exception types
             if attempt == TRIES - 1:
                 raise UserError(f"{what}: the bucket failed {TRIES} times ({phrase(e)}).") from e
             time.sleep(FIRST_WAIT * 2**attempt)

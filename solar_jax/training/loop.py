@@ -1,4 +1,4 @@
-"""One arm of a run: a model initialised, trained step by step, evaluated, checkpointed, and resumable."""
+"""Training loop of one arm: initialises or resumes a model, takes steps, evaluates and checkpoints."""
 
 import collections
 import concurrent.futures
@@ -37,30 +37,30 @@ from solar_jax.training.run import Arm, Run, evaluate, first_params, heldout_los
 from solar_jax.training.state import abstract_state, first_opt_state, state_shardings, stored_form
 from solar_jax.training.step import make_train_step
 
-ROLLBACKS = 3  # to one checkpoint
-DOCUMENTS = 20  # named when a step goes wrong
+ROLLBACKS = 3  # at most, to one checkpoint
+DOCUMENTS = 20  # named at most when a step goes wrong
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where an arm goes on: steps taken, tokens trained on, and rows of the data that are behind it."""
+    """Point where an arm starts or resumes: steps taken, tokens trained on, and data rows consumed."""
 
     step: int = 0
     tokens: int = 0
     rows: int = 0
 
 
-def train(run: Run, arm: Arm) -> Params:
-    """Trains an arm from where its last good checkpoint left it, or from the base, to the last step.
+def train_arm(run: Run, arm: Arm) -> Params:
+    """Trains an arm to the last step, from its last good checkpoint or from the base.
 
-    A spike of the loss brings it back to that checkpoint; the rows from there to the spike's are left out.
+    A loss spike rolls it back to that checkpoint; the rows from there up to the spike's are skipped.
 
     Returns:
       The trained parameters.
 
     Raises:
       Interrupted: the run was asked to stop.
-      UserError: a loss is no number, or spikes again and again.
+      UserError: a loss is non-finite, or spikes again and again.
     """
     left_out, rollbacks = 0, collections.Counter[int]()
     lines = metrics.JsonLines(arm.folder / "metrics.jsonl")
@@ -72,27 +72,27 @@ def train(run: Run, arm: Arm) -> Params:
                 return _train_from_last_good(run, arm, store, lines, left_out)
             except Spike as e:
                 spike, problem = e.step, str(e)
-            # Out of the handler, since the exception holds on to the state.
+            # Outside the handler, since the exception keeps the state alive.
             if failed := store.settle():
                 warn(f"{arm.name}: the last save failed: {failed}")
             good = store.latest_step or 0
             rollbacks[good] += 1
             if rollbacks[good] > ROLLBACKS:
                 raise UserError(
-                    f"{arm.folder}: {problem}, and so it was {ROLLBACKS} times after going back to step {good} and "
-                    "leaving out the rows in between; a lower learning rate or a higher config.train.spike may help."
+                    f"{arm.folder}: {problem}, again after {ROLLBACKS} rollbacks to step {good} that skipped the rows "
+                    "in between; a lower learning rate or a higher config.train.spike may help."
                 )
             left_out += (spike - good) * run.config.train.batch_size
-            warn(f"{arm.name}: {problem}: going back to step {good} and leaving out the rows in between")
+            warn(f"{arm.name}: {problem}: rolling back to step {good} and skipping the rows in between")
 
 
 def _train_from_last_good(
     run: Run, arm: Arm, store: CheckpointStore, lines: metrics.JsonLines, left_out: int
 ) -> Params:
-    """As `train`; `left_out`: rows after the checkpoint's that are passed over.
+    """Trains as `train_arm` does, skipping `left_out` rows after the checkpoint's.
 
     Raises:
-      Spike: the loss of a step is one.
+      Spike: the loss of a step is a spike.
     """
     config, cfg = run.config, arm.cfg
     partition, optimizer = arm.partition, make_optimizer(config, run.mesh)
@@ -107,7 +107,7 @@ def _train_from_last_good(
     if start.step == config.train.steps and state is not None:
         return state["params"]
     if state is not None:
-        say(f"{arm.name}: going on from the checkpoint of step {start.step}")
+        say(f"{arm.name}: resuming from the checkpoint of step {start.step}")
     else:
         params = first_params(run, arm.checkpoint)
         loss = evaluate(run, arm.name, 0, cfg, params)
@@ -121,7 +121,7 @@ def _train_from_last_good(
 
 
 def _start(host: dict[str, Any] | None, config: Config) -> Start:
-    """Of a checkpoint's `host`; older ones do not count their rows."""
+    """Reads the start from a checkpoint's `host`; older ones do not count their rows."""
     host = host or {}
     step = int(host["step"])
     rows = int(host.get("rows", step * config.train.batch_size))
@@ -129,30 +129,30 @@ def _start(host: dict[str, Any] | None, config: Config) -> Start:
 
 
 def seconds(record: dict[str, Any]) -> float:
-    """What a step of the metrics took; 0 for one that an older version recorded."""
+    """Returns the duration of a step in the metrics; 0 if an older version recorded it."""
     return record.get("data_seconds", 0.0) + record.get("compute_seconds", 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Flight:
-    """A step that the devices work on. Times are of `time.perf_counter()`."""
+    """A step in flight on the devices. Times are of `time.perf_counter()`."""
 
     step: int
-    asked: float  # when its batch was
-    ready: float  # when that was there
-    numbers: concurrent.futures.Future  # of _fetch
+    asked: float  # when its batch was requested
+    ready: float  # when the batch was ready
+    numbers: concurrent.futures.Future  # result of _fetch
 
 
 def _fetch(measured: dict[str, jax.Array]) -> tuple[dict[str, float], float]:
-    """What a step measured, and when it was done."""
+    """Returns a step's metrics and the time at which it was done."""
     return {name: float(value) for name, value in measured.items()}, time.perf_counter()
 
 
 class _Session:
-    """An arm's steps from one start of the command: batch, step, one line; held-out loss and checkpoint when due.
+    """Steps of an arm in one invocation: batch, step, one log line; held-out loss and checkpoint when due.
 
-    The devices get a step before the host has read the last one's numbers, so they never wait for what the host
-    writes. Every number is recorded under its own step, and none later than the checkpoint that holds the step.
+    A step is dispatched before the host has read the previous one's metrics, so the devices never wait for the host's
+    writes. Metrics are recorded under their own step, and no later than the checkpoint that holds the step.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class _Session:
         config, done = run.config, start.step
         self._last = config.train.steps
         self._rates = _rates(config)
-        self._step_tokens = config.train.batch_size * config.data.sequence_length  # a step
+        self._step_tokens = config.train.batch_size * config.data.sequence_length  # per step
         self._flops = flops_per_token(cfg, config.data.sequence_length)
         self._peak = chips.peak_flops(jax.devices()[0])
         self._clock = StepClock(self._last - done)
@@ -176,11 +176,11 @@ class _Session:
     def close(self) -> None:
         self._profiler.end()
         self._reader.shutdown(wait=False)
-        with contextlib.suppress(UserError) if sys.exception() else contextlib.nullcontext():  # that one is told
+        with contextlib.suppress(UserError) if sys.exception() else contextlib.nullcontext():  # that one is reported
             self._lines.flush()
 
     def steps(self, optimizer: Any, state: Any) -> Params:
-        """Takes the steps that are left; the state's memory goes to the new one.
+        """Takes the remaining steps; the state's buffers are donated to each new state.
 
         Returns:
           The trained parameters.
@@ -203,7 +203,7 @@ class _Session:
         return state["params"]
 
     def _rows(self, step: int) -> int:
-        """Rows of the data that lie behind a step."""
+        """Returns the data rows consumed up to and including a step."""
         return self._start.rows + (step - self._start.step) * self._run.config.train.batch_size
 
     def _tokens(self, step: int) -> int:
@@ -220,13 +220,13 @@ class _Session:
         cached = f" (from the cache in {jax.config.jax_compilation_cache_dir})" if hits else ""
         m = compiled.memory_analysis()
         takes = "" if m is None else (
-            f"; by the compiler it takes {(m.argument_size_in_bytes + m.temp_size_in_bytes) / 2**30:.1f} GiB a device"
+            f"; the compiler reports {(m.argument_size_in_bytes + m.temp_size_in_bytes) / 2**30:.1f} GiB per device"
         )  # fmt: skip
         say(f"{self._arm.name}: step compiled in {spent:.0f} s{cached}{takes}")
         return compiled
 
     def _step(self, compiled: jax.stages.Compiled, step: int, state: Any, batches: Prefetcher) -> Any:
-        """Hands a step to the devices and records the one before it."""
+        """Dispatches a step to the devices and records the one before it."""
         asked = time.perf_counter()
         if self._flying and batches.is_slower_than(self._flying.numbers):
             self._land()  # the devices are idle, so the line need not wait either
@@ -239,7 +239,7 @@ class _Session:
         return state
 
     def _after(self, step: int, state: Any) -> None:
-        """What is due after a step; all of it needs the step to be done."""
+        """Runs what is due after a step (profile, evaluation, save), all of which needs the step to be done."""
         config = self._run.config
         last, asked = step == self._last, preemption.asked()
         evaluates = last or (config.evaluation.every and step % config.evaluation.every == 0)
@@ -261,15 +261,15 @@ class _Session:
         if asked:
             raise Interrupted(
                 f"{self._arm.name}: asked to stop; step {step} is saved in {self._arm.folder}, and the same command "
-                "goes on from there."
+                "resumes from there."
             )
 
     def _save(self, step: int, state: Any, at_once: bool) -> None:
-        """Begins to save a step, or does it `at_once`, as after a save that failed."""
+        """Begins to save a step, or saves it synchronously if `at_once` or after a failed save."""
         if failed := self._store.settle():
             warn(f"{self._arm.name}: the save before step {step} failed ({failed}); saving this one now")
         try:
-            self._lines.flush()  # a checkpoint's steps have their lines, whatever happens after it
+            self._lines.flush()  # the metrics of a checkpoint's steps are on disk, whatever happens after it
             self._run.evals.flush()
             self._run.ledger.write()
         except UserError as e:
@@ -286,25 +286,25 @@ class _Session:
         self._watchdog.beat(step, self._clock.median())
 
     def _land(self) -> None:
-        """Waits for the step under way, if there is one, and records it."""
+        """Waits for the step in flight, if any, and records it."""
         before, self._flying = self._flying, None
         if before:
             self._record(before)
 
     @contextlib.contextmanager
     def _landing_on_error(self) -> Iterator[None]:
-        """What fails next to a step, as the next batch may, does not cost the line of the step under way."""
+        """Records the step in flight even if something beside it fails, such as the next batch."""
         try:
             yield
         except Exception as e:
             try:
                 self._land()
             except Exception as again:
-                e.add_note(f"The step under way failed as well: {again}")
+                e.add_note(f"The step in flight failed as well: {again}")
             raise
 
     def _record(self, flight: _Flight) -> None:
-        """The step's line in the metrics and on the screen."""
+        """Writes the step's line to the metrics and the screen."""
         measured, end = flight.numbers.result()
         spent = self._clock.step(flight.asked, flight.ready, end)
         self._watchdog.beat(flight.step, self._clock.median())
@@ -334,7 +334,7 @@ class _Session:
             say(_line(self._arm.name, self._last, record, spent, self._clock.eta()))
 
     def _not_finite(self, step: int, problem: str) -> str:
-        """The sentence that a run ends with whose numbers are none."""
+        """Returns the error message that a run with non-finite values ends with."""
         if failed := self._store.settle():
             warn(f"{self._arm.name}: the last save failed: {failed}")
         documents = self._run.documents(self._rows(step - 1), self._run.config.train.batch_size)
@@ -347,19 +347,19 @@ class _Session:
         )
         return (
             f"{self._arm.folder}: {self._arm.name}: {problem}; its batch holds {named}; {kept}. "
-            f"config.train.max_skipped, now {self._run.config.train.max_skipped}, would leave such steps out."
+            f"To skip such steps, raise config.train.max_skipped, now {self._run.config.train.max_skipped}."
         )
 
 
 def _rates(config: Config) -> np.ndarray:
-    """The learning rate of every update: at once, since one at a time would queue behind the devices' steps."""
+    """Computes every update's learning rate at once; one at a time, they would queue behind the devices' steps."""
     steps = config.train.steps
     rate = learning_rate(config.optimizer, steps)
     return np.asarray(jax.jit(jax.vmap(lambda i: jnp.asarray(rate(i), jnp.float32)))(jnp.arange(steps)))
 
 
 def _line(name: str, steps: int, r: dict[str, Any], spent: StepSeconds, eta: float) -> str:
-    """One step for a person."""
+    """Formats one step's log line."""
     used = "" if r["mfu"] is None else f"  mfu {100 * r['mfu']:.1f} %"
     return (
         f"{name} step {r['step']:>{len(str(steps))}}/{steps}  loss {r['loss']:.4f}  lr {r['learning_rate']:.2e}  "

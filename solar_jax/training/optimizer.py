@@ -1,4 +1,4 @@
-"""Optimisers as a table, with clipping, a schedule and weight decay; the maths is all optax's."""
+"""Optimiser table with clipping, a schedule and weight decay; all the maths is optax's."""
 
 import typing
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def _warmup_stable_decay(peak: float, last: float, steps: int, decay_fraction: f
     return optax.linear_schedule(peak, last, decay, transition_begin=steps - decay)
 
 
-# name -> (peak, last, steps after warmup, share of them that the final decay takes) -> the schedule after warmup
+# name -> (peak, last, steps after warmup, fraction of them in the final decay) -> the schedule after warmup
 SCHEDULES: dict[str, Callable[[float, float, int, float], optax.Schedule]] = {
     "constant": lambda peak, last, steps, decay_fraction: optax.constant_schedule(peak),
     "linear": lambda peak, last, steps, decay_fraction: optax.linear_schedule(peak, last, steps),
@@ -37,10 +37,10 @@ SCHEDULES: dict[str, Callable[[float, float, int, float], optax.Schedule]] = {
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Rate of update `count` = 0 .. steps - 1: linear warmup that ends at the peak, then the named schedule.
+    """Returns the rate of update `count` = 0 .. steps - 1: linear warmup up to the peak, then the named schedule.
 
     Raises:
-      UserError: no such schedule.
+      UserError: unknown schedule.
     """
     if cfg.schedule not in SCHEDULES:
         raise UserError(f"config.optimizer.schedule must be one of {', '.join(SCHEDULES)}, found {cfg.schedule!r}.")
@@ -52,25 +52,25 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def _decayed(params: Params) -> Params:
-    """True for matrices: weight decay leaves norm scales and biases alone."""
+    """Masks weight decay: True for matrices, False for norm scales and biases."""
     return jax.tree.map_with_path(lambda path, _: not is_vector(path[-1].key), params)
 
 
 class PerLayer(typing.NamedTuple):
     """State of `_per_layer`."""
 
-    layers: Any  # arrays stacked over L; scalars are one for all layers
+    layers: Any  # arrays stacked over L; scalars are shared by all layers
     others: Any
 
 
 def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx` for every layer by itself: what it takes of an array's whole, such as a norm, is a layer's."""
+    """Applies `tx` to every layer separately, so that reductions over an array, such as norms, are per layer."""
 
     def split(tree: Any) -> tuple[Any, Any]:
         return {"layers": tree["layers"]}, {name: x for name, x in tree.items() if name != "layers"}
 
     def stacked(layers: Params) -> Any:
-        """0 for what has an axis L, None for scalars."""
+        """Returns the vmap axes: 0 for arrays with an axis L, None for scalars."""
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
         return jax.tree.map(lambda s: 0 if s.ndim else None, jax.eval_shape(tx.init, one))
 
@@ -89,9 +89,9 @@ def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def _matrix(path: Any, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which axes of a stack of matrices are a matrix's input and output; None for what is no layer's matrix.
+    """Returns the input and output axes of a stack of matrices; None for anything but layers' matrices.
 
-    Heads and their dimensions are one axis: D is on one side of every matrix, all else on the other.
+    Heads and their dimensions count as one axis: D is one side of every matrix, all else the other.
     """
     name, last = path[-1].key, x.ndim - 1
     if path[0].key != "layers" or is_vector(name):
@@ -102,9 +102,9 @@ def _matrix(path: Any, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
 
 
 def _muon(cfg: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformation:
-    """Muon for the layers' matrices, each with all of it on one device; Adam for all else.
+    """Muon for the layers' matrices, each gathered in full on one device; Adam for all else.
 
-    Split over devices as they rest, a product of a matrix with itself would be summed over all of them, five times.
+    Sharded as they are stored, a product of a matrix with itself would be all-reduced over all devices, five times.
     Updates are scaled to the size of Adam's (arXiv 2502.16982), so that one learning rate serves both.
     """
 
@@ -115,7 +115,7 @@ def _muon(cfg: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformati
         return jax.tree.map_with_path(lambda path, x: "muon" if _matrix(path, x) else "adam", params)
 
     muon = optax.contrib.muon(1.0, beta=cfg.b1, eps=cfg.eps, consistent_rms=0.2, muon_weight_dimension_numbers=matrices)
-    both = optax.partition(  # muon's own Adam is another one, with Nesterov's momentum
+    both = optax.partition(  # optax.contrib.muon's own Adam differs: it has Nesterov momentum
         {"muon": optax.chain(muon, optax.scale(-1.0)), "adam": optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)}, labels
     )
     if mesh is None or mesh.size == 1:
@@ -129,10 +129,10 @@ def _muon(cfg: OptimizerConfig, mesh: Mesh | None) -> optax.GradientTransformati
     return optax.GradientTransformation(both.init, update)
 
 
-# config.optimizer.name -> what a step of learning rate 1 goes along, but for the decay
+# config.optimizer.name -> the update direction at learning rate 1, without weight decay
 DIRECTIONS: dict[str, Callable[[OptimizerConfig, Mesh | None], optax.GradientTransformation]] = {
     "adamw": lambda cfg, mesh: optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-    # Without momentum and without scaling by the weights' size: its steps are as large as Adam's.
+    # No momentum and no scaling by the weights' size: its steps are as large as Adam's.
     "adafactor": lambda cfg, mesh: _per_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))),
     "lion": lambda cfg, mesh: optax.scale_by_lion(cfg.b1, cfg.b2),
     "muon": _muon,
@@ -140,14 +140,14 @@ DIRECTIONS: dict[str, Callable[[OptimizerConfig, Mesh | None], optax.GradientTra
 
 
 def make_optimizer(config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """Clipping, the named optimiser, weight decay and schedule, for the parameters that train.
+    """Chains clipping, the named optimiser, weight decay and schedule, for the parameters that train.
 
     Args:
       config: the run.
-      mesh: of the step; None, or any, where only the state's shapes are needed.
+      mesh: the step's mesh; None, or any, if only the state's shapes are needed.
 
     Raises:
-      UserError: no such optimiser or schedule.
+      UserError: unknown optimiser or schedule.
     """
     cfg = config.optimizer
     if cfg.name not in DIRECTIONS:
@@ -158,5 +158,5 @@ def make_optimizer(config: Config, mesh: Mesh | None = None) -> optax.GradientTr
         optax.add_decayed_weights(cfg.weight_decay, _decayed),
         optax.scale_by_learning_rate(learning_rate(cfg, config.train.steps)),
     )
-    # The two identities keep the places that state has in checkpoints of versions that masked there.
+    # The two identities keep the state's tree compatible with checkpoints of versions that masked there.
     return narrow(optax.chain(optax.identity(), clip, step, optax.identity()), precision(config.train), config.seed)

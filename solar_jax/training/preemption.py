@@ -1,7 +1,7 @@
-"""Being asked to stop: SIGTERM, which is also how a machine tells that it is about to be taken away.
+"""Stop requests: SIGTERM, which is also how a machine announces that it is about to be preempted.
 
-One process takes note of the signal and stops after the step that it is in. Of several, jax tells all the others that
-one was told, and names the same step to all of them, which every process has to ask for after every step.
+A single process records the signal and stops after the current step. With several, jax notifies all others that one
+received it and gives all of them the same step to stop at, which every process must query after every step.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from solar_jax.parallel import processes
 
 _told = threading.Event()
 _in_steps = threading.Event()
-_points = itertools.count(1)  # places where all processes asked, over all arms of a run
+_points = itertools.count(1)  # sync points where all processes queried, over all arms of a run
 
 
 @contextlib.contextmanager
 def listen_for_preemption() -> Iterator[None]:
-    """Makes SIGTERM stop a run in order; only the main thread can. Several processes have jax's own handler."""
+    """Makes SIGTERM stop a run cleanly; only the main thread can. Several processes use jax's own handler."""
     if threading.current_thread() is not threading.main_thread() or processes.index_and_count()[1] > 1:
         yield
         return
@@ -41,7 +41,7 @@ def _handle(*_: Any) -> None:
 
 @contextlib.contextmanager
 def in_steps() -> Iterator[None]:
-    """Around training steps, whose end SIGTERM has to wait for."""
+    """Wraps training steps, whose end SIGTERM has to wait for."""
     _in_steps.set()
     try:
         yield
@@ -50,7 +50,7 @@ def in_steps() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether to save and stop after this step; every process has to ask after every step."""
+    """Returns whether to save and stop after this step; every process must call it after every step."""
     if processes.index_and_count()[1] == 1:
         return _told.is_set()
     from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""The next step's batch, made in a thread while the devices compute the last."""
+"""Makes the next step's batch in a thread while the devices compute the current step."""
 
 import concurrent.futures
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from solar_jax.data.pipeline import Batch
 
 
 class Prefetcher:
-    """Batches of steps `first`, `first + 1`, ... `last - 1`, one ahead; an error of `make` is raised by `take`."""
+    """Makes the batches of steps `first`, `first + 1`, ... `last - 1` one ahead; `take` raises errors of `make`."""
 
     def __init__(self, make: Callable[[int], Batch], first: int, last: int):
         self._make, self._step, self._last = make, first, last
@@ -16,16 +16,16 @@ class Prefetcher:
         self._next = self._pool.submit(make, first)
 
     def first(self) -> Batch:
-        """The next batch, which `take` gives again."""
+        """Returns the next batch, which `take` returns again."""
         return self._next.result()
 
     def is_slower_than(self, other: concurrent.futures.Future) -> bool:
-        """Waits for the next batch or for `other`, and says whether the batch is still missing."""
+        """Waits for the next batch or for `other`, and returns whether the batch is still missing."""
         concurrent.futures.wait((self._next, other), return_when=concurrent.futures.FIRST_COMPLETED)
         return not self._next.done()
 
     def take(self) -> Batch:
-        """The next batch, as soon as it is there."""
+        """Returns the next batch as soon as it is ready."""
         batch = self._next.result()
         self._step += 1
         if self._step < self._last:

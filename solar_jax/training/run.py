@@ -30,6 +30,7 @@ class Run:
     workdir: pathlib.Path
     local_folder: pathlib.Path  # for what only a disk can hold: profiles, stalls, TensorBoard's and W&B's files
     checkpoint: Checkpoint  # the base
+    grown: Checkpoint  # the view of it that is trained
     mesh: jax.sharding.Mesh
     rows: grain.MapDataset  # training
     heldout: list[Batch]

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what is in it, and whether to begin, go on or stop."""
+"""Run folder: which run it belongs to, what it holds, and whether to start, resume or stop."""
 
 import dataclasses
 import difflib
@@ -26,7 +26,7 @@ from solar_jax.storage.paths import is_local
 
 
 def flat(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
-    """{"config.train.steps": 12, ...} of a nested dict."""
+    """Flattens a nested dict to {"config.train.steps": 12, ...}."""
     out = {}
     for key, value in tree.items():
         path = f"{prefix}.{key}"
@@ -35,7 +35,7 @@ def flat(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
 
 
 def config_dict(config: Config) -> dict[str, Any]:
-    """The resolved config as JSON holds it."""
+    """Returns the resolved config as JSON holds it."""
     as_json = dataclasses.asdict(config)
     as_json["data"]["sources"] = list(as_json["data"]["sources"])
     return as_json
@@ -43,25 +43,25 @@ def config_dict(config: Config) -> dict[str, Any]:
 
 _TEXT = "data.json"
 
-# Keys that no number of the training depends on, or a group of them: a restart may change them.
-_FREE = ("logging", "data.workers", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.restore")
-TOKENIZER, DATA = "tokenizer", "data"  # what else --allow_changed may name
-_DIFFERENCES = 4  # shown
+# Keys, or groups of keys, that do not affect training results: a restart may change them.
+_FREE = ("logging", "data.workers", *(f"checkpoint.{key}" for key in ("keep", "keep_every", "keep_best", "restore")))
+TOKENIZER, DATA = "tokenizer", "data"  # other names that --allow_changed accepts
+_DIFFERENCES = 4  # shown at most
 
 
 def check_allowed(names: Collection[str]) -> None:
-    """Raises a UserError for a name of --allow_changed that is no key or group of keys, "tokenizer" or "data"."""
+    """Raises a UserError for a name in --allow_changed that is not a key, a group of keys, "tokenizer" or "data"."""
     keys = [key.removeprefix("config.") for key in flat(config_dict(Config()))]
     known = {TOKENIZER, DATA, *keys, *(key.split(".")[0] for key in keys)}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ", such as train.steps, mesh, tokenizer or data."
-            raise UserError(f"--allow_changed={name}: expected keys of the config without its name{hint}")
+            raise UserError(f"--allow_changed={name}: expected config keys without the 'config.' prefix{hint}")
 
 
 def _is_among(key: str, names: Collection[str]) -> bool:
-    """Whether a key, as in config.train.steps, or its group is named; "data" names the text and no keys."""
+    """Returns whether a key, e.g. config.train.steps, or its group is named; "data" names the text, not keys."""
     key = key.removeprefix("config.")
     return key in names or (key.split(".")[0] in names and not key.startswith("data."))
 
@@ -69,11 +69,11 @@ def _is_among(key: str, names: Collection[str]) -> bool:
 def check_place(workdir: pathlib.Path) -> None:
     """Raises a UserError for a bucket that checkpoints cannot be written to."""
     if not is_local(workdir) and not str(workdir).startswith("gs://"):
-        raise UserError(f"{workdir}: checkpoints go to a local folder or to gs://; give such a --workdir.")
+        raise UserError(f"{workdir}: checkpoints go to a local folder or to gs://; change --workdir.")
 
 
 def check_owner(workdir: pathlib.Path, config: Config, allowed: Collection[str] = ()) -> bool:
-    """Whether `workdir` already holds this run; `allowed`: keys, or groups of them, that may have changed.
+    """Returns whether `workdir` already holds this run; `allowed`: keys, or groups of keys, that may differ.
 
     Raises:
       UserError: it holds another run, or other files.
@@ -83,12 +83,12 @@ def check_owner(workdir: pathlib.Path, config: Config, allowed: Collection[str] 
     if is_local(workdir):
         found = {p.name for p in workdir.iterdir()} if workdir.exists() else set()
     elif (found := bucket_folder.names(workdir)) <= {_TEXT, MODEL_FOLDER}:
-        return False  # what a kill left before there was a config.json
+        return False  # left by a kill before config.json was written
     if not found:
         return False
     if "config.json" not in found:
         raise UserError(f"{workdir}: holds files but no run (no config.json); give another --workdir.")
-    try:  # read by today's names and defaults
+    try:  # read with the current names and defaults
         there = flat(config_dict(resolve(ml_collections.ConfigDict(read_json_object(workdir / "config.json")))))
     except UserError as e:
         raise UserError(f"{workdir / 'config.json'}: {e}") from e
@@ -103,7 +103,7 @@ def check_owner(workdir: pathlib.Path, config: Config, allowed: Collection[str] 
         names = ",".join(key.removeprefix("config.") for key in changed)
         raise UserError(
             f"{workdir}: holds another run, whose {_some(shown)}; give another --workdir, or "
-            f"--allow_changed={names} to go on with it all the same."
+            f"--allow_changed={names} to resume it anyway."
         )
     return True
 
@@ -114,13 +114,13 @@ def _some(differences: list[str]) -> str:
 
 
 def text_record(checkpoint: Checkpoint, corpus: Corpus) -> dict[str, Any]:
-    """What the tokens of a run come from, as data.json holds it: hashes of the tokenizer and of each source's rows.
+    """Builds data.json, the origin of a run's tokens: hashes of the tokenizer and of each source's rows.
 
-    A prepared folder is known by its manifest; of rows that were packed here a few are hashed, from all over them.
+    A prepared folder is identified by its manifest; of rows packed by this run, an evenly spread sample is hashed.
     """
     record: dict[str, Any] = {TOKENIZER: hashlib.sha256(checkpoint.companions["tokenizer.json"]).hexdigest()}
     for part, sources in (("train", corpus.train), ("heldout", corpus.heldout)):
-        for i, (_, rows) in enumerate(sources):  # wherever they lie
+        for i, (_, rows) in enumerate(sources):  # wherever they are stored
             record[f"{part} source {i}"] = {
                 "rows": len(rows), "tokens": rows.tokens, "hash": getattr(rows, "key", None) or _hash_of_some(rows)
             }  # fmt: skip
@@ -136,23 +136,21 @@ def _hash_of_some(rows: AnyRows, count: int = 64) -> str:
 
 
 def check_text(workdir: pathlib.Path, record: dict[str, Any], allowed: Collection[str] = ()) -> None:
-    """Raises a UserError where the tokenizer or the data of a run are not those that it began with."""
+    """Raises a UserError if the tokenizer or the data of a run are not those that it began with."""
     file = workdir / _TEXT
-    if (before := read_json(file)) is None:  # of an older version
+    if (before := read_json(file)) is None:  # written by an older version
         return
     if TOKENIZER not in allowed and before[TOKENIZER] != record[TOKENIZER]:
         raise UserError(
             f"{workdir}: began with another tokenizer (tokenizer.json with SHA-256 {before[TOKENIZER][:12]}... where "
-            f"this one's is {record[TOKENIZER][:12]}...); --allow_changed={TOKENIZER} goes on with it all the same."
+            f"this one's is {record[TOKENIZER][:12]}...); --allow_changed={TOKENIZER} resumes the run anyway."
         )
     changed = [name for name in [*before, *(set(record) - set(before))] if before.get(name) != record.get(name)]
     changed = [name for name in changed if name != TOKENIZER]
     if DATA in allowed or not changed:
         return
     shown = [f"{name}: {_told(before.get(name))} where this one has {_told(record.get(name))}" for name in changed]
-    raise UserError(
-        f"{workdir}: began with other data, {_some(shown)}; --allow_changed={DATA} goes on with it all the same."
-    )
+    raise UserError(f"{workdir}: began with other data, {_some(shown)}; --allow_changed={DATA} resumes the run anyway.")
 
 
 def _told(entry: dict[str, Any] | None) -> str:
@@ -162,7 +160,7 @@ def _told(entry: dict[str, Any] | None) -> str:
 
 
 def update(workdir: pathlib.Path, config: Config, record: dict[str, Any]) -> None:
-    """Notes what a run goes on with, where it was allowed to be another than before."""
+    """Records the config and data that a run resumes with, where they were allowed to change."""
     for name, value in (("config.json", config_dict(config)), (_TEXT, record)):
         if read_json(workdir / name) != value:
             write_json(workdir / name, value)
@@ -171,9 +169,9 @@ def update(workdir: pathlib.Path, config: Config, record: dict[str, Any]) -> Non
 def create(
     workdir: pathlib.Path, config: Config, c: Checkpoint, record: dict[str, Any]
 ) -> None:  # fmt: skip
-    """Makes the folder with config.json, data.json and `model/`, what its checkpoints need to become a model again.
+    """Creates the folder with config.json, data.json and `model/`, which turns its checkpoints back into a model.
 
-    In a bucket it is a run once it has config.json, which comes last.
+    In a bucket it counts as a run once it has config.json, which is written last.
     """
     if is_local(workdir):
         with new_folder(workdir) as folder:

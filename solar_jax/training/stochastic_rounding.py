@@ -1,4 +1,4 @@
-"""bfloat16 weights and moments that small updates still move: they are rounded at random, right on average."""
+"""Stochastic rounding of bfloat16 weights and moments, unbiased, so that small updates still take effect."""
 
 import typing
 from typing import Any
@@ -14,9 +14,9 @@ _MATRICES = {"embed", "lm_head"} | {name for name in LAYER_AXES if not is_vector
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
-    """float32 to bfloat16, up or down with the odds of lying nearer: exact where it can be, and on average.
+    """Rounds float32 to bfloat16 up or down, the nearer the likelier: exact if representable, and exact on average.
 
-    A uniform 16-bit number is added to the 16 bits that bfloat16 lacks; what is left of them after the carry is cut.
+    A uniform 16-bit number is added to the 16 bits that bfloat16 lacks, which are truncated after the carry.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
@@ -32,10 +32,10 @@ class Narrow(typing.NamedTuple):
 
 
 def narrow(tx: optax.GradientTransformation, precision: Precision, seed: int) -> optax.GradientTransformation:
-    """`tx`, which computes in float32, with moments and weights kept as a policy says.
+    """Wraps `tx`, which computes in float32, so that moments and weights are stored as a policy says.
 
-    What is narrower than float32 is rounded stochastically, by keys of the seed, the update and the array alone. Of
-    the updates, that leaves those which end on the rounded weights.
+    Arrays narrower than float32 are rounded stochastically, with keys that depend on the seed, the update and the array
+    alone. The updates become those that land on the rounded weights.
     """
     if precision.weights == precision.moments == "float32":
         return tx
@@ -44,7 +44,7 @@ def narrow(tx: optax.GradientTransformation, precision: Precision, seed: int) ->
         return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
     def kept(state: Any, key: jax.Array | None) -> Any:
-        """A float32 state as it is kept; without a key, one of zeros."""
+        """Casts a float32 state to the dtypes it is stored in; without a key, a state of zeros."""
         if precision.moments == "float32":
             return state
         leaves, structure = jax.tree.flatten_with_path(state)
@@ -77,17 +77,17 @@ def narrow(tx: optax.GradientTransformation, precision: Precision, seed: int) ->
 
 
 def as_kept(opt_state: Any, narrow_before: bool) -> Any:
-    """An abstract optimiser state in the form that another precision policy keeps it in."""
+    """Returns an abstract optimiser state in the form in which another precision policy stores it."""
     if isinstance(opt_state, Narrow) == narrow_before:
         return opt_state
     if not narrow_before:
         return opt_state.inner
-    scalar = next(x for x in jax.tree.leaves(opt_state) if x.ndim == 0)  # the optimisers' own count of their updates
+    scalar = next(x for x in jax.tree.leaves(opt_state) if x.ndim == 0)  # the optimisers' own update count
     return Narrow(scalar, opt_state)
 
 
 def as_wanted(opt_state: Any, wanted: Any, updates: int) -> Any:
-    """A restored state of `as_kept` in the form of the abstract state `wanted`; `updates`: taken so far."""
+    """Returns a restored state of `as_kept` in the form of the abstract state `wanted`; `updates`: taken so far."""
     if isinstance(opt_state, Narrow) == isinstance(wanted, Narrow):
         return opt_state
     if isinstance(opt_state, Narrow):

@@ -266,7 +266,7 @@ def test_a_tied_model_whose_two_copies_have_another_shape_is_refused(tmp_path, s
         tensors[name] = torch.zeros(shape)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     text = refusal(folder)
-    assert f"model.embed_tokens.weight must have shape (320, 64) by its config, found {shape}" in text
+    assert f"model.embed_tokens.weight must have shape (320, 64) as in its config, found {shape}" in text
 
 
 def test_special_numbers_in_two_equal_copies_of_a_tied_embedding_are_equal(tmp_path):

@@ -191,7 +191,7 @@ def test_a_hub_id_whose_files_cannot_be_listed_is_asked_for_as_safetensors(tmp_p
 def test_of_an_adapter_the_base_is_taken_and_that_is_said(tmp_path, tiny, capsys):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny)}))
     assert find_checkpoint(str(tmp_path)) == tiny
-    assert f"{tmp_path} is an adapter: its base {tiny} is taken, without it" in capsys.readouterr().out
+    assert f"{tmp_path} is an adapter: using its base {tiny} without the adapter" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("base", [None, "", 3, "SELF"])

@@ -14,13 +14,13 @@ import torch
 from etils import epath
 
 from solar_jax import convert, upscale
+from solar_jax.checkpoints import hf_folder
 from solar_jax.checkpoints.convert import Target
 from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.views import grown
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
-from solar_jax.formats import safetensors
 from solar_jax.formats.safetensors import read_tensor
 from solar_jax.growth.operators import make_layer_map
 from solar_jax.orbax_store import arrays
@@ -136,14 +136,14 @@ def test_an_orbax_checkpoint_whose_writing_stopped_is_none_and_is_gone_on_with(b
         return original(name, entry, rows)
 
     with monkeypatch.context() as m:
-        m.setattr(safetensors, "read_tensor", until)
+        m.setattr(hf_folder, "read_tensor", until)
         m.setattr(arrays, "_PENDING_BYTES", 1)  # each block is there before the next is handed over
         with pytest.raises(KeyboardInterrupt):
             orbax(source, out)
     with pytest.raises(UserError):
         open_checkpoint(str(out))
     first, read[:] = list(read), [None] * 31
-    monkeypatch.setattr(safetensors, "read_tensor", until)
+    monkeypatch.setattr(hf_folder, "read_tensor", until)
     orbax(source, out)
     assert len(set(first) - set(read)) > 20  # what was there was not read again
     found, expected = open_checkpoint(str(out)), open_checkpoint(source)

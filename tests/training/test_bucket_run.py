@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_left_out_by_name(
     train.run(config, folder)
     told = capfd.readouterr()
     assert f"{folder}/checkpoints/6: is left out" in told.err
-    assert "going on from the checkpoint of step 4" in told.out
+    assert "resuming from the checkpoint of step 4" in told.out
     assert_same_run(folder, local)
 
 

@@ -153,5 +153,5 @@ def test_a_loss_that_spikes_again_and_again_ends_the_run(tiny, text, tmp_path, m
     monkeypatch.setattr(guards, "LEAST", 3)
     # Steps 1 to 4, and the fifth and what was in flight behind it, again and again.
     disturbed(monkeypatch, dict.fromkeys(range(5, 100), 50.0))
-    with pytest.raises(UserError, match=r"step 5 is 50.0000.* 3 times after going back to step 4"):
+    with pytest.raises(UserError, match=r"step 5 is 50.0000.* again after 3 rollbacks to step 4"):
         train.run(run, tmp_path / "run")

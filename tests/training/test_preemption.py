@@ -90,7 +90,7 @@ def test_sigterm_saves_the_step_within_the_grace_and_ends_with_a_status_of_its_o
         assert f"asked to stop; step {saved.name} is saved" in text
     assert len(losses(tmp_path / "run")) == int(saved.name)
     (text, *_) = ended(start(source, tmp_path / "run", processes))
-    assert f"going on from the checkpoint of step {saved.name}" in text
+    assert f"resuming from the checkpoint of step {saved.name}" in text
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(whole), rtol=1e-5)
 
 

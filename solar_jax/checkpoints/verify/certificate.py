@@ -1,8 +1,8 @@
-"""certificate.json: proof that a conversion's result is what its source and layer map say, by tensors and logits.
+"""certificate.json: proof by tensors and logits that a conversion's result matches its source and layer map.
 
-The result is opened as any checkpoint and compared with the source through a second path: hashes of all bytes,
-tensors recomputed in numpy (`recompute`), and logits of both, streamed (`streamed_logits`). Damaged results go
-through the same comparison of logits, which must refuse them.
+The result is opened like any checkpoint and compared with the source through an independent path: hashes of all bytes,
+tensors recomputed in numpy (`recompute`) and streamed logits of both (`streamed_logits`). Deliberately damaged results
+go through the same comparison of logits, which must reject them.
 """
 
 import dataclasses
@@ -30,34 +30,34 @@ from solar_jax.errors import UserError
 from solar_jax.growth.operators import LayerMap
 from solar_jax.model.shapes import param_shapes
 
-TOLERANCE = 1e-4  # of float32 logits, absolute, where no number was changed
-SHORT, LONG = (3, 7), 512  # prompts: so many of so many tokens, and one long one
-CONTROL = 64  # tokens of each prompt that damaged results are run on
-SEED = 231215166  # of the tokens
-_ROTARY = 10.0  # the damaged rotary base, as a multiple
-_FAR = 10.0  # where a cast moves logits: a damaged result's mean KL is more than so many times the result's own
+TOLERANCE = 1e-4  # absolute, of float32 logits, where no value was changed
+SHORT, LONG = (3, 7), 512  # prompts: (count, tokens) of the short ones, tokens of the single long one
+CONTROL = 64  # leading tokens of each prompt that damaged results are run on
+SEED = 231215166  # for the prompts' tokens
+_ROTARY = 10.0  # factor on the rotary base that damages a result
+_FAR = 10.0  # where a cast moves logits: a damaged result's mean KL must exceed the result's own by this factor
 
 NOT_CHECKED = (
     "Logits of another implementation, such as transformers: both sides were computed by this program's own model.",
-    "The readers of files: source and result were read by the same code, but for GGUF's blocks.",
-    "What the tokenizer does; its files and the other companions are byte for byte those of the source.",
-    "How far a cast may move logits: that is measured and not judged.",
+    "The file readers: source and result were read by the same code, except for GGUF's blocks.",
+    "What the tokenizer does; its files and the other companions are byte-identical to those of the source.",
+    "How far a cast may move logits: this is measured, not judged.",
     "Arithmetic in bfloat16, or on another device than the one named under logits.",
     f"Positions past {LONG}, packed documents, and prompts other than random tokens.",
     f"Damaged results beyond the first {CONTROL} tokens of each prompt.",
-    "That the source is right, or that the result is any good before it is trained.",
-    "That files stay as they are: lineage and certificate are not signed.",
+    "That the source is correct, or that the result is useful before training.",
+    "That files stay unchanged: lineage and certificate are not signed.",
 )
 
 
 def write_certificate(c: Checkpoint, folder: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> None:
-    """Certifies what was written of `c` and puts certificate.json beside its config.
+    """Certifies the result written from `c` and writes certificate.json beside its config.
 
     Args:
-      c: the checkpoint that was to be written, usually a view.
+      c: the checkpoint that was meant to be written, usually a view.
       folder: the result, as SRC names it.
       model: the folder of its config.json.
-      out: the name that the folder will have.
+      out: the folder's final name.
 
     Raises:
       UserError: a check failed; nothing is written then.
@@ -70,10 +70,10 @@ def write_certificate(c: Checkpoint, folder: pathlib.Path, model: pathlib.Path, 
 
 
 def certify(c: Checkpoint, folder: pathlib.Path, *, out: pathlib.Path | None = None) -> dict[str, Any]:
-    """The content of certificate.json; its logits are judged by `failures`.
+    """Builds the content of certificate.json; `failures` judges its logits.
 
     Raises:
-      UserError: the config, a companion or a tensor is not what it must be.
+      UserError: the config, a companion or a tensor does not match the source.
     """
     opened = open_checkpoint(str(folder))
     fingerprint = lineage.fingerprint(opened) | {"where": str(out or folder)}
@@ -100,7 +100,7 @@ def certify(c: Checkpoint, folder: pathlib.Path, *, out: pathlib.Path | None = N
 
 
 def _check_config(c: Checkpoint, result: Checkpoint) -> dict[str, Any]:
-    """The keys of config.json that differ from the source's, which growth and dtype alone may change."""
+    """Returns the keys of config.json that differ from the source's; only growth and dtype may change them."""
     source, layer_map, dtype = c.source.hf_config, c.layer_map, c.cast_to
     must: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in source.items()}
     must["num_hidden_layers"] = (layer_map.layers,)
@@ -121,13 +121,13 @@ def _check_config(c: Checkpoint, result: Checkpoint) -> dict[str, Any]:
 
 
 def _check_companions(c: Checkpoint, result: Checkpoint) -> dict[str, str]:
-    """SHA-256 of each tokenizer, template and generation file, all the source's byte for byte."""
+    """Returns the SHA-256 of each tokenizer, template and generation file, all byte-identical to the source's."""
     found = result.companions
     for name in sorted({*found, *c.companions}):
         if name not in found:
             raise UserError(f"{result.where}: {name} of {c.where} is missing.")
         if found[name] != c.companions.get(name):
-            raise UserError(f"{result.where}: {name} is not, byte for byte, that of {c.where}.")
+            raise UserError(f"{result.where}: {name} is not byte-identical to that of {c.where}.")
     return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
@@ -151,25 +151,25 @@ def _layer_map(layer_map: LayerMap, result: Checkpoint, tensors: dict[str, Any])
 
 
 def prompts(vocab_size: int, max_positions: int) -> list[np.ndarray]:
-    """Token ids [3, 7] and [1, 512], or as many as the model has positions for; the same ones every time."""
+    """Returns token ids [3, 7] and [1, 512], at most as long as the model has positions; the same ids every time."""
     stream_of_ids = np.random.Generator(np.random.PCG64(SEED))
     return [stream_of_ids.integers(0, vocab_size, (n, min(t, max_positions))) for n, t in (SHORT, (1, LONG))]
 
 
 def kept_layers(layer_map: LayerMap) -> list[int] | None:
-    """The layers that are the base's own where all others add nothing; None where the layer map changes outputs."""
+    """Returns the base's own layers if all others add nothing, or None if the layer map changes outputs."""
     kept = [i for i, scale in enumerate(layer_map.scale) if scale != 0]
     as_base = all(layer_map.scale[i] == 1 and layer_map.partner[i] == layer_map.source[i] for i in kept)
     return kept if as_base and [layer_map.source[i] for i in kept] == list(range(layer_map.base_layers)) else None
 
 
 def _logits(stored: Stored, result: Checkpoint, exact: bool) -> dict[str, Any]:
-    """The sections `logits` and `negative_control`.
+    """Computes the sections `logits` and `negative_control`.
 
     Args:
       stored: the base.
-      result: what was made of it.
-      exact: whether every number that was cast is still the same, so that logits must be too.
+      result: the checkpoint made from it.
+      exact: whether casting changed no value, so that logits must not change either.
     """
     layer_map = stored.layer_map
     grown = Model(
@@ -198,7 +198,7 @@ def _logits(stored: Stored, result: Checkpoint, exact: bool) -> dict[str, Any]:
         stream(steps, progress)
 
     places = np.split(np.arange(sum(t.size for t in tokens)), np.cumsum([t.size for t in tokens])[:-1])
-    places = [place.reshape(t.shape) for place, t in zip(places, tokens, strict=True)]  # of each token in a Distance
+    places = [place.reshape(t.shape) for place, t in zip(places, tokens, strict=True)]  # of tokens in a Distance
     seen = np.concatenate([place[:, :CONTROL].reshape(-1) for place in places])
     pairs: list[tuple[Pass, Pass, np.ndarray | slice]] = [
         (reference, own, slice(None)), (reference, rotary, seen), (reference, damaged, seen), (base, own, slice(None)),
@@ -225,7 +225,7 @@ def _logits(stored: Stored, result: Checkpoint, exact: bool) -> dict[str, Any]:
 
 
 def _layer_bytes(cfg: ModelConfig) -> int:
-    """Of one layer as `Model.layer` holds it, float32."""
+    """Returns the bytes of one layer as `Model.layer` holds it, float32."""
     return 4 * sum(math.prod(s.shape[1:]) for s in jax.tree.leaves(param_shapes(cfg)["layers"]))
 
 
@@ -234,7 +234,7 @@ def _loader(model: Model, layer: int) -> Callable[[], Layer]:
 
 
 def different_neighbours(layer_map: LayerMap) -> tuple[int, int] | None:
-    """The first two layers that differ and have nothing but layers that add nothing between them."""
+    """Returns the first two different layers with only layers that add nothing between them, or None."""
     adding = [i for i, scale in enumerate(layer_map.scale) if scale != 0]
     for i, j in itertools.pairwise(adding):
         if {layer_map.source[i], layer_map.partner[i]} != {layer_map.source[j], layer_map.partner[j]}:
@@ -243,7 +243,7 @@ def different_neighbours(layer_map: LayerMap) -> tuple[int, int] | None:
 
 
 def _damage(model: Model, layer_map: LayerMap, whole: tuple[Pass, ...], damaged: Pass) -> tuple[str, list[Step]]:
-    """What is done to `damaged`, and the steps that take it and the `whole` runs through the model."""
+    """Returns a description of the damage, and the steps that take `damaged` and the `whole` runs through the model."""
     pair = different_neighbours(layer_map)
     if pair is None:
 
@@ -265,7 +265,7 @@ def _damage(model: Model, layer_map: LayerMap, whole: tuple[Pass, ...], damaged:
 
 
 def _control(what: str, found: Distance, honest: Distance, seen: np.ndarray, exact: bool) -> dict[str, Any]:
-    """A damaged result's figures, and whether the check that the result must pass refuses it."""
+    """Returns a damaged result's figures, and whether the check that the result must pass rejects it."""
     figures = found.over(slice(None))
     key = "max_abs_difference" if exact else "mean_kl"
     threshold = TOLERANCE if exact else _FAR * honest.over(seen)["mean_kl"]
@@ -274,7 +274,7 @@ def _control(what: str, found: Distance, honest: Distance, seen: np.ndarray, exa
 
 
 def failures(certificate: dict[str, Any]) -> list[str]:
-    """What the logits say against the result, each as a part of a sentence."""
+    """Lists what the logits say against the result, each as a clause."""
     logits, wrong = certificate["logits"], []
     tolerance = logits["tolerance"]
     for i, prompt in enumerate(logits["prompts"]):
@@ -296,7 +296,7 @@ def failures(certificate: dict[str, Any]) -> list[str]:
 
 
 def summary(certificate: dict[str, Any]) -> Sequence[str]:
-    """Four lines for a person."""
+    """Formats a four-line summary."""
     tensors, logits = certificate["tensors"].values(), certificate["logits"]
     result, source = certificate["result"]["where"], certificate["source"]["where"]
     equal = sum(record["bitwise_equal"] for record in tensors)
@@ -304,12 +304,12 @@ def summary(certificate: dict[str, Any]) -> Sequence[str]:
     bound = "a cast moves them" if logits["tolerance"] is None else f"at most {logits['tolerance']:g}"
     base = "" if logits["equals_base"] is None else f"; from the base's {logits['equals_base']:.2g}"
     controls = [
-        f"{control['damage']} {control['max_abs_difference']:.2g} {'refused' if control['detected'] else 'NOT SEEN'}"
+        f"{control['damage']} {control['max_abs_difference']:.2g} {'rejected' if control['detected'] else 'MISSED'}"
         for control in certificate["negative_control"]
     ]
     return (
         f"certificate of {result}, {certificate['operator']} of {source}",
-        f"  tensors: {equal} of {len(tensors)} bit by bit the source's, {len(tensors) - equal} as computed again",
+        f"  tensors: {equal} of {len(tensors)} bitwise equal to the source's, {len(tensors) - equal} recomputed",
         f"  logits: up to {worst['max_abs_difference']:.2g} from the source's ({bound}){base}",
-        f"  damaged on purpose: {', '.join(controls)}",
+        f"  deliberately damaged: {', '.join(controls)}",
     )

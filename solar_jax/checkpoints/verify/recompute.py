@@ -1,6 +1,6 @@
-"""What the tensors of a conversion must be, worked out a second time: numpy on bits, apart from the code that converts.
+"""Recomputes the tensors of a conversion in numpy on raw bits, independently of the code that converts.
 
-The rules of growth are written down again here, by the tensors' HF names: a slip in one of the two places shows.
+The growth rules are stated a second time here, by the tensors' HF names, so that a mistake in either place shows.
 """
 
 import functools
@@ -20,21 +20,21 @@ from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors
 from solar_jax.errors import UserError
 from solar_jax.growth.operators import LayerMap
 
-# The tensors by which a layer adds to the residual stream: those that a layer map scales.
+# Tensors through which a layer adds to the residual stream: those that a layer map scales.
 _ADDING = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
-_THREADS = 2  # tensors hashed at a time
-_PIECE = 1 << 20  # elements that are recomputed at a time
+_THREADS = 2  # tensors hashed concurrently
+_PIECE = 1 << 20  # elements recomputed at a time
 
 
 def widen(x: np.ndarray) -> np.ndarray:
-    """float32, bfloat16 or float16 as float32, exactly."""
+    """Converts float32, bfloat16 or float16 to float32, exactly."""
     if x.dtype.name == "bfloat16":
         return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return x.astype(np.float32, copy=False)
 
 
 def rounded_to(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """float32 to the nearest number of `dtype`, ties to the even one."""
+    """Rounds float32 to the nearest value of `dtype`, ties to even."""
     if dtype.name != "bfloat16":
         with np.errstate(over="ignore", invalid="ignore"):
             return x.astype(dtype, copy=False)
@@ -45,26 +45,26 @@ def rounded_to(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def bits(x: np.ndarray) -> np.ndarray:
-    """The bytes of an array, flat."""
+    """Returns the bytes of an array, flat."""
     return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
 def _halves(x: np.ndarray) -> np.ndarray:
-    """Bytes [..., 2k], as float16, as float32 [..., k]."""
+    """Reads bytes [..., 2k] as float16 and returns float32 [..., k]."""
     return np.ascontiguousarray(x).view(np.float16).astype(np.float32)
 
 
 def _q8_0(x: np.ndarray) -> np.ndarray:
-    """Blocks [n, 34]: a scale and 32 int8."""
+    """Dequantises blocks [n, 34] of a scale and 32 int8 values."""
     return _halves(x[:, :2]) * np.ascontiguousarray(x[:, 2:]).view(np.int8)
 
 
 def _nibbles(x: np.ndarray) -> np.ndarray:
-    """Bytes [n, 16] to [n, 32]: first all the low ones, then the high ones."""
+    """Unpacks bytes [n, 16] into nibbles [n, 32]: first all low ones, then all high ones."""
     return np.concatenate((x & 15, x >> 4), axis=1).astype(np.float32)
 
 
-# GGUF type -> (bytes a block, a block's bytes [n, .] to float32 [n, .]); other types are left to the gguf package.
+# GGUF type -> (bytes per block, dequantiser of blocks [n, .] to float32 [n, .]); the gguf package does other types.
 _DEQUANTISED: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "F32": (4, lambda x: x.view(np.float32)),
     "F16": (2, _halves),
@@ -73,17 +73,17 @@ _DEQUANTISED: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "Q4_0": (18, lambda x: _halves(x[:, :2]) * (_nibbles(x[:, 2:]) - 8)),
     "Q4_1": (20, lambda x: _halves(x[:, :2]) * _nibbles(x[:, 4:]) + _halves(x[:, 2:4])),
 }
-_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # the dtypes whose bytes these are
+_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # types that are plain dtypes
 
 
 class Stored:
-    """The tensors of a view's source by HF name: the bytes in its file, and the numbers that they stand for."""
+    """Tensors of a view's source by HF name: the bytes in its file, and the values that they encode."""
 
     def __init__(self, view: Checkpoint):
         self.c = c = view.source
         self.layer_map, self.dtype = view.layer_map, view.cast_to
         self._gguf: dict[str, Any] = {}
-        self._interleaved = ()  # what llama.cpp's converter stores with rotary pairs side by side
+        self._interleaved = ()  # tensors that llama.cpp's converter stores with rotary pairs side by side
         if len(c.files) == 1 and _starts_with(c.files[0], b"GGUF"):
             reader = gguf.GGUFReader(c.files[0])
             by_name = {t.name: t for t in reader.tensors}
@@ -93,7 +93,7 @@ class Stored:
                 self._interleaved = tuple(name for name in self._gguf if re.search(r"\.self_attn\.[qk]_proj\.", name))
 
     def raw(self, name: str, rows: slice) -> np.ndarray:
-        """Rows of a tensor as bytes; of GGUF those of the file, else in HF's layout."""
+        """Returns rows of a tensor as bytes; for GGUF those in the file, otherwise in HF's layout."""
         return bits(self._packed(name, rows) if name in self._gguf else self.c.read(name, rows))
 
     def nbytes(self, name: str) -> int:
@@ -102,7 +102,7 @@ class Stored:
         return math.prod(self.c.shape_of[name]) * self.c.dtype_of[name].itemsize
 
     def made(self, name: str) -> str:
-        """How the numbers come from the bytes, where they are not simply those; else empty."""
+        """Describes how values are decoded from the bytes; empty if they are stored as they are."""
         if name not in self._gguf:
             return ""
         kind, stored = self._gguf[name].tensor_type.name, self.c.dtype_of[name]
@@ -112,7 +112,7 @@ class Stored:
         return ", ".join(filter(None, (how, "rotary pairs reordered" if name in self._interleaved else "")))
 
     def values(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Rows of a tensor in HF's layout and the checkpoint's dtype; whole heads where the rows are heads."""
+        """Returns rows of a tensor in HF's layout and the checkpoint's dtype; only full heads if the rows are heads."""
         if name not in self._gguf:
             return self.c.read(name, rows)
         data, kind = self._packed(name, rows), self._gguf[name].tensor_type
@@ -124,14 +124,14 @@ class Stored:
         x = rounded_to(x.reshape(-1, *self.c.shape_of[name][1:]), self.c.dtype_of[name])
         if name not in self._interleaved:
             return x
-        # Row 2i + p of a head in the file is row i + p H/2 in HF's: the rotary pairs lie side by side there.
+        # Row 2i + p of a head in the file is row i + p H/2 in HF's: the file has rotary pairs side by side.
         half = self.c.cfg.head_dim // 2
         order = np.arange(2 * half).reshape(half, 2).T.reshape(-1)
         heads = np.arange(0, len(x), 2 * half)[:, None]
         return x[(heads + order).reshape(-1)]
 
     def _packed(self, name: str, rows: slice) -> np.ndarray:
-        """Rows as they lie in a GGUF file; all there is of a vector, whose blocks run along its only axis."""
+        """Returns rows as stored in a GGUF file; a vector in full, since its blocks run along its only axis."""
         data = self._gguf[name].data
         return data if len(self.c.shape_of[name]) == 1 else data[rows]
 
@@ -142,14 +142,14 @@ def _starts_with(file: pathlib.Path, magic: bytes) -> bool:
 
 
 def source_names(layer_map: LayerMap, path: str, layer: int | None) -> list[str]:
-    """The base's tensors that a tensor of the grown model is made of."""
+    """Returns the base's tensors that a tensor of the grown model is made from."""
     if layer is None:
         return [TENSORS[path].hf]
     return [TENSORS[path].hf.format(i) for i in dict.fromkeys((layer_map.source[layer], layer_map.partner[layer]))]
 
 
 def recomputed(parts: Sequence[np.ndarray], scale: float) -> np.ndarray:
-    """The mean of one or two arrays, times `scale`, each step rounded to the first one's dtype; as float32."""
+    """Returns the mean of one or two arrays times `scale`, each step rounded to the first one's dtype, as float32."""
     dtype = parts[0].dtype
     x = widen(parts[0])
     if len(parts) == 2:
@@ -160,11 +160,11 @@ def recomputed(parts: Sequence[np.ndarray], scale: float) -> np.ndarray:
 
 
 def grown_tensor(stored: Stored, path: str, layer: int | None, rows: slice) -> np.ndarray:
-    """Rows of a tensor of the grown model, float32 in HF's layout, from the base alone."""
+    """Computes rows of a tensor of the grown model from the base alone, float32 in HF's layout."""
     parts = [np.ascontiguousarray(stored.values(name, rows)) for name in source_names(stored.layer_map, path, layer)]
     out = np.empty(parts[0].shape, np.float32)
     flat, scale = [part.reshape(-1) for part in parts], _scale(stored.layer_map, path, layer)
-    for start in range(0, out.size, _PIECE):  # a mean takes several times its own memory
+    for start in range(0, out.size, _PIECE):  # a mean needs several times its own memory
         piece = slice(start, start + _PIECE)
         out.reshape(-1)[piece] = recomputed([part[piece] for part in flat], scale)
     return out
@@ -175,25 +175,25 @@ def _scale(layer_map: LayerMap, path: str, layer: int | None) -> float:
 
 
 def hashed_bytes(stored: Stored, result: Checkpoint) -> int:
-    """What `check_tensors` hashes."""
+    """Returns the bytes that `compare_tensors` hashes."""
     used = {name for _, path, layer in hf_tensors(result.cfg) for name in source_names(stored.layer_map, path, layer)}
     made = [(result.shape_of[name], result.dtype_of[name]) for name, _, _ in hf_tensors(result.cfg)]
     return sum(map(stored.nbytes, used)) + sum(math.prod(shape) * dtype.itemsize for shape, dtype in made)
 
 
 def compare_tensors(stored: Stored, result: Checkpoint, progress: Callable[[int], None]) -> dict[str, dict[str, Any]]:
-    """Every tensor of the result hashed, and compared with what the source says that it must be.
+    """Hashes every tensor of the result and compares it with the one that the source implies.
 
     Args:
       stored: the base.
-      result: what was made of it.
-      progress: told the bytes hashed since the last call.
+      result: the checkpoint made from it.
+      progress: called with the bytes hashed since the last call.
 
     Returns:
       By HF name: source tensors, dtypes, hashes, how it was made, and how far it is from the source.
 
     Raises:
-      UserError: a tensor is not what it must be.
+      UserError: a tensor does not match.
     """
     tensors = list(hf_tensors(result.cfg))
     used = {name: path for _, path, layer in tensors for name in source_names(stored.layer_map, path, layer)}
@@ -208,7 +208,7 @@ def compare_tensors(stored: Stored, result: Checkpoint, progress: Callable[[int]
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest |a - b|; infinite where one alone is, but not where both are the same infinity or NaN."""
+    """Returns the largest |a - b|; infinite where only one is, but not where both are the same infinity or NaN."""
     with np.errstate(invalid="ignore"):
         gap = np.abs(a - b)
     return float(np.max(gap, initial=0.0, where=~np.isnan(gap)))
@@ -230,13 +230,13 @@ def _check(
     progress: Callable[[int], None],
     tensor: tuple[str, str, int | None],
 ) -> tuple[str, dict[str, Any]]:
-    """(HF name, record) of one tensor."""
+    """Checks one tensor and returns (HF name, record)."""
     name, path, layer = tensor
     c, sources, scale = stored.c, source_names(stored.layer_map, path, layer), _scale(stored.layer_map, path, layer)
     before, after = c.dtype_of[sources[0]], result.dtype_of[name]
     allowed = (
         {numpy_dtype(stored.dtype)} if stored.dtype else {before, np.dtype(np.float32)}
-    )  # a stack of several dtypes is float32
+    )  # a stack of mixed dtypes is float32
     if after not in allowed:
         expected = " or ".join(sorted(d.name for d in allowed))
         raise UserError(f"{result.where}: {name} must be {expected}, found {after.name}.")
@@ -264,9 +264,9 @@ def _check(
     if computed and not equal:
         raise UserError(f"{result.where}: {name} is not {', '.join(filter(None, made))} of {' and '.join(sources)}.")
     if not computed and not same:
-        raise UserError(f"{result.where}: {name} must be bit by bit {sources[0]} of {c.where}, but differs.")
+        raise UserError(f"{result.where}: {name} must be bitwise equal to {sources[0]} of {c.where}, but differs.")
     if not np.isfinite(difference):
-        raise UserError(f"{result.where}: {name} has numbers that {after.name} has no room for.")
+        raise UserError(f"{result.where}: {name} has values out of {after.name}'s range.")
     record: dict[str, Any] = {
         "source": sources,
         "dtype": after.name,

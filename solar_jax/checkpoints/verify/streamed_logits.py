@@ -1,7 +1,7 @@
-"""Logits of models that do not fit into memory: a layer at a time, several runs side by side.
+"""Computes logits of models that do not fit in memory: one layer at a time, several runs side by side.
 
-The maths is the model's own. A run is a batch of prompts on its way through a model. What two runs end with is
-compared in blocks of the vocabulary, so that [tokens, V] is never held.
+The maths is the model's own. A run is a batch of prompts part-way through a model. Two runs' logits are compared in
+blocks of the vocabulary, so that [tokens, V] is never held in memory.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from solar_jax.model.llama import Block, rms_norm, unconstrained
 from solar_jax.model.rope import rope_angles
 from solar_jax.model.shapes import layer_axes
 
-# (path, layer or None, rows of the file's first axis) -> float array in HF's layout, as `checkpoints.views.grown_rows`
+# (path, layer or None, rows of the file's first axis) -> float array in HF's layout
 ReadRows = Callable[[str, int | None, slice], np.ndarray]
 Layer = dict[str, jax.Array]  # the arrays of `layer_axes`, float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model's weights where they lie."""
+    """Config of a model and access to its stored weights."""
 
     cfg: ModelConfig
     read: ReadRows
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
-        """float32 [B, T, D] of tokens [B, T]; the table is read once, block by block."""
+        """Returns float32 embeddings [B, T, D] of tokens [B, T]; the table is read once, block by block."""
         out = np.empty((*tokens.shape, self.cfg.hidden_size), np.float32)
         for rows in row_blocks(hf_shape("embed", self.cfg)):
             here = (rows.start <= tokens) & (tokens < rows.stop)
@@ -44,7 +44,7 @@ class Model:
         return out
 
     def layer(self, layer: int) -> Layer:
-        """One layer as the model takes it."""
+        """Loads one layer in the form that the model takes."""
         plain = dataclasses.replace(self.cfg, num_hidden_layers=1)
         return {
             name: _as_ours(np.ascontiguousarray(self.read(f"layers/{name}", layer, slice(None))), name, plain)
@@ -52,25 +52,25 @@ class Model:
         }
 
     def head(self, rows: slice) -> np.ndarray:
-        """[rows of V, D] of what makes logits of hidden states."""
+        """Returns rows [v, D] of the output head."""
         return self.read("embed" if self.cfg.tie_word_embeddings else "lm_head", None, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _as_ours(x: jax.Array, name: str, cfg: ModelConfig) -> jax.Array:
-    """A whole tensor in HF's layout as our array, float32; compiled, since numpy is slow to transpose."""
-    moved: Any = from_hf  # reshapes and transposes, which arrays of both kinds have
+    """Converts a full tensor from HF's layout to our float32 array; compiled, since numpy transposes slowly."""
+    moved: Any = from_hf  # only reshapes and transposes, which both kinds of array support
     return moved(x, f"layers/{name}", cfg).astype(jnp.float32)
 
 
 class Pass:
-    """Prompts at some depth of a model; `step` takes them a layer further."""
+    """Prompts at some depth of a model; `step` advances them by one layer."""
 
     def __init__(self, model: Model, prompts: Sequence[tuple[np.ndarray, np.ndarray]], cfg: ModelConfig | None = None):
         """Args:
-        model: whose layers it will pass.
+        model: the model to run.
         prompts: (tokens [B, T], their embeddings [B, T, D]).
-        cfg: what the layers compute with, if not what the model says.
+        cfg: config of the layers; the model's own if None.
         """
         self.model, self.cfg = model, cfg or model.cfg
         self.x = [jnp.asarray(x) for _, x in prompts]
@@ -83,10 +83,10 @@ class Pass:
 
     def step(self, layer: Layer) -> None:
         self.x = [_block(self._graph, layer, x, *p) for x, p in zip(self.x, self._places, strict=True)]
-        jax.block_until_ready(self.x)  # or the next layer is read while this one is still held
+        jax.block_until_ready(self.x)  # or the next layer is read while this one is still in memory
 
     def hidden(self) -> jax.Array:
-        """The final norm's output [P, D] at all P positions, prompt after prompt."""
+        """Returns the final norm's output [P, D] at all P positions, prompt after prompt."""
         scale = jnp.asarray(self.model.read("final_norm", None, slice(None)).astype(np.float32))
         flat = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in self.x])
         return rms_norm(flat, scale, self.cfg.rms_norm_eps)
@@ -94,32 +94,32 @@ class Pass:
 
 @functools.cache
 def _block_graph(cfg: ModelConfig) -> nnx.GraphDef:
-    """A decoder layer without its arrays."""
+    """Returns a decoder layer's graph definition, without arrays."""
     return nnx.split(nnx.eval_shape(lambda: Block(cfg, nnx.Rngs(0))))[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _block(graph: nnx.GraphDef, layer: Layer, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array):
-    """[B, T, D] -> [B, T, D]."""
+    """Runs one decoder layer, [B, T, D] -> [B, T, D]."""
     return nnx.merge(graph, layer)(x, rope, mask, unconstrained)
 
 
 @jax.jit
 def _logits(x: jax.Array, head: jax.Array) -> jax.Array:
-    """Hidden states [P, D] and rows of the head [v, D] to float32 [P, v]."""
+    """Returns float32 logits [P, v] of hidden states [P, D] and head rows [v, D]."""
     return jnp.einsum("pd,vd->pv", x, head.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A layer, loaded when its turn comes, and the runs that pass it."""
+    """A layer, loaded on demand, and the runs that go through it."""
 
     load: Callable[[], Layer]
     runs: tuple[Pass, ...]
 
 
 def stream(steps: Sequence[Step], progress: Callable[[int], None] = lambda n: None) -> None:
-    """Takes the runs through the layers, one of which is in memory at a time; tells the bytes of each that is done."""
+    """Takes the runs through the layers, one layer in memory at a time; reports the bytes of each finished layer."""
     for step in steps:
         layer = step.load()
         for run in step.runs:
@@ -130,14 +130,14 @@ def stream(steps: Sequence[Step], progress: Callable[[int], None] = lambda n: No
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """How far two runs' logits lie apart at each of P positions."""
+    """Distance between two runs' logits at each of P positions."""
 
     max_abs: np.ndarray  # [P], over the vocabulary
-    kl: np.ndarray  # [P], of the second's distribution from the first's, nats
+    kl: np.ndarray  # [P], KL(first || second), nats
     same_top: np.ndarray  # [P] booleans
 
     def over(self, positions: slice | np.ndarray) -> dict[str, float]:
-        """The largest difference, mean KL and the share of equal top tokens, of some positions."""
+        """Returns the largest difference, mean KL and share of equal top tokens over some positions."""
         return {
             "max_abs_difference": float(self.max_abs[positions].max()),
             "mean_kl": float(self.kl[positions].mean()),
@@ -146,17 +146,17 @@ class Distance:
 
 
 def all_logits(run: Pass) -> np.ndarray:
-    """float32 [P, V] of a run that has passed its layers; for vocabularies that can be held."""
+    """Returns float32 logits [P, V] of a run that has passed all layers, for vocabularies that fit in memory."""
     x = run.hidden()
     blocks = row_blocks((run.cfg.vocab_size, run.cfg.hidden_size))
     return np.concatenate([np.asarray(_logits(x, run.model.head(rows))) for rows in blocks], axis=1)
 
 
 def compare(pairs: Sequence[tuple[Pass, Pass, np.ndarray | slice]]) -> list[Distance]:
-    """The distances of pairs of runs that have passed their layers.
+    """Computes the distances between pairs of runs that have passed all layers.
 
     Args:
-      pairs: (first, second, positions of the first [P] that the second's are).
+      pairs: (first, second, positions of the first [P] that match the second's).
     """
     runs = list(dict.fromkeys(run for first, second, _ in pairs for run in (first, second)))
     models = list({id(run.model): run.model for run in runs}.values())
@@ -174,17 +174,17 @@ def compare(pairs: Sequence[tuple[Pass, Pass, np.ndarray | slice]]) -> list[Dist
 
 
 class _Sums:
-    """What is kept of the blocks of a vocabulary that were seen: sums relative to the largest logit so far."""
+    """Running sums over blocks of the vocabulary, relative to the largest logit so far."""
 
     def __init__(self, length: int):
         self.max_abs = np.zeros(length)
-        self.top = np.full((2, length), -np.inf)  # the largest logit of either
-        self.best = np.zeros((2, length), np.int64)  # where it stands
+        self.top = np.full((2, length), -np.inf)  # the largest logit of each
+        self.best = np.zeros((2, length), np.int64)  # its token
         self.mass = np.zeros((2, length))  # sum of exp(logit - top)
         self.cross = np.zeros(length)  # sum of exp(first - top) (first - second)
 
     def add(self, start: int, first: np.ndarray, second: np.ndarray) -> None:
-        """Logits [P, v] of the tokens from `start`, in float64 from here on."""
+        """Adds logits [P, v] of the tokens from `start` on, in float64."""
         a, b = first.astype(np.float64), second.astype(np.float64)
         gap = a - b
         self.max_abs = np.maximum(self.max_abs, np.abs(gap).max(axis=1))
@@ -203,5 +203,5 @@ class _Sums:
     def distance(self) -> Distance:
         log_mass = self.top + np.log(self.mass)
         kl = self.cross / self.mass[0] - log_mass[0] + log_mass[1]
-        # Rounding alone takes it below zero; NaN stays.
+        # Only rounding makes it negative; NaN stays NaN.
         return Distance(self.max_abs, np.maximum(kl, 0.0), self.best[0] == self.best[1])

@@ -228,8 +228,8 @@ def test_an_untouched_result_can_be_certified_again(tmp_path, tiny):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (flip_a_bit, f"{UP} must be bit by bit {UP}"),
-        (swap_layers, "model.layers.4.self_attn.q_proj.weight must be bit by bit model.layers.2.self_attn.q_proj"),
+        (flip_a_bit, f"{UP} must be bitwise equal to {UP}"),
+        (swap_layers, "layers.4.self_attn.q_proj.weight must be bitwise equal to model.layers.2.self_attn.q_proj"),
         (changed_config(rope_parameters={"rope_type": "default", "rope_theta": 10500.0}), "'rope_theta': 10500.0"),
         (changed_config(rms_norm_eps=1e-6), "rms_norm_eps must be 1e-05, found 1e-06"),
         (changed_config(eos_token_id=3), "eos_token_id must be 2, found 3"),
@@ -279,7 +279,7 @@ def test_an_array_of_our_own_form_that_was_changed_is_named(tmp_path, tiny):
     shutil.copytree(tiny, tmp_path / "other")
     rewrite(tmp_path / "other", {UP: tensors(tiny)[UP] + 1e-3})
     convert(tmp_path / "other", tmp_path / "out", form="orbax", verify=False)
-    assert f"{UP} must be bit by bit" in refusal(tiny, tmp_path / "out")
+    assert f"{UP} must be bitwise equal" in refusal(tiny, tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", ["hf", "orbax"])
@@ -306,7 +306,7 @@ def test_a_number_that_float16_has_no_room_for_is_named(tmp_path, tiny):
     x = tensors(tiny)[UP].clone()
     x[3, 4] = 1e5
     rewrite(tmp_path / "source", {UP: x})
-    with pytest.raises(UserError, match=rf"{UP} has numbers that float16 has no room for"):
+    with pytest.raises(UserError, match=rf"{UP} has values out of float16's range"):
         convert(tmp_path / "source", tmp_path / "out", dtype="float16")
 
 
@@ -388,9 +388,9 @@ def test_a_person_is_told_in_four_lines(tmp_path, tiny, capsys):
     convert(tiny, tmp_path / "out", PRO)
     lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[0] == f"certificate of {tmp_path / 'out'}, llama_pro(every=3) of {tiny}"
-    assert lines[1] == "  tensors: 71 of 75 bit by bit the source's, 4 as computed again"
+    assert lines[1] == "  tensors: 71 of 75 bitwise equal to the source's, 4 recomputed"
     assert lines[2] == "  logits: up to 0 from the source's (at most 0.0001); from the base's 0"
-    assert lines[3].count("refused") == 2
+    assert lines[3].count("rejected") == 2
     assert len(lines) == 4
 
 

@@ -1,0 +1,152 @@
+"""What a run says before it starts and after it ends: announcement, summary.json, loss.png, the table."""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+from typing import Any
+
+import jax
+
+from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.cli.plots import plot_losses
+from solar_jax.cli.progress import duration
+from solar_jax.config import Config, ModelConfig
+from solar_jax.data.corpus import Corpus
+from solar_jax.data.pipeline import passes
+from solar_jax.growth.picture import layer_list, picture
+from solar_jax.hardware import chips
+from solar_jax.model.flops import flops_per_token
+from solar_jax.model.precision import compute_dtype
+from solar_jax.model.shapes import parameter_count
+from solar_jax.monitoring import metrics
+from solar_jax.training.partition import Partition
+from solar_jax.training.run import Run, say
+from solar_jax.training.run_folder import flat
+
+GIB = 2**30
+
+
+def announce(
+    config: Config, folder: pathlib.Path, deeper: Checkpoint, partition: Partition, corpus: Corpus, windows: int, *,
+    resumes: bool, mesh: str, memory: str, padded: int,
+) -> None:  # fmt: skip
+    """Prints everything that is about to happen.
+
+    Args:
+      config: the run.
+      folder: of the run.
+      deeper: the grown checkpoint.
+      partition: which of its parameters train.
+      corpus: training and held-out rows.
+      windows: held-out rows that are evaluated.
+      resumes: whether the run began before.
+      mesh: mesh, remat policy and microbatches, and whether they were chosen.
+      memory: what a step needs of a device.
+      padded: rows of a step with those that are added so that they divide over the mesh.
+    """
+    checkpoint, cfg = deeper.source, deeper.cfg
+    base = checkpoint.cfg
+    say("\n".join(f"{key} = {value!r}" for key, value in flat(dataclasses.asdict(config)).items()))
+    say(f"\n{'Resuming' if resumes else 'Starting'} {config.name} in {folder}")
+    say(f"base      {checkpoint.where}: {base.num_hidden_layers} layers, stored as {checkpoint.dtype}")
+    say(f"growth    {picture(deeper.layer_map, parameter_count(base), parameter_count(cfg))}")
+    say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(partition.layers) if t])}")
+    readings = passes(corpus, config.train.steps * config.train.batch_size)
+    for (source, rows), times in zip(corpus.train, readings, strict=True):
+        say(
+            f"data      {source.path}: {rows.tokens:,} training tokens, {len(rows):,} rows, "
+            f"weight {source.weight:g}, read {times:.2f} times"
+        )
+    for source, rows in corpus.heldout:
+        say(f"held out  {source.path}: {rows.tokens:,} tokens")
+    batch, length, steps = config.train.batch_size, config.data.sequence_length, config.train.steps
+    say(
+        f"training  {steps} steps of {batch} x {length} = {batch * length:,} tokens, {steps * batch * length:,} in all"
+        f"{', and the control the same' if config.train.control else ''}; held-out loss on {windows} rows"
+    )
+    if padded > batch:
+        say(f"padding   {batch} rows a step do not divide over the mesh: {padded - batch} empty rows are added")
+    kind = jax.devices()[0].device_kind
+    say(f"devices   {jax.device_count()} x {kind}, {jax.process_count()} process(es)")
+    say(mesh)
+    say(f"memory    about {memory}; a device here has {chips.memory_bytes(jax.local_devices()[0]) / GIB:.1f} GiB")
+    seconds = expected_seconds(config, base, cfg, windows)
+    say(f"time      about {duration(seconds)}; each step will show what is left\n")
+
+
+def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, windows: int) -> float:
+    """A first guess: the run's model FLOPs at half of what one matmul reaches here, or at 40 % of the chip's peak."""
+    length = config.data.sequence_length
+    train_tokens = config.train.steps * config.train.batch_size * length
+    per_arm = 2 + (config.train.steps // config.evaluation.every - 1 if config.evaluation.every else 0)
+    flops = 0.0
+    for arm, trains in ((base, config.train.control), (cfg, True)):
+        evals = per_arm if trains else 1
+        flops += flops_per_token(arm, length) * (train_tokens * trains + evals * windows * length / 3)
+    peak = chips.peak_flops(jax.devices()[0])
+    rate = 0.4 * peak * jax.device_count() if peak else 0.5 * chips.measured_flops(compute_dtype(config.train))
+    return flops / rate
+
+
+def summarise(run: Run, seconds: float) -> dict[str, Any]:
+    """The content of summary.json; losses are held-out means in nats a token."""
+    config, base, layer_map, cfg = run.config, run.checkpoint.cfg, run.grown.layer_map, run.grown.cfg
+    loss = {(r["arm"], r["step"]): r["loss"] for r in run.evals.read()}
+    lines = metrics.JsonLines(run.workdir / "metrics.jsonl").read()
+    control = metrics.JsonLines(run.workdir / "control" / "metrics.jsonl").read()
+    rates = sorted(r["tokens_per_second"] for r in lines)
+    used = [r["mfu"] for r in lines if r["mfu"] is not None]
+    return {
+        "name": config.name,
+        "base_loss": loss["base", 0],
+        "zero_token_loss": loss["healed", 0],
+        "final_loss": loss["healed", config.train.steps],
+        "control_loss": loss.get(("control", config.train.steps)),
+        "layers": cfg.num_hidden_layers,
+        "params": parameter_count(cfg),
+        "tokens": lines[-1]["tokens"],
+        "source_layers": list(layer_map.source),
+        "operator": layer_map.operator,
+        "base_layers": base.num_hidden_layers,
+        "base_params": parameter_count(base),
+        "steps": config.train.steps,
+        "heldout_targets": int(sum(float(b["weights"].sum()) for b in run.heldout)),
+        "tokens_per_second": rates[len(rates) // 2],
+        "mfu": sorted(used)[len(used) // 2] if used else None,
+        "seconds": round(seconds, 1),
+        "time": run.ledger.summary(lines + control),
+        "memory_peak_gib": chips.memory_peaks(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "mesh": dict(run.mesh.shape),
+        "source": run.checkpoint.where,
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
+    }
+
+
+def draw(run: Run, summary: dict[str, Any]) -> None:
+    """loss.png: the healing curve against the base's line and the control's."""
+    arms = {}
+    for name, folder in (("healed", run.workdir), ("control", run.workdir / "control")):
+        heldout = [(r["step"], r["loss"]) for r in run.evals.read() if r["arm"] == name]
+        if lines := metrics.JsonLines(folder / "metrics.jsonl").read():
+            arms[name] = {"heldout": heldout, "train": [(r["step"], r["loss"]) for r in lines if r["loss"] is not None]}
+    title = (
+        f"{summary['operator']}: {summary['base_layers']} to {summary['layers']} layers, {summary['tokens']:,} tokens"
+    )
+    plot_losses(run.workdir / "loss.png", title, summary["base_loss"], arms)
+
+
+def result_table(s: dict[str, Any]) -> str:
+    """The result in four lines."""
+    rows = [
+        ("base", s["base_layers"], s["base_params"], 0, s["base_loss"]),
+        (f"grown, {s['operator']}", s["layers"], s["params"], 0, s["zero_token_loss"]),
+        ("healed", s["layers"], s["params"], s["tokens"], s["final_loss"]),
+    ]
+    if s["control_loss"] is not None:
+        rows.append(("control, not grown", s["base_layers"], s["base_params"], s["tokens"], s["control_loss"]))
+    lines = [f"{'model':<24}{'layers':>7}{'parameters':>16}{'tokens':>14}{'held-out loss':>15}"]
+    lines += [
+        f"{name:<24}{layers:>7}{params:>16,}{tokens:>14,}{loss:>15.4f}" for name, layers, params, tokens, loss in rows
+    ]
+    return "\n".join(lines)
