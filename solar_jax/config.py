@@ -82,15 +82,15 @@ class GrowthConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     # Each entry is "PATH[?text=COLUMN&epochs=N&limit=TOKENS][:weight]": a file of text, JSONL (.gz and .zst too),
-    # Parquet, Arrow or ArrayRecord, a folder or glob of them, here, in a bucket or on the hub (hf://datasets/...), or
+    # Parquet, Arrow or ArrayRecord, a folder or glob of them, local, in a bucket or on the hub (hf://datasets/...), or
     # "pydoc-topics", the documentation topics that every CPython carries. Weights are shares of the tokens.
     sources: tuple[str, ...] = ("pydoc-topics",)
     text_key: str = "text"  # the JSON key or column of the text, where a source does not say ?text=
     sequence_length: int = 4096  # T, tokens a row
-    holdout_every: int = 8  # of each source, one document in so many is held out for evaluation
+    holdout_every: int = 8  # one document in so many of each source is held out for evaluation
     holdout: str = "hash"  # which: by the hash of its text, or "position": documents 0, k, 2k, ...
     workers: int = 0  # processes that make batches; 0: a thread
-    packing: str = "best_fit"  # whole documents and pieces, as they fill rows best; "concat": one stream, cut every T
+    packing: str = "best_fit"  # documents packed to fill rows; "concat": one stream, cut every T tokens
     mask_documents: bool = True  # tokens see only their own document within a packed row
 
     def check(self) -> None:
@@ -113,12 +113,12 @@ class TrainConfig:
     steps: int = 0
     batch_size: int = 0  # B, rows a step over all devices
     accumulation: int = 1  # microbatches that one step's batch is split into; 0: chosen by the planner
-    trainable: str = "all"  # a name of training.optimizer.TRAINABLE
+    trainable: str = "all"  # a name of training.partition.TRAINABLE
     remat: str = "auto"  # a name of model.llama.REMAT; auto: chosen by the planner
-    attention: str = "auto"  # a name of training.step.ATTENTION; auto: kernels on TPUs and GPUs
+    attention: str = "auto"  # a name of parallel.attention.ATTENTION; auto: kernels on TPUs and GPUs
     precision: str = "mixed"  # a name of model.precision.PRECISIONS; mixed: float32 state, bfloat16 matmuls
-    max_skipped: int = 0  # steps of a run whose loss or gradient may be no number; their updates are left out
-    spike: float = 0.0  # running deviations above the running mean at which a loss is a spike; 0: any loss is taken
+    max_skipped: int = 0  # steps with a non-finite loss or gradient that a run may skip
+    spike: float = 0.0  # deviations above the running mean that make a loss a spike; 0: no spike detection
     control: bool = False  # also train the base without growth, on the same tokens
 
     def check(self) -> None:
@@ -176,15 +176,15 @@ class MeshConfig:
     fsdp: int = 0  # shards of parameters and optimiser state, gathered a layer at a time
     tensor: int = 0  # shards of heads and mlp
     context: int = 0  # shards of a row's tokens, for long rows; they shard the state too
-    slice: int = 0  # TPU slices joined by a slower network, a replica or more on each; 0: as many as the devices say
+    slice: int = 0  # TPU slices joined by DCN, at least one replica on each; 0: as many as the devices report
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 100  # steps
     keep: int = 2  # newest checkpoints kept
-    keep_every: int = 0  # steps; those at its multiples are kept too; 0: none
-    keep_best: int = 0  # so many of least held-out loss are kept too; 0: none
+    keep_every: int = 0  # checkpoints at multiples of so many steps are kept too; 0: none
+    keep_best: int = 0  # checkpoints with the lowest held-out loss that are kept too; 0: none
     restore: str = "blocks"  # checkpoints are read in blocks of chunks; "orbax": by Orbax itself, at half the speed
 
     def check(self) -> None:
@@ -195,14 +195,14 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """What is watched of a run; no number of its training depends on it, so that a restart may change it."""
+    """Monitoring of a run; no number of its training depends on it, so a restart may change it."""
 
     tensorboard: bool = False  # event files in tensorboard/ (package tensorboardX)
     wandb_project: str = ""  # Weights & Biases project (package wandb)
-    profile_start: int = 0  # first step of a window under the profiler; 0: only when SIGUSR1 asks for one
-    profile_steps: int = 3  # steps of a window
-    watchdog_seconds: float = 600.0  # without a step, and 10 median steps, before all stacks are dumped; 0: never
-    compilation_cache: bool = True  # programs are kept for the next start
+    profile_start: int = 0  # first step of a profile; 0: only on SIGUSR1
+    profile_steps: int = 3  # steps of a profile
+    watchdog_seconds: float = 600.0  # without a step, and 10 median steps, before stack traces are dumped; 0: never
+    compilation_cache: bool = True  # compiled programs are reused at the next start
 
     def check(self) -> None:
         _at_least(1, "logging", self, "profile_steps")
@@ -259,7 +259,7 @@ class Config:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# What older config files and runs say: key -> (what it is called now, {its values: those of now})
+# Keys of older config files and runs -> (new name, {old value: new value})
 RENAMED = {"train.compute_dtype": ("train.precision", {"float32": "float32", "bfloat16": "mixed"})}
 
 

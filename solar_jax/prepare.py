@@ -1,10 +1,10 @@
-"""Tokenise and pack text once, for runs that read it many times: ArrayRecord shards of rows, and a manifest.
+"""Tokenises and packs text once, for runs that read it many times: writes ArrayRecord shards of rows and a manifest.
 
     python -m solar_jax.prepare --config configs/dus_48l.py --config.data.sources=/path/to/corpus --out DIR
 
-The config is that of `train`: its source gives the tokenizer, config.data the text and the form of the rows. DIR is
-then an entry of config.data.sources. The same command goes on where a killed one stopped, and any number of workers,
-of one machine or of a Ray cluster, makes the same bytes.
+The config is that of `train`: its source provides the tokenizer, config.data the text and the format of the rows. DIR
+is then listed in config.data.sources. The same command resumes where a killed one stopped, and any number of workers,
+on one machine or on a Ray cluster, writes the same bytes.
 """
 
 import dataclasses
@@ -32,16 +32,16 @@ from solar_jax.storage.paths import is_local
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT], as of train.")
+    config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT], as for train.")
     flags.DEFINE_string("out", None, "New local folder to write.")
     flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes on this machine.", lower_bound=1)
-    flags.DEFINE_enum("engine", "local", sorted(engines.ENGINES), "Where blocks are worked on; ray: see RAY_ADDRESS.")
-    flags.DEFINE_bool("dedup", False, "Drop documents whose text came before, in any source.")
+    flags.DEFINE_enum("engine", "local", sorted(engines.ENGINES), "Where blocks are processed; ray: see RAY_ADDRESS.")
+    flags.DEFINE_bool("dedup", False, "Drop documents whose text occurred earlier, in any source.")
     flags.DEFINE_multi_string(
         "decontaminate", [], "Drop training documents that share words with evaluation sets: files or folders of "
         f"JSONL, JSON or Parquet, or a preset ({', '.join(evaluation_sets.PRESETS)}), or PRESET=FOLDER without the hub."
     )  # fmt: skip
-    flags.DEFINE_integer("ngram", 13, "Words in a row that contaminate a document.", lower_bound=2)
+    flags.DEFINE_integer("ngram", 13, "Consecutive shared words that make a document contaminated.", lower_bound=2)
 
 
 def check() -> None:
@@ -50,7 +50,7 @@ def check() -> None:
     if f.config is None or not f.out:
         raise UserError("prepare needs --config FILE and --out DIR.")
     if not is_local(f.out):
-        raise UserError(f"--out: {f.out}: ArrayRecord writes local files alone; give a local folder and copy it there.")
+        raise UserError(f"--out: {f.out}: ArrayRecord only writes local files; give a local folder and upload it.")
     config = resolve(f.config)
     check_local(config.source)
     check_sources(config.data)
@@ -75,9 +75,9 @@ from solar_jax.data.sources import EMBEDDED, Source, parse_sources
 from solar_jax.storage.atomic_folder import check_space, check_target, new_folder, partial
 from solar_jax.storage.json_files import read_json
 
-_DISK = 0.5  # bytes of rows that a byte of text may become; 0.3 is usual
-_INFLATED = 3  # bytes of text in one of a compressed file that does not tell
-_WORTH_A_PROCESS = 1 << 24  # bytes of text; a process takes some seconds to start
+_DISK = 0.5  # most bytes of rows per byte of text; 0.3 is typical
+_INFLATED = 3  # bytes of text per byte of a compressed file that does not record its size
+_WORTH_A_PROCESS = 1 << 24  # bytes of text; a process takes seconds to start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Options:
     engine: str = "local"
     dedup: bool = False
     decontaminate: tuple[str, ...] = ()
-    ngram: int = 13  # words in a row
+    ngram: int = 13  # consecutive words
 
 
 def main(argv: Sequence[str]) -> None:
@@ -97,10 +97,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, Any]:
-    """Writes the prepared folder, which appears when it is whole.
+    """Writes the prepared folder, which appears once it is complete.
 
     Returns:
-      Its manifest.
+      The manifest.
 
     Raises:
       UserError: something that the config or the options name is missing or damaged.
@@ -125,7 +125,7 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
     }  # fmt: skip
     with new_folder(out, job=job, keep=True) as folder:
         if not manifest.is_written(folder):
-            remote = not all(is_local(source.path) for source in sources)  # whose size is not known
+            remote = not all(is_local(source.path) for source in sources)  # of unknown size
             workers = options.workers if remote else min(options.workers, 1 + expected // _WORTH_A_PROCESS)
             with byte_bar(expected, out.name) as progress:
                 found = write_shards(
@@ -140,7 +140,7 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
 
 
 def _about(config: Config, tokenizer: tokenizers.Tokenizer, eos: int, where: str) -> dict[str, Any]:
-    """What decides the rows apart from the documents."""
+    """Returns everything except the documents that determines the rows."""
     data = config.data
     versions = {name: importlib.metadata.version(name) for name in ("tokenizers", "array-record", "numpy")}
     return {
@@ -152,22 +152,22 @@ def _about(config: Config, tokenizer: tokenizers.Tokenizer, eos: int, where: str
         "packing": data.packing,
         "token_dtype": records.token_dtype(max(tokenizer.get_vocab().values()) + 1),
         "holdout": {"rule": data.holdout, "every": data.holdout_every},
-        "seed": config.seed,  # of the config; no row depends on it, since training shuffles by its own
+        "seed": config.seed,  # the config's; no row depends on it, since training shuffles with its own seed
         "versions": versions,
     }  # fmt: skip
 
 
 def _expected_bytes(source: Source) -> int:
-    """About how much text there is, from the sizes of files that are here.
+    """Estimates how much text there is, from the sizes of local files.
 
     Raises:
-      UserError: no such source, or one that is not for preparing.
+      UserError: the source does not exist or cannot be prepared.
     """
     path = source.path
     if is_prepared(path):
-        raise UserError(f"config.data.sources: {path}: is prepared already.")
+        raise UserError(f"config.data.sources: {path}: is already prepared; list it in the sources of train instead.")
     if source.limit or source.epochs != Source(path).epochs:
-        raise UserError(f"config.data.sources: {path}: ?limit= and ?epochs= are for train; all of it is prepared.")
+        raise UserError(f"config.data.sources: {path}: ?limit= and ?epochs= are for train; remove them to prepare all of it.")
     if path == EMBEDDED:
         return 1 << 19
     total = 0
@@ -178,7 +178,7 @@ def _expected_bytes(source: Source) -> int:
         if file.name.endswith(".gz") and 18 < size < 1 << 30:
             with open(file.name, "rb") as f:
                 f.seek(-4, os.SEEK_END)
-                total += max(size, int.from_bytes(f.read(4), "little"))  # what gzip writes at the end
+                total += max(size, int.from_bytes(f.read(4), "little"))  # uncompressed size, at the end of a gzip file
         else:
             total += size * (_INFLATED if file.name.endswith((".gz", ".zst", ".parquet")) else 1)
     return total
@@ -196,24 +196,24 @@ def _announce(
     config: Config, out: pathlib.Path, options: Options, sources: list[Source], expected: int, about: dict[str, Any],
     index: Index | None,
 ) -> None:  # fmt: skip
-    """Says everything that is about to happen."""
+    """Prints everything that is about to happen."""
     data = config.data
     goes_on = (partial(out) / SHARDS).exists()
-    print(f"{'Going on with' if goes_on else 'Preparing'} {out}")
+    print(f"{'Resuming' if goes_on else 'Preparing'} {out}")
     for source in sources:
         print(f"source    {source.path}")
-    print(f"text      about {expected / 1e6:,.1f} MB in all")
+    print(f"text      about {expected / 1e6:,.1f} MB in total")
     print(f"tokenizer {about['tokenizer']['source']}, {about['tokenizer']['vocabulary']:,} tokens")
     rule = f"one document in {data.holdout_every} is held out by {data.holdout}"
     print(f"rows      of {data.sequence_length:,} tokens, packing {data.packing}; {rule}")
     if options.dedup:
-        print("dedup     documents whose text came before are dropped")
+        print("dedup     documents whose text occurred earlier are dropped")
     if index is not None:
         print(
-            f"evaluated {len(index.names):,} records, {len(index.hashes):,} different runs of {index.n} words; "
-            f"training documents that hold one are dropped ({index.short:,} records have no {index.n} words in a row)"
+            f"evaluated {len(index.names):,} records, {len(index.hashes):,} distinct runs of {index.n} words; "
+            f"training documents that contain one are dropped ({index.short:,} records have too few words to match)"
         )
-    where = "processes at the most" if options.engine == "local" else "workers of Ray, or its whole cluster"
+    where = "processes at most" if options.engine == "local" else "Ray workers, or its entire cluster"
     print(f"work      {options.workers} {where}, shards of {BLOCKS_A_SHARD} blocks", flush=True)
 
 

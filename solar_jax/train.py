@@ -24,6 +24,7 @@ from solar_jax.cli.command import folder_from_flag
 from solar_jax.config import Config, resolve
 from solar_jax.data.sources import check_sources
 from solar_jax.errors import UserError
+from solar_jax.model.precision import precision
 
 
 def define_flags() -> None:
@@ -189,7 +190,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
 
 def check_names(config: Config) -> None:
     """Raises a UserError for a name in the config that stands in none of the tables, or a package that is missing."""
-    make_optimizer(config)
+    make_optimizer(config.optimizer, config.train.steps, precision(config.train), seed=config.seed)
     parse_size(config.export.max_shard_size)
     check_packages(config.logging)
 

@@ -28,6 +28,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.config import Config
+from solar_jax.model.precision import precision
+from solar_jax.training.optimizer import make_optimizer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -91,6 +94,12 @@ def save_hf(model: transformers.PreTrainedModel, folder: pathlib.Path, **kwargs)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def optimizer_of(config: Config, mesh=None):
+    """The optimiser of a run's config."""
+    policy = precision(config.train)
+    return make_optimizer(config.optimizer, config.train.steps, policy, seed=config.seed, mesh=mesh)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import solar_jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "solar_jax"
 COMMANDS = ("train", "plan", "upscale", "convert", "prepare")
@@ -139,3 +141,11 @@ def test_the_floors_are_checked_at_all():
     # A negative control of the walk: known edges are found.
     assert "checkpoints.views" in IMPORTS["upscale"]
     assert all(other in MODULES for others in IMPORTS.values() for other in itertools.chain(others))
+
+
+def test_the_names_for_a_notebook_are_there_and_cost_nothing_until_used():
+    assert loaded("import solar_jax") & SLOW == set()
+    for name in solar_jax.__all__:
+        assert getattr(solar_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'grow'; it has open_checkpoint, grown"):
+        _ = solar_jax.grow  # a room, which nothing has imported as an attribute

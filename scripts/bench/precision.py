@@ -27,7 +27,7 @@ from solar_jax.data.corpus import heldout_rows, load_corpus
 from solar_jax.data.pipeline import Batch, heldout_batches, training_batch, training_rows
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import LayerMap, make_layer_map
-from solar_jax.model.precision import PRECISIONS
+from solar_jax.model.precision import PRECISIONS, precision
 from solar_jax.model.shapes import parameter_count
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
@@ -66,13 +66,19 @@ def trained(
 ) -> tuple[float, float, float, float]:
     """Returns the last batch's loss, the final held-out loss, state bytes per parameter and median step seconds."""
     cfg, mesh = grown_config(base.cfg, layer_map), make_mesh(config.mesh)
-    optimizer = make_optimizer(config, mesh=mesh)
-    abstract = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh))
+    optimizer = make_optimizer(
+        config.optimizer, config.train.steps, precision(config.train), seed=config.seed, mesh=mesh
+    )
+    abstract = abstract_state(cfg, precision(config.train).weights, optimizer, state_shardings(cfg, optimizer, mesh))
     rest = jax.tree.map(lambda s: s.sharding, abstract)
     params = load_params(grown(base, layer_map), rest["params"], jax.tree.map(lambda s: s.dtype, abstract["params"]))
     state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=rest["opt_state"])(params)}
     del params
-    step = make_train_step(cfg, config, optimizer, mesh).lower(state, batches[0]).compile()
+    step = (
+        make_train_step(cfg, config.train, config.data.sequence_length, optimizer, mesh)
+        .lower(state, batches[0])
+        .compile()
+    )
     loss, seconds = float("nan"), []
     for batch in batches:
         begin = time.perf_counter()
@@ -81,7 +87,12 @@ def trained(
         seconds.append(time.perf_counter() - begin)
     size = sum(x.nbytes for x in jax.tree.leaves(state)) / parameter_count(cfg)
     exact = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="float32"))
-    return loss, mean_loss(make_eval_step(cfg, exact, mesh), state["params"], heldout), size, float(np.median(seconds))
+    return (
+        loss,
+        mean_loss(make_eval_step(cfg, exact.train, exact.data.sequence_length, mesh), state["params"], heldout),
+        size,
+        float(np.median(seconds)),
+    )
 
 
 def main() -> None:
@@ -107,7 +118,7 @@ def main() -> None:
     )
     cfg = grown_config(base.cfg, layer_map)
     untrained = mean_loss(
-        make_eval_step(cfg, config, mesh),
+        make_eval_step(cfg, config.train, config.data.sequence_length, mesh),
         load_params(grown(base, layer_map), rules.parameter_shardings(cfg, mesh)),
         heldout,
     )

@@ -39,7 +39,10 @@ class Work:
 def ours(work: Work, options: dict[str, str] | None = None) -> tuple[Step, Profile]:
     """Builds the step as `solar_jax.train` compiles and runs it, with compiler `options` added to the device's own."""
     config, cfg = work.config, work.checkpoint.cfg
-    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
+    mesh, optimizer = (
+        make_mesh(config.mesh),
+        make_optimizer(config.optimizer, config.train.steps, precision(config.train), seed=config.seed),
+    )
     shardings = state_shardings(cfg, optimizer, mesh)
     dtypes = jax.tree.map(lambda s: s.dtype, param_shapes(cfg, precision(config.train).weights))
     params = load_params(work.checkpoint, shardings["params"], dtypes)
@@ -49,7 +52,7 @@ def ours(work: Work, options: dict[str, str] | None = None) -> tuple[Step, Profi
     def batch(number: int) -> dict[str, jax.Array]:
         return jax.device_put(work.batches[number % len(work.batches)], rules.batch_sharding(mesh))
 
-    lowered = make_train_step(cfg, config, optimizer, mesh).lower(state, batch(0))
+    lowered = make_train_step(cfg, config.train, config.data.sequence_length, optimizer, mesh).lower(state, batch(0))
     compiled = lowered.compile(dict(chips.compiler_options(jax.devices()[0])) | (options or {}) or None)
 
     def step(number: int) -> float:

@@ -1,4 +1,4 @@
-"""What a run trains and is evaluated on: the rows of every source, prepared or packed here."""
+"""Training and held-out rows of every source of a run, prepared or packed at its start."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -12,12 +12,12 @@ from solar_jax.data.prepared.rows import PreparedRows, is_prepared, open_prepare
 from solar_jax.data.sources import Document, Source, parse_sources, part, split
 from solar_jax.errors import UserError
 
-_CHARACTERS_A_TOKEN = 32  # more than a token of running text has
+_CHARACTERS_A_TOKEN = 32  # more than any token of running text has
 
 
 @dataclasses.dataclass(frozen=True)
 class FirstRows:
-    """The first rows of prepared ones."""
+    """The first rows of a prepared source."""
 
     rows: PreparedRows
     count: int
@@ -30,7 +30,7 @@ class FirstRows:
 
     @property
     def tokens(self) -> int:
-        """About: what so many rows have on average."""
+        """Approximate number of targets: the average per row times the number of rows."""
         return self.rows.tokens * self.count // len(self.rows)
 
     def documents(self, index: int) -> list[str]:
@@ -42,21 +42,21 @@ AnyRows = Rows | PreparedRows | FirstRows
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """What a run trains and is evaluated on."""
+    """Rows that a run trains on and is evaluated on, by source."""
 
     train: list[tuple[Source, AnyRows]]
     heldout: list[tuple[Source, AnyRows]]
 
 
 def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int) -> Corpus:
-    """Opens every source: a prepared folder as it is; of any other, its documents are split, tokenised and packed.
+    """Opens every source: prepared folders directly; the documents of others are split, tokenised and packed.
 
     Raises:
-      UserError: a source cannot be read, or is too small for one row of either part.
+      UserError: a source cannot be read, or is too small for one row of each part.
     """
     corpus = Corpus([], [])
     for source in parse_sources(cfg.sources, cfg.text_key):
-        # A limit is of training tokens; the part that is held out keeps its proportion.
+        # The limit counts training tokens; the held-out part keeps its proportion.
         limits = (source.limit, source.limit // (cfg.holdout_every - 1))
         load = _prepared if is_prepared(source.path) else _packed
         parts = load(source, cfg, tokenizer, eos, limits)
@@ -101,7 +101,7 @@ def _packed(
 
 
 def _within(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, limit: int) -> Iterator[Document]:
-    """The first documents, of `limit` tokens with the ends of documents counted; the last one is cut for that."""
+    """Yields the first documents, `limit` tokens in all with end-of-sequence tokens; the last one is cut to fit."""
     left = limit
     for document in documents:
         encoding = tokenizer.encode(document.text[: left * _CHARACTERS_A_TOKEN], add_special_tokens=False)
@@ -115,7 +115,7 @@ def _within(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, limi
 
 
 def heldout_rows(corpus: Corpus, windows: int) -> list[Row]:
-    """The first held-out rows of every source, `windows` in all, shared by weight; fewer where there are fewer."""
+    """Returns the first held-out rows of every source, at most `windows` in all, split among the sources by weight."""
     total = sum(source.weight for source, _ in corpus.heldout)
     out: list[Row] = []
     upto = 0.0

@@ -1,4 +1,4 @@
-"""The files that a source names: local ones, objects of a bucket, files of a dataset on the hub."""
+"""Files of a source: local files, objects in a bucket, or files of a data set on the Hugging Face hub."""
 
 import contextlib
 import dataclasses
@@ -18,28 +18,28 @@ from solar_jax.errors import UserError
 from solar_jax.storage.paths import is_local
 from solar_jax.storage.retry import retry
 
-# A folder that has files of one of these kinds is a data set in that form; what else lies there is not text of it.
+# A folder with files of one of these kinds is a data set in that format; its other files are not part of the text.
 DATASETS = (".parquet", ".arrow", ".array_record")
 HUB = "hf://"
 _PACKAGES = {"gs": "gcsfs, which comes with the extra `gcs`", "s3": "s3fs, which comes with the extra `s3`"}
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|dev|eval)(?=[/_.-])")
-_AT_A_TIME = 1 << 20  # bytes asked of a bucket
+_AT_A_TIME = 1 << 20  # bytes per read from a bucket
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """One file of a source, wherever it is."""
+    """One file of a source, local or remote."""
 
-    name: str  # as messages and document ids name it
+    name: str  # as used in messages and document ids
 
     @property
     def suffixes(self) -> list[str]:
-        """Of the name, in lower case, the last first."""
+        """Suffixes of the name in lower case, last first."""
         return [s.lower() for s in reversed(pathlib.PurePosixPath(self.name).suffixes)]
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """For reading, with `seek`."""
+        """Opens the file for reading, with `seek`."""
         if not is_local(self.name):
             with io.BufferedReader(_Object(self.name), _AT_A_TIME) as f:
                 yield f
@@ -49,7 +49,7 @@ class File:
 
     @contextlib.contextmanager
     def local(self) -> Iterator[str]:
-        """A path for readers that know only those; a copy while it is used if the file is elsewhere."""
+        """Yields a local path for readers that need one; a temporary copy if the file is remote."""
         if is_local(self.name):
             yield self.name
             return
@@ -61,13 +61,13 @@ class File:
 
 
 def find_files(path: str) -> list[File]:
-    """The files of a local or remote file, folder or pattern, by name; hidden ones only if the path names them.
+    """Lists the files of a local or remote file, folder or pattern by name; hidden files only if the path names them.
 
-    Of a folder that Hugging Face's `datasets` wrote, the files of its data. Of a folder of Parquet, Arrow or
-    ArrayRecord files, these alone. On the hub, where a README stands next to the data, the same for JSONL.
+    In a folder written by Hugging Face's `datasets`, only its data files count; in a folder with Parquet, Arrow or
+    ArrayRecord files, only those; on the hub, where a README sits next to the data, the same holds for JSONL.
 
     Raises:
-      UserError: none, or a folder that holds several splits of a data set and the path does not say which.
+      UserError: there are no files, or a folder holds several splits of a data set and the path does not name one.
     """
     names, is_folder = _local(path) if is_local(path) else _remote(path)
     if not names:
@@ -91,7 +91,7 @@ def _local(path: str) -> tuple[list[str], bool]:
 
 
 def _saved_by_datasets(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a data set that `save_to_disk` wrote, in its order; none if the folder is no such thing."""
+    """Lists the files of a data set written by `save_to_disk`, in its order; empty if the folder is not one."""
     if (folder / "dataset_dict.json").is_file():
         splits = _json(folder / "dataset_dict.json", "splits")
         if len(splits) != 1:
@@ -105,7 +105,7 @@ def _saved_by_datasets(folder: pathlib.Path) -> list[pathlib.Path]:
     files = [folder / entry["filename"] for entry in _json(folder / "state.json", "_data_files")]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{folder / 'state.json'}: names {file.name}, which is not there.")
+            raise UserError(f"{folder / 'state.json'}: lists {file.name}, which is missing.")
     return files
 
 
@@ -135,10 +135,10 @@ def _remote(url: str) -> tuple[list[str], bool]:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path there.
+    """Returns fsspec's file system for a URL, and the path within it.
 
     Raises:
-      UserError: a kind of place that is not known, or whose package is missing.
+      UserError: the protocol is unknown, or its package is missing.
     """
     kind = url.split("://")[0]
     try:
@@ -146,11 +146,11 @@ def file_system(url: str) -> tuple[Any, str]:
     except ImportError as e:
         raise UserError(f"{url}: {kind}:// needs the package {_PACKAGES.get(kind, 'that fsspec names')}: {e}.") from e
     except ValueError as e:
-        raise UserError(f"{url}: {kind}:// is not a kind of place that is known here.") from e
+        raise UserError(f"{url}: {kind}:// is not a supported protocol.") from e
 
 
 def _of_folder(path: str, names: list[str]) -> list[str]:
-    """Those of a folder's files that are its text."""
+    """Selects the files of a folder that hold its text."""
     kinds = (*DATASETS, ".jsonl") if path.startswith(HUB) else DATASETS
     for kind in kinds:
         if chosen := [name for name in names if kind in File(name).suffixes[:2]]:
@@ -168,7 +168,7 @@ def _of_folder(path: str, names: list[str]) -> list[str]:
 
 
 class _Object(io.RawIOBase):
-    """A remote file that is opened again where it was when a read fails."""
+    """A remote file that is reopened at the same offset when a read fails."""
 
     def __init__(self, url: str):
         super().__init__()
@@ -199,7 +199,7 @@ class _Object(io.RawIOBase):
         if self._at >= self._size:
             return b""
         with contextlib.ExitStack() as failed:
-            failed.callback(self.close_file)  # the next try opens it anew
+            failed.callback(self.close_file)  # the next try reopens it
             if self._file is None:
                 self._file = self._files.open(self._path, "rb")
             if self._file.tell() != self._at:

@@ -1,4 +1,4 @@
-"""Which source gives the row at each place of a mixture: a pure function of the place, in exact shares."""
+"""Mixture of sources: the source of the row at each position is a pure function of the position, in exact shares."""
 
 import sys
 from collections.abc import Sequence
@@ -6,25 +6,25 @@ from typing import Any, SupportsIndex
 
 import grain
 
-_PARTS = 1 << 40  # that a whole is divided into
+_PARTS = 1 << 40  # sum of the shares, up to rounding
 
 
 def row_shares(weights: Sequence[float], tokens: Sequence[float]) -> list[int]:
-    """Shares of the rows with which the sources' shares of the tokens are as `weights`.
+    """Returns the row shares that give each source a share of the tokens proportional to `weights`.
 
     Args:
       weights: [sources]
-      tokens: [sources] that a row of each source has on average.
+      tokens: [sources] average tokens per row of each source.
 
     Returns:
-      [sources] integers above 0.
+      [sources] positive integers.
     """
     rows = [weight / count for weight, count in zip(weights, tokens, strict=True)]
     return [max(1, round(_PARTS * r / sum(rows))) for r in rows]
 
 
 def rows_of(shares: Sequence[int], rows: int) -> list[int]:
-    """How many of the first `rows` places each source has."""
+    """Returns how many of the first `rows` positions each source has."""
     found = []
     remaining = sum(shares)
     for share in shares:
@@ -35,8 +35,8 @@ def rows_of(shares: Sequence[int], rows: int) -> list[int]:
 
 
 class Mixture:
-    """(source, element of it) at every place: the first source has its share of all places, evenly spread, the second
-    its share of what that leaves, and so on."""
+    """Maps each position to (source, element of it): the first source gets its share of all positions, evenly spread,
+    the second its share of the remaining ones, and so on."""
 
     def __init__(self, parts: Sequence[grain.MapDataset], shares: Sequence[int]):
         self._parts, self._shares = parts, shares
@@ -47,7 +47,7 @@ class Mixture:
     def __getitem__(self, index: SupportsIndex) -> tuple[int, int]:
         at, remaining = int(index), sum(self._shares)
         for source, share in enumerate(self._shares):
-            # Of the first `at` places that are left, and of one more, those that are not this source's.
+            # How many of the first `at` remaining positions, and of the first `at` + 1, are not this source's.
             before = at * (remaining - share) // remaining
             after = (at + 1) * (remaining - share) // remaining
             if before == after:

@@ -1,12 +1,12 @@
-"""Documents to fixed rows of tokens, T inputs and their T targets: best fit, or concatenated and cut every T.
+"""Packing of documents into fixed rows of T input tokens and their T targets: best fit, or concatenate and cut.
 
-Best fit: a document is cut into pieces of T inputs, the last one shorter, and pieces are put together, the longest
-first, each into the row with the least room that it fits in. A piece is attended alone and its positions start at 0,
-also where it continues a document: what came before it is in another row. Its targets are the document's own next
-tokens, so that the last input of a piece has its true target too. The end-of-sequence token is a target at the end of
-the document and never an input; what stays empty in a row is a segment of its own, of weight 0.
+Best fit: documents are cut into pieces of T inputs, the last one shorter. Pieces are placed longest first, each in the
+row with the least free space that still fits it. A piece attends only to itself and its positions start at 0, even if
+it continues a document, since the part before it is in another row. Its targets are the document's own next tokens, so
+the last input of a piece also has its true target. The end-of-sequence token is a target at the end of a document and
+never an input. Padding is a segment of its own, with weight 0.
 
-Concat: documents, each ended by the end-of-sequence token, as one stream that is cut every T; the rest is dropped.
+Concat: documents, each followed by the end-of-sequence token, form one stream that is cut every T; the rest is dropped.
 """
 
 import bisect
@@ -24,9 +24,9 @@ from solar_jax.data.sources import Document
 Row = dict[str, np.ndarray]  # "tokens", "targets", "positions", "segment_ids" [T] int32 and "weights" [T] float32
 
 _DOCUMENTS_AT_A_TIME = 256
-_LONGEST_TEXT = 1 << 22  # characters tokenised at a time: the tokenizer takes some hundred bytes for each
-# Pieces find company within a block of documents, so that blocks can be packed by any number of workers with the same
-# result: some 64 rows of text at the least, since each block ends with a few rows that are not full.
+_LONGEST_TEXT = 1 << 22  # characters tokenised at a time: the tokenizer needs about a hundred bytes of memory for each
+# Pieces are packed within a block of documents, so that any number of workers packs the blocks with the same result. A
+# block has about 64 rows of text or more, since each block ends with a few rows that are not full.
 _BLOCK_CHARACTERS, _CHARACTERS_A_TOKEN, _ROWS_A_BLOCK = 1 << 22, 4, 64
 
 
@@ -36,14 +36,14 @@ class Rows:
 
     packing: str  # a name of `PACKINGS`
     length: int  # T
-    mask_documents: bool  # each document of a row on its own: no attention, position or target across its border
+    mask_documents: bool  # no attention, position or target crosses a document boundary
     ids: Sequence[str]  # [documents]
-    stream: np.ndarray  # [all tokens] int32, the documents one after another, each ended by the end-of-sequence token
-    # A piece is a run of the stream that is of one document and one row; its last token is a target only.
-    begins: np.ndarray  # [pieces] int64, its first token in the stream
+    stream: np.ndarray  # [all tokens] int32, the documents in order, each followed by the end-of-sequence token
+    # A piece is a run of the stream within one document and one row; its last token is only a target.
+    begins: np.ndarray  # [pieces] int64, position of each piece's first token in the stream
     sizes: np.ndarray  # [pieces] int64, tokens
-    owners: np.ndarray  # [pieces] int64, its document
-    firsts: np.ndarray  # [rows + 1] int64, the first piece of each row; all pieces of a row stand together
+    owners: np.ndarray  # [pieces] int64, the document of each piece
+    firsts: np.ndarray  # [rows + 1] int64, the first piece of each row; the pieces of a row are contiguous
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
@@ -54,17 +54,17 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """Targets of weight above 0 in all rows."""
+        """Number of targets with weight above 0, over all rows."""
         if not self.mask_documents:
             return len(self) * self.length
         return int((self.sizes - 1).sum())
 
     def documents(self, index: int) -> list[str]:
-        """The ids of the documents in a row, in the row's order."""
+        """Returns the ids of the documents in a row, in the row's order."""
         return list(dict.fromkeys(self.ids[owner] for owner in self.pieces(index)[2]))
 
     def pieces(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of row `index`: its pieces' tokens one after another [N] int32, their sizes [P] and documents [P]."""
+        """Returns row `index`: the concatenated tokens of its pieces [N] int32, their sizes [P] and documents [P]."""
         of = slice(*self.firsts[range(len(self))[index] :][:2])
         runs = [self.stream[begin : begin + size] for begin, size in zip(self.begins[of], self.sizes[of], strict=True)]
         return np.concatenate(runs), self.sizes[of], self.owners[of]
@@ -74,15 +74,15 @@ def pack(
     documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, eos: int, length: int, *,
     packing: str = "best_fit", mask_documents: bool = True,
 ) -> Rows:  # fmt: skip
-    """Documents as rows of T = `length` tokens.
+    """Packs documents into rows of T = `length` tokens.
 
     Args:
-      documents: in the order that fixes the rows.
-      tokenizer: of which no special tokens are asked.
+      documents: in a fixed order, which determines the rows.
+      tokenizer: used without special tokens.
       eos: the end-of-sequence token.
       length: T.
-      packing: a name of `PACKINGS`; best_fit asks for mask_documents.
-      mask_documents: False lets a token of a row see all before it.
+      packing: a name of `PACKINGS`; best_fit requires mask_documents.
+      mask_documents: False lets a token attend to all tokens before it in its row.
     """
     ids, groups, streams = [], [0], []
     for block in blocks(documents, length):
@@ -90,7 +90,7 @@ def pack(
         ids += [d.id for d in block]
         groups.append(len(ids))
     starts = np.cumsum([0, *map(len, streams)], dtype=np.int64)
-    if packing == "concat":  # a row may begin in one block and end in the next
+    if packing == "concat":  # a row may start in one block and end in the next
         groups = [0, len(ids)]
     found = [
         cut_rows(packing, starts[first : last + 1], first, length) for first, last in itertools.pairwise(groups)
@@ -102,7 +102,7 @@ def pack(
 
 
 def blocks(documents: Iterable[Document], length: int) -> Iterator[list[Document]]:
-    """Consecutive documents that are packed together, apart from all others."""
+    """Yields blocks of consecutive documents, each of which is packed independently."""
     enough = block_characters(length)
     block, characters = [], 0
     for document in documents:
@@ -116,12 +116,12 @@ def blocks(documents: Iterable[Document], length: int) -> Iterator[list[Document
 
 
 def block_characters(length: int) -> int:
-    """How many close a block."""
+    """Returns the number of characters at which a block is closed."""
     return max(_BLOCK_CHARACTERS, _CHARACTERS_A_TOKEN * _ROWS_A_BLOCK * length)
 
 
 def tokenise(texts: Sequence[str], tokenizer: tokenizers.Tokenizer, eos: int) -> list[np.ndarray]:
-    """The tokens of each text, int32, ended by `eos`."""
+    """Returns the tokens of each text, int32, followed by `eos`."""
     parts = [(i, part) for i, text in enumerate(texts) for part in _parts(text)]
     found: list[list[np.ndarray]] = [[] for _ in texts]
     for k in range(0, len(parts), _DOCUMENTS_AT_A_TIME):
@@ -134,12 +134,12 @@ def tokenise(texts: Sequence[str], tokenizer: tokenizers.Tokenizer, eos: int) ->
 
 
 def _parts(text: str) -> Iterator[str]:
-    """`text` in parts that a tokenizer has the memory for, cut before a space where words are tokenised singly."""
+    """Splits `text` into parts that fit in memory when tokenised, before a space where words are tokenised singly."""
     begin = 0
     while len(text) - begin > _LONGEST_TEXT:
         end = begin + _LONGEST_TEXT
         border = text.rfind(" ", begin + _LONGEST_TEXT // 2, end)
-        # Not within a run of spaces, which can be one token.
+        # Not within a run of spaces, which may be a single token.
         while border > begin and (text[border - 1].isspace() or text[border + 1].isspace()):
             border = text.rfind(" ", begin + _LONGEST_TEXT // 2, border)
         end = border if border > begin else end
@@ -148,20 +148,20 @@ def _parts(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-Cuts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # begins, sizes, owners [pieces] and pieces a row [rows]
+Cuts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # begins, sizes, owners [pieces]; pieces per row [rows]
 
 
 def cut_rows(packing: str, starts: np.ndarray, first: int, length: int) -> Cuts:
-    """Where documents are cut into pieces, and the rows of pieces.
+    """Cuts documents into pieces and assigns the pieces to rows.
 
     Args:
       packing: a name of `PACKINGS`.
-      starts: [documents + 1] where each document starts in a stream, and where the last ends.
-      first: the number of the first document.
+      starts: [documents + 1] start of each document in a stream, and the end of the last.
+      first: index of the first document.
       length: T.
 
     Returns:
-      Of every piece, row by row, its first token in the stream, its size and its document; of every row, its pieces.
+      First token in the stream, size and document of each piece, ordered by row; the number of pieces of each row.
     """
     begins, sizes, owners, counts = PACKINGS[packing].cut(starts, length)
     return begins, sizes, owners + first, counts
@@ -171,7 +171,7 @@ def _cut_best_fit(starts: np.ndarray, length: int) -> Cuts:
     inputs = np.diff(starts) - 1  # of each document
     counts = -(-inputs // length)
     owners = np.repeat(np.arange(len(counts)), counts)
-    number = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)  # of the piece in its document
+    number = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each piece within its document
     begins = starts[:-1][owners] + number * length
     sizes = np.minimum(begins + length, starts[1:][owners] - 1) - begins  # inputs
     rows = best_fit(sizes, length)
@@ -180,11 +180,11 @@ def _cut_best_fit(starts: np.ndarray, length: int) -> Cuts:
 
 
 def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
-    """[pieces] the row of each piece: the longest first, each where it leaves the least room. Rows count from 0 in the
-    order of their first pieces. O(n log n)."""
+    """Returns the row of each piece [pieces]: longest first, each where the least free space remains. Rows are numbered
+    from 0 in the order of their first pieces. O(n log n)."""
     rows = np.empty(len(sizes), np.int64)
-    free: dict[int, list[int]] = collections.defaultdict(list)  # room -> the rows that have it
-    rooms: list[int] = []  # those of `free` that are not empty, ascending
+    free: dict[int, list[int]] = collections.defaultdict(list)  # free space -> the rows that have it
+    rooms: list[int] = []  # keys of `free` with at least one row, ascending
     made = 0
     for piece in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[piece])
@@ -207,7 +207,7 @@ def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
 
 def _cut_concat(starts: np.ndarray, length: int) -> Cuts:
     begin = np.arange(max(0, (starts[-1] - starts[0] - 1) // length)) * length + starts[0]  # of each row
-    end = begin + length + 1  # one further than the inputs, for the last target
+    end = begin + length + 1  # one past the inputs, for the last target
     first, last = (np.searchsorted(starts, place, side="right") - 1 for place in (begin, end - 1))
     counts = last - first + 1
     row = np.repeat(np.arange(len(begin)), counts)
@@ -217,14 +217,14 @@ def _cut_concat(starts: np.ndarray, length: int) -> Cuts:
 
 
 def unpack(packing: str, tokens: np.ndarray, sizes: np.ndarray, length: int, mask_documents: bool) -> Row:
-    """A row from its pieces, each with its last target: tokens [N] one piece after another, sizes [P], T."""
+    """Builds a row of T = `length` from pieces, each with its last target: concatenated tokens [N], sizes [P]."""
     return PACKINGS[packing].unpack(tokens.astype(np.int32), sizes.astype(np.int64), length, mask_documents)
 
 
 def _unpack_best_fit(tokens: np.ndarray, sizes: np.ndarray, length: int, mask_documents: bool) -> Row:
-    del mask_documents  # always
+    del mask_documents  # always masked
     ends = np.cumsum(sizes)
-    runs = [*(sizes - 1), length - len(tokens) + len(sizes)]  # inputs of each segment, padding the last
+    runs = [*(sizes - 1), length - len(tokens) + len(sizes)]  # inputs of each segment; the last is padding
     filled = length - runs[-1]
     row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets")}
     row["tokens"][:filled] = np.delete(tokens, ends - 1)

@@ -1,4 +1,4 @@
-"""Rows to batches: the global batch after so many rows is a function of that number, whatever hosts and devices."""
+"""Batches from rows: a global batch is a function of the number of rows before it, for any hosts and devices."""
 
 import dataclasses
 import signal
@@ -20,7 +20,7 @@ _FOREVER = 1 << 40  # batches
 
 
 def addresses(corpus: Corpus, seed: int) -> grain.MapDataset:
-    """An endless dataset of (source, row of it): each source shuffled anew every pass, mixed by tokens."""
+    """Returns an endless dataset of (source, row of it): each source reshuffled on every pass, mixed by tokens."""
     parts = [
         grain.MapDataset.range(len(rows)).seed(seed + i).shuffle().repeat(None)
         for i, (_, rows) in enumerate(corpus.train)
@@ -33,7 +33,7 @@ def _shares(corpus: Corpus) -> list[int]:
 
 
 def training_rows(corpus: Corpus, seed: int) -> grain.MapDataset:
-    """The rows at `addresses`."""
+    """Returns the dataset of the rows at `addresses`."""
     return addresses(corpus, seed).map(_Load([rows for _, rows in corpus.train]))
 
 
@@ -47,7 +47,7 @@ class _Load:
 
 
 def batch_documents(corpus: Corpus, seed: int, first_row: int, size: int) -> list[str]:
-    """The ids of the documents in the global batch of `size` rows from `first_row` on, each once."""
+    """Returns the ids, without duplicates, of the documents in the global batch of `size` rows from `first_row` on."""
     places: Any = addresses(corpus, seed)
     found: dict[str, None] = {}
     for i in range(first_row, first_row + size):
@@ -57,10 +57,10 @@ def batch_documents(corpus: Corpus, seed: int, first_row: int, size: int) -> lis
 
 
 def passes(corpus: Corpus, rows: int) -> list[float]:
-    """How often a run of so many rows reads each source.
+    """Returns the number of passes over each source in a run of `rows` rows.
 
     Raises:
-      UserError: more often than the source's `epochs` allow.
+      UserError: a source would be read more often than its `epochs` allow.
     """
     found = []
     for (source, has), needed in zip(corpus.train, rows_of(_shares(corpus), rows), strict=True):
@@ -75,17 +75,17 @@ def passes(corpus: Corpus, rows: int) -> list[float]:
 
 
 class Feed:
-    """Global batches of `size` rows, one after another from a row on, made here or by worker processes.
+    """Consecutive global batches of `size` rows from a given row on, made in this process or by worker processes.
 
-    The batches are the same for any number of workers; of each, a process makes the rows of its own devices.
+    The batches are the same for any number of workers; each process makes only the rows of its own devices.
 
     Args:
-      rows: of `training_rows`.
-      first_row: rows that came before.
+      rows: from `training_rows`.
+      first_row: number of rows before the first batch.
       size: B.
-      padded: rows of a batch, at least B; those after B are copies of weight 0, which change no sum.
+      padded: rows per batch, at least B; those after B are copies with weight 0, which change no sum.
       sharding: of the rows.
-      workers: processes; 0: none, batches are made in the thread that asks.
+      workers: worker processes; 0 makes batches in the calling thread.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Feed:
             self._made = iter(dataset.mp_prefetch(options, worker_init_fn=_as_worker))
 
     def __call__(self, k: int) -> Batch:
-        """Batch k, counted from 0, as arrays [padded, T]; worker processes give them in order alone."""
+        """Returns batch k, counted from 0, as arrays [padded, T]; with worker processes, only in order."""
         if self._made is None:
             return _placed(self._batches[k], self._local, self._padded, self._sharding)
-        assert k == self._next, f"batch {k} was asked after {self._next - 1}"
+        assert k == self._next, f"batch {k} was requested after {self._next - 1}"
         self._next += 1
         return _placed(next(self._made), self._local, self._padded, self._sharding)
 
@@ -117,7 +117,7 @@ class Feed:
 
 
 def _as_worker(index: int, count: int) -> None:
-    """What a worker process does first: it ends when the run does, however that ends, and leaves Ctrl-C to it."""
+    """Initialises a worker process: it exits when the run ends, however that happens, and leaves Ctrl-C to the run."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
@@ -126,12 +126,12 @@ def _as_worker(index: int, count: int) -> None:
 def training_batch(
     rows: grain.MapDataset, first_row: int, size: int, padded: int, sharding: jax.sharding.Sharding
 ) -> Batch:
-    """The global batch of rows `first_row` up to `first_row` + B, each device reading its own; see `Feed`."""
+    """Returns the global batch of rows `first_row` to `first_row` + B; each device reads its own; see `Feed`."""
     return Feed(rows, first_row, size, padded, sharding)(0)
 
 
 def heldout_batches(rows: list[Row], size: int, sharding: jax.sharding.Sharding) -> list[Batch]:
-    """All held-out rows in batches [size, T]; the last is filled up with rows of weight 0."""
+    """Returns all held-out rows in batches [size, T]; the last is padded with rows of weight 0."""
     padded, local = rows + [_filler(rows[0])] * (-len(rows) % size), _local_rows(size, sharding)
     return [
         _placed(_stacked([padded[k + i] for i in local]), local, size, sharding) for k in range(0, len(padded), size)
@@ -140,18 +140,18 @@ def heldout_batches(rows: list[Row], size: int, sharding: jax.sharding.Sharding)
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-    """Some rows of each batch, by the batch's number: what worker processes are handed, and what they give."""
+    """Local rows of each batch, by batch number: the dataset that worker processes receive and read."""
 
     rows: grain.MapDataset
     first_row: int
     size: int
-    local: Sequence[int]  # of a batch's rows, those that are wanted
+    local: Sequence[int]  # indices within a batch of the rows to make
 
     def __len__(self) -> int:
         return _FOREVER
 
     def __getitem__(self, index: SupportsIndex) -> Row:
-        """Arrays [local, T]."""
+        """Returns arrays [local, T]."""
         begin = self.first_row + int(index) * self.size
         real: list[Any] = [self.rows[begin + i] for i in self.local if i < self.size]
         if len(real) < len(self.local):
@@ -169,18 +169,18 @@ def _stacked(rows: list[Row]) -> Row:
 
 
 def _local_rows(size: int, sharding: jax.sharding.Sharding) -> list[int]:
-    """Those of a batch's rows that devices of this process hold, ascending."""
+    """Returns the indices of a batch's rows that devices of this process hold, ascending."""
     found: Any = sharding.addressable_devices_indices_map((size,)).values()
     return sorted({i for index in found for i in range(size)[index[0]]})
 
 
 def _placed(rows: Row, local: list[int], size: int, sharding: jax.sharding.Sharding) -> Batch:
-    """A batch's `local` rows [local, T] as its arrays [size, T], laid out by `sharding`."""
+    """Builds the global arrays [size, T] of a batch from its `local` rows [local, T], sharded by `sharding`."""
     at = {row: k for k, row in enumerate(local)}
 
     def array(value: np.ndarray) -> jax.Array:
         def piece(index: Any) -> np.ndarray:
-            return value[[at[i] for i in range(size)[index[0]]]][:, *index[1:]]  # a copy, for memory may be a worker's
+            return value[[at[i] for i in range(size)[index[0]]]][:, *index[1:]]  # a copy: a worker may own the memory
 
         return jax.make_array_from_callback((size, *value.shape[1:]), sharding, piece)
 

@@ -1,6 +1,6 @@
-"""File formats: the records of one file, one at a time, as (number, text).
+"""Readers of file formats: yield the records of one file as (number, text).
 
-Lines are counted from 1, as editors do, and rows from 0, as `datasets` does.
+Lines are numbered from 1, as in editors, and rows from 0, as in `datasets`.
 """
 
 import codecs
@@ -17,20 +17,20 @@ from typing import Any, BinaryIO
 from solar_jax.data.files import File
 from solar_jax.errors import UserError
 
-Record = tuple[int | None, str]  # number, and text; None: the file is one document
-_LONGEST_LINE = 1 << 30  # bytes; more than that in one line is no JSONL
+Record = tuple[int | None, str]  # number and text; None: the file is one document
+_LONGEST_LINE = 1 << 30  # bytes; a file with a longer line is not JSONL
 _AT_A_TIME = 1 << 20  # bytes of a decompressed stream
 _ROWS_AT_A_TIME = 128
-# What libraries raise for a damaged file; pyarrow's are among these.
+# Exceptions that libraries raise for a damaged file; pyarrow's derive from these.
 _DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zlib.error)
 _MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 def read_documents(file: File, text_key: str) -> Iterator[Record]:
-    """The records of a file, by what its name ends in.
+    """Yields the records of a file, whose suffix selects the reader.
 
     Raises:
-      UserError: damaged, or no text where text is expected; it names file, record and column.
+      UserError: the file is damaged or lacks text where expected; the message names file, record and column.
     """
     kind = file.suffixes[1:2] if file.suffixes[:1] in ([".gz"], [".zst"]) else file.suffixes[:1]
     reader = READERS.get("".join(kind), _text)
@@ -62,10 +62,10 @@ def _decompressed(file: File) -> Iterator[BinaryIO]:
 
 
 def pyarrow(module: str, file: str) -> Any:
-    """A module of the package that reads such a file.
+    """Imports a module of pyarrow, which reads `file`.
 
     Raises:
-      UserError: it is not installed.
+      UserError: pyarrow is not installed.
     """
     try:
         return importlib.import_module(f"pyarrow{module}")
@@ -78,7 +78,7 @@ def pyarrow(module: str, file: str) -> Any:
 
 # ---- text and JSONL --------------------------------------------------------------------------------------------------
 def _text(file: File, text_key: str) -> Iterator[Record]:
-    """The whole file as one document."""
+    """Yields the entire file as one document."""
     del text_key
     with _decompressed(file) as f:
         yield None, _decode(f.read(), file.name, first=True)
@@ -91,23 +91,23 @@ def _jsonl(file: File, text_key: str) -> Iterator[Record]:
             number += 1
             where = f"{file.name}:{number}"
             if len(line) == _LONGEST_LINE:
-                raise UserError(f"{where}: is a line of more than {_LONGEST_LINE:,} bytes, so this is not JSONL.")
+                raise UserError(f"{where}: has a line of more than {_LONGEST_LINE:,} bytes, so the file is not JSONL.")
             if line.strip():
                 yield number, _from_json(_decode(line, where, first=number == 1), text_key, where)
 
 
 def _decode(data: bytes, where: str, first: bool = False) -> str:
-    """UTF-8 text with lines that end in a line feed, without the mark that some programs begin a file with."""
+    """Decodes UTF-8 text, with CRLF turned into LF and without a leading byte order mark."""
     if first:
         data = data.removeprefix(codecs.BOM_UTF8)
     try:
         text = data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         mark = _MARKS.get(data[:2]) if first else None
-        found = f"it begins as {mark} does" if mark else f"{e.reason} at byte {e.start}"
+        found = f"it starts with a {mark} byte order mark" if mark else f"{e.reason} at byte {e.start}"
         raise UserError(f"{where}: is not UTF-8 text: {found}.") from e
     if "\0" in text:
-        raise UserError(f"{where}: is not text: it holds a NUL at character {text.index(chr(0))}.")
+        raise UserError(f"{where}: is not text: it has a NUL at character {text.index(chr(0))}.")
     return text
 
 
@@ -131,7 +131,7 @@ def _field(record: Any, text_key: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as e:
         raise UserError(
-            f"{where}: the text under {text_key!r} holds half a surrogate pair, which is no character."
+            f"{where}: the text under {text_key!r} has an unpaired surrogate, which is not a character."
         ) from e
     return text
 
@@ -146,7 +146,7 @@ def _parquet(file: File, text_key: str) -> Iterator[Record]:
 
 
 def _arrow(file: File, text_key: str) -> Iterator[Record]:
-    """Arrow's IPC, as a stream (which `datasets` writes) or as a file."""
+    """Reads Arrow IPC, as a stream (which `datasets` writes) or as a file."""
     ipc = pyarrow(".ipc", file.name)
     with file.open() as f:
         if f.read(6) == b"ARROW1":
@@ -161,7 +161,7 @@ def _arrow(file: File, text_key: str) -> Iterator[Record]:
 
 
 def _check_column(schema: Any, text_key: str, file: File) -> None:
-    """Raises a UserError unless a table has text under that name."""
+    """Raises a UserError unless a table has a text column `text_key`."""
     if text_key not in schema.names:
         raise UserError(
             f"{file.name}: must have a column {text_key!r} (config.data.text_key or ?text=), found {schema.names}."
@@ -189,7 +189,7 @@ def _rows(batches: Iterator[Any], text_key: str, file: File) -> Iterator[Record]
 
 # ---- ArrayRecord -----------------------------------------------------------------------------------------------------
 def _array_record(file: File, text_key: str) -> Iterator[Record]:
-    """Records of JSON with the text under a key, or of text alone; the first one of a file says which."""
+    """Reads records of JSON with the text under a key, or of plain text; the first record of a file decides which."""
     from array_record.python import array_record_module  # part of grain
 
     with file.local() as path:
@@ -197,10 +197,10 @@ def _array_record(file: File, text_key: str) -> Iterator[Record]:
             raise UserError(f"{file.name}: must hold records, found an empty file.")
         reader = array_record_module.ArrayRecordReader(path)
         count = reader.num_records()
-        if not count:  # so it is with whatever is no whole ArrayRecord file
+        if not count:  # as for anything that is not a complete ArrayRecord file
             with contextlib.suppress(RuntimeError):
                 reader.close()
-            raise UserError(f"{file.name}: has no records; it is cut short, or no ArrayRecord file.")
+            raise UserError(f"{file.name}: has no records; it is cut short, or not an ArrayRecord file.")
         is_json: bool | None = None
         for begin in range(0, count, _ROWS_AT_A_TIME):
             numbers = range(begin, min(begin + _ROWS_AT_A_TIME, count))
@@ -225,7 +225,7 @@ def _is_object(text: str) -> bool:
         return False
 
 
-# What a file's name ends in, before .gz or .zst -> its reader; any other file is one document of text.
+# Suffix of a file, before .gz or .zst -> its reader; any other file is one document of text.
 READERS: dict[str, Callable[[File, str], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,

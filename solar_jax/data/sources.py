@@ -1,4 +1,4 @@
-"""Text in: what config.data.sources names, its documents one at a time, and which of them are held out."""
+"""Text sources of config.data.sources: parsing of entries, iteration over documents, and the held-out split."""
 
 import dataclasses
 import glob
@@ -18,21 +18,21 @@ from solar_jax.errors import UserError
 from solar_jax.storage.paths import is_local
 
 EMBEDDED = "pydoc-topics"
-_SMALL = 8  # a source of fewer documents than this times `every` is split by rank, so that neither part is empty
+_SMALL = 8  # a source with fewer than this times `every` documents is split by rank, so that neither part is empty
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     path: str  # a file, folder, glob, URL of one, or EMBEDDED
-    weight: float = 1.0  # share of the tokens, relative to the other sources'
-    text_key: str = "text"  # the column or JSON key of the text
-    epochs: float = math.inf  # passes that a run may make
-    limit: int = 0  # training tokens that are used of it; 0: all
+    weight: float = 1.0  # share of the tokens relative to the other sources
+    text_key: str = "text"  # the column or JSON key that holds the text
+    epochs: float = math.inf  # most passes that a run may make
+    limit: int = 0  # training tokens to use; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    id: str  # "FILE:RECORD", or "FILE" where the file is one document
+    id: str  # "FILE:RECORD", or "FILE" if the file is one document
     text: str
 
 
@@ -40,10 +40,10 @@ _OPTION = r"\w+=[^&=?]*?"
 
 
 def parse_sources(entries: tuple[str, ...], text_key: str = "text") -> list[Source]:
-    """`PATH[?text=COLUMN&epochs=N&limit=TOKENS][:weight]` entries.
+    """Parses entries of the form `PATH[?text=COLUMN&epochs=N&limit=TOKENS][:weight]`.
 
     Raises:
-      UserError: a weight, epochs or limit that is not positive, an unknown option, a source that is listed twice.
+      UserError: a weight, epochs or limit is not positive, an option is unknown, or a source is listed twice.
     """
     sources: list[Source] = []
     for entry in entries:
@@ -75,12 +75,12 @@ def check_sources(cfg: DataConfig) -> None:
 
 
 def _options(path: str, given: dict[str, str]) -> dict[str, Any]:
-    """The fields of a Source that the options of an entry set."""
+    """Returns the fields of a Source that an entry's options set."""
     fields: dict[str, Any] = {}
     for name, value in given.items():
         if name not in _FIELDS:
             raise UserError(
-                f"config.data.sources: {path}: a source has the options {', '.join(_FIELDS)}, found {name!r}."
+                f"config.data.sources: {path}: an option must be one of {', '.join(_FIELDS)}, found {name!r}."
             )
         field, kind, expected = _FIELDS[name]
         try:
@@ -93,7 +93,7 @@ def _options(path: str, given: dict[str, str]) -> dict[str, Any]:
 
 
 def _count(text: str) -> int:
-    """1000000, 1_000_000 or 1e6."""
+    """Parses 1000000, 1_000_000 or 1e6."""
     return int(text) if text.replace("_", "").isdigit() else int(float(text))
 
 
@@ -106,12 +106,12 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
 
 
 def documents(source: Source) -> Iterator[Document]:
-    """The documents of a source in a fixed order, one at a time: files by name, records as they stand.
+    """Yields the documents of a source in a fixed order: files sorted by name, records in file order.
 
-    Documents without text are left out.
+    Documents without text are skipped.
 
     Raises:
-      UserError: nothing there, or damaged; it names file, record and column.
+      UserError: the source is missing or damaged; the message names file, record and column.
     """
     if source.path == EMBEDDED:
         from pydoc_data.topics import topics
@@ -124,9 +124,9 @@ def documents(source: Source) -> Iterator[Document]:
                 yield Document(file.name if record is None else f"{file.name}:{record}", text)
 
 
-# ---- What is held out ------------------------------------------------------------------------------------------------
+# ---- Held-out split --------------------------------------------------------------------------------------------------
 def is_held_out(document: Document, every: int) -> bool:
-    """By the document's text, wherever it stands: one in `every` of all texts."""
+    """Returns whether a document is held out, by its text alone regardless of position: one in `every` of all texts."""
     return _rank(document) < _RANKS // every
 
 
@@ -134,20 +134,20 @@ _RANKS = 1 << 64
 
 
 def _rank(document: Document) -> int:
-    """A number under `_RANKS` that is the text's own."""
+    """Returns a hash of the text, below `_RANKS`."""
     return int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), "big")
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Which documents of a source are held out. It knows no other document, so that many may be split at a time."""
+    """Held-out rule of a source. It decides each document independently, so that many can be split at a time."""
 
     every: int
     rule: str  # "hash", "position" or "cut"
-    below: int = 0  # hash: ranks under this are held out
+    below: int = 0  # hash: ranks below this are held out
 
     def parts(self, index: int, document: Document) -> tuple[Document | None, Document | None]:
-        """(training, held-out) part of document `index`, counted from 0 without empty ones."""
+        """Returns the (training, held-out) parts of document `index`, counted from 0 over non-empty documents."""
         if self.rule == "cut":
             text = document.text
             cut = len(text) - len(text) // self.every
@@ -158,14 +158,14 @@ class Split:
 
 
 def split(source: Source, every: int, rule: str) -> Split:
-    """How a source is split, by one in `every` of its documents: by what they say ("hash"), or by every k-th.
+    """Decides how to hold out one in `every` documents of a source: by a hash of the text ("hash") or by position.
 
-    A source with too few documents for that, such as one long text file, is cut instead: the last part of each
-    document, one in `every` of its characters, is held out. Of one with few documents by hash, those of the lowest
-    hashes are held out, as many as a larger one would have. For both, its first documents are read.
+    If there are fewer documents than that, as in one long text file, each document is cut instead: its last part, one
+    in `every` characters, is held out. With few documents and the hash rule, those of the lowest hashes are held out,
+    in the same proportion as in a larger source. To tell these cases apart, the first documents are read.
 
     Raises:
-      UserError: it has none.
+      UserError: the source has no documents.
     """
     enough = every if rule == "position" else _SMALL * every
     first = list(itertools.islice((_rank(d) for d in documents(source)), enough))
@@ -179,7 +179,7 @@ def split(source: Source, every: int, rule: str) -> Split:
 
 
 def part(source: Source, how: Split, held_out: bool) -> Iterator[Document]:
-    """The training or the held-out documents of a source."""
+    """Yields the training or the held-out documents of a source."""
     for index, document in enumerate(documents(source)):
         found = how.parts(index, document)[held_out]
         if found is not None:

@@ -6,7 +6,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """In a worker: it ends when its parent does, also if that is killed and can tell nobody."""
+    """Makes this worker process exit when its parent does, even if the parent is killed and cannot signal it."""
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -1,8 +1,7 @@
 """Training state on disk, through Orbax: `params`, `opt_state` and `host` of a step, atomically.
 
-A checkpoint is written while training goes on, read back, compared with what the devices held, and only then older
-ones are removed. The folder above holds `model/`: config.json and tokenizer files, so that a checkpoint says what it
-is by itself.
+A checkpoint is written while training continues, read back and compared with what the devices held; only then are
+older ones removed. `model/` beside it holds config.json and tokenizer files, so that a checkpoint is self-describing.
 """
 
 import concurrent.futures
@@ -39,8 +38,8 @@ _CHUNK_BYTES = 1 << 26
 
 
 def saving_context() -> ocp.Context:
-    """Orbax's options for saves: no compression, since weights are nearly noise to it; files that are written as
-    soon as they are full, since one of 2 GB, which is Orbax's own size, waits in memory until its last byte is there.
+    """Orbax's options for saves: no compression, since weights hardly compress; files of 128 MiB, since each is
+    buffered in memory until it is full (Orbax's default is 2 GB).
     """
     context = ocp.Context()
     context.array.saving.use_compression = False
@@ -49,7 +48,7 @@ def saving_context() -> ocp.Context:
 
 
 def _chunks(key: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
-    """Chunks of a layer and less: an export or another mesh reads what it needs and not a whole stack."""
+    """Chunks of at most one layer: an export or another mesh reads what it needs, not a full stack."""
     stacked = np.ndim(value) and any(getattr(k, "key", None) == "layers" for k in key)
     return ocp.options.ArrayOptions.Saving.StorageOptions(
         chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if stacked else ()
@@ -57,12 +56,12 @@ def _chunks(key: tuple[Any, ...], value: Any) -> ocp.options.ArrayOptions.Saving
 
 
 class Damaged(Exception):
-    """What is wrong with a checkpoint, as a phrase that goes on after its name."""
+    """A damaged checkpoint; the message is a phrase that follows its name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """A save under way: of a process, what the devices held and what the files hold, and what is not finite."""
+    """A save in flight: sums of what the devices held and of what the files hold, and non-finite parameters."""
 
     step: int
     checked: concurrent.futures.Future[tuple[checksums.Sums, checksums.Sums, list[str]]]
@@ -85,17 +84,16 @@ class CheckpointStore:
         losses: Callable[[], Mapping[int, float]] = dict,
         warn: Callable[[str], None] = _say,
     ):
-        """`losses` gives the held-out losses by step that tell which checkpoints are the best."""
+        """Opens the folder; `losses` returns held-out losses by step, by which the best checkpoints are kept."""
         self._folder = (workdir / FOLDER).resolve() if is_local(workdir) else workdir / FOLDER
         self._cfg, self._losses, self._warn = cfg or CheckpointConfig(keep=1), losses, warn
-        # Each cloud's client has exceptions of its own.
+        # Each cloud's client has its own exceptions.
         self._failures = (OSError, ValueError) if is_local(workdir) else (Exception,)
-        self._whole: int | None = None  # the last step known to be whole, for when the bucket cannot be asked
+        self._whole: int | None = None  # the last step known to be complete, for when the bucket is unreachable
         context = saving_context()
         context.array.saving.scoped_storage_options_creator = _chunks
-        # Both policies are given, since Orbax's own save at every chance; when to save is the training loop's
-        # decision. Nothing is removed by Orbax, which would do so before the new checkpoint was read back. (Orbax's
-        # own types of its policies disagree, hence the two marks.)
+        # Both policies are set: Orbax's defaults save at every chance, and remove old checkpoints before the new one is
+        # read back. (Orbax's type annotations of its policies disagree, hence the two marks.)
         self._checkpointer = ocp.training.Checkpointer(
             str(self._folder),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyrefly: ignore
@@ -105,18 +103,18 @@ class CheckpointStore:
         )
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
-        self._bad: set[int] = set()  # steps whose checkpoints were found damaged; they stay until they are replaced
+        self._bad: set[int] = set()  # steps with damaged checkpoints, which stay until they are overwritten
 
     def _steps(self) -> list[int]:
         return [c.step for c in self._checkpointer.checkpoints]
 
     def _good(self) -> list[int]:
-        """Steps, ascending, of what is not known to be damaged."""
+        """Steps of the checkpoints that are not known to be damaged, ascending."""
         return [s for s in self._steps() if s not in self._bad and (self._folder / str(s) / COMMITTED).exists()]
 
     @property
     def latest_step(self) -> int | None:
-        """Of the newest checkpoint that is not known to be damaged and not under way."""
+        """Step of the newest checkpoint that is complete and not known to be damaged."""
         pending = self._pending.step if self._pending else None
         good = paths.attempt(self._folder, self._good)
         return max((s for s in good if s != pending), default=None)
@@ -124,9 +122,9 @@ class CheckpointStore:
     # ---- Writing ------------------------------------------------------------------------------------------------
 
     def begin(self, step: int, **state: Any) -> None:
-        """Begins to save `params`, `opt_state` and `host` (JSON) of a step; the state's memory may be given away then.
+        """Starts saving `params`, `opt_state` and `host` (JSON) of a step; the state may be donated afterwards.
 
-        One that was begun before has to be settled.
+        An earlier save must have been settled.
         """
         try:
             response = self._checkpointer.save_checkpointables_async(
@@ -143,7 +141,7 @@ class CheckpointStore:
     def _check(
         self, step: int, response: Any, views: checksums.Views
     ) -> tuple[checksums.Sums, checksums.Sums, list[str]]:
-        """In a thread: adds up what was on the devices, waits for the files and reads this process's share of them."""
+        """Runs in a thread: sums what was on the devices, waits for the files, reads this process's share of them."""
         written, wrong = checksums.sums(views), checksums.not_finite(views)
         views.clear()
         response.result()
@@ -153,20 +151,20 @@ class CheckpointStore:
 
     @property
     def failed(self) -> bool:
-        """Whether the save under way is known to have failed; False on several processes, of which one may not know."""
+        """Whether the save in flight is known to have failed; always False on several processes, which must agree."""
         alone = processes.index_and_count()[1] == 1
         return alone and self._pending is not None and self._pending.checked.done() and (
             self._pending.checked.exception() is not None
         )  # fmt: skip
 
     def settle(self) -> str | None:
-        """Waits until the save under way is on disk and read back, and removes what need not be kept any longer.
+        """Waits until the save in flight is on disk and read back, then removes checkpoints that are no longer needed.
 
         Returns:
-          What went wrong, as a phrase, or None.
+          The failure as a phrase, or None.
 
         Raises:
-          UserError: a parameter is not finite; that checkpoint is removed.
+          UserError: a parameter is non-finite; that checkpoint is removed.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -182,7 +180,7 @@ class CheckpointStore:
             problem = f"read back, {found}"
         if problem is not None:
             with contextlib.suppress(Exception):
-                self._checkpointer.wait()  # which raises what went wrong again, instead of the next save
+                self._checkpointer.wait()  # raises the failure here instead of at the next save
             self._discard(pending.step)
             return problem
         if not processes.agree(not wrong):
@@ -200,20 +198,20 @@ class CheckpointStore:
         try:
             self._prune(pending.step)
         except self._failures as e:
-            self._warn(f"{self._folder}: what is not needed any more cannot be looked for: {phrase(e)}")
+            self._warn(f"{self._folder}: old checkpoints cannot be listed: {phrase(e)}")
         return None
 
     def _seal(self, step: int, total: checksums.Sums) -> None:
         try:
             checksums.write_seal(self._folder / str(step), total)
         except self._failures as e:
-            self._warn(f"{self._folder / str(step)}: is whole, but {checksums.SEAL} cannot be written: {phrase(e)}")
+            self._warn(f"{self._folder / str(step)}: is complete, but {checksums.SEAL} cannot be written: {phrase(e)}")
 
     def save(self, step: int, **state: Any) -> None:
-        """Writes a step, reads it back and returns when that is done; tried again a few times, with growing waits.
+        """Writes a step and reads it back, with retries and growing waits.
 
         Raises:
-          UserError: it failed every time, or a parameter is not finite.
+          UserError: every try failed, or a parameter is non-finite.
         """
         problem = None
         for attempt in range(retry.TRIES):
@@ -228,7 +226,7 @@ class CheckpointStore:
         )
 
     def last_good(self) -> str:
-        """Of the run, as a phrase."""
+        """The run's last good checkpoint, as a phrase."""
         try:
             step = max(self._good(), default=None)
         except self._failures:
@@ -236,9 +234,9 @@ class CheckpointStore:
         return NONE_YET if step is None else f"the last good checkpoint is that of step {step}"
 
     def goes_on(self) -> str:
-        """What a run that ends here can still do, as a phrase."""
+        """How a run that ends now can be resumed, as a phrase."""
         good = self.last_good()
-        return f"{good}, and the same command {'begins again' if good == NONE_YET else 'goes on from there'}"
+        return f"{good}, and the same command {'starts over' if good == NONE_YET else 'resumes from there'}"
 
     def _prune(self, newest_step: int) -> None:
         good = [s for s in self._good() if s <= newest_step]
@@ -248,17 +246,17 @@ class CheckpointStore:
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Removes a checkpoint; what an interruption leaves of it has no marker, so that nothing takes it for whole."""
+        """Removes a checkpoint, its commit marker first: an interrupted removal is not taken for a checkpoint."""
         try:
             if processes.is_first():
                 marker = self._folder / str(step) / COMMITTED
                 paths.attempt(marker, lambda: marker.unlink(missing_ok=True))
             self._checkpointer.delete(step, missing_ok=True)
         except self._failures as e:
-            self._warn(f"{self._folder / str(step)}: is not needed any more and cannot be removed: {phrase(e)}")
+            self._warn(f"{self._folder / str(step)}: is no longer needed and cannot be removed: {phrase(e)}")
 
     def _discard(self, step: int) -> None:
-        """Removes what a failed save left, under its own name and under that of one that is not whole yet."""
+        """Removes what a failed save left, under its final name and its temporary one."""
         if not is_local(self._folder) or (self._folder / str(step)).exists():
             self._remove(step)
         if processes.is_first() and is_local(self._folder):
@@ -270,16 +268,16 @@ class CheckpointStore:
     def restore_newest(
         self, state: dict[str, Any], last: int = 0, older: OlderForm | None = None
     ) -> dict[str, Any] | None:
-        """The newest good checkpoint; each that is damaged is told and left out.
+        """Restores the newest good checkpoint; damaged ones are skipped with a warning.
 
         Args:
-          state: abstract trees of `params` and `opt_state` (shapes with shardings and dtypes, which may be others
-            than those that were saved).
-          last: of a checkpoint of this step `params` alone is restored.
-          older: finds the form in which a checkpoint holds `opt_state`, where that may be another one.
+          state: abstract trees of `params` and `opt_state`, with shapes, shardings and dtypes; the last two may differ
+            from those that were saved.
+          last: for a checkpoint of this step, only `params` is restored.
+          older: finds the form in which a checkpoint holds `opt_state`, where it may differ.
 
         Returns:
-          {"params", "opt_state", "host"}, the first two laid out as `state` says; None where there is none at all.
+          {"params", "opt_state", "host"}, the first two laid out as in `state`; None without any checkpoint.
 
         Raises:
           UserError: there are checkpoints, and none is good.
@@ -291,28 +289,28 @@ class CheckpointStore:
                 return self._load(step, parts, older)
             except Damaged as e:
                 self._bad.add(step)
-                self._warn(f"{self._folder / str(step)}: is left out: {e}")
+                self._warn(f"{self._folder / str(step)}: skipped: {e}")
         if steps:
             raise UserError(
                 f"{self._folder}: none of the checkpoints ({', '.join(map(str, steps))}) can be used; remove them to "
-                "begin again."
+                "start over."
             )
         return None
 
     def restore(self, step: int, params: Params, opt_state: Any) -> tuple[Params, Any, dict[str, Any]]:
-        """The state of a step, laid out as the given abstract trees (shapes with shardings) say.
+        """Restores the state of a step, laid out as the given abstract trees (shapes with shardings).
 
         Raises:
-          Damaged: it is not what was saved.
+          Damaged: it differs from what was saved.
         """
         found = self._load(step, {"params": params, "opt_state": opt_state})
         return found["params"], found["opt_state"], found["host"]
 
     def restore_params(self, step: int, params: Params) -> Params:
-        """The parameters of a step alone, laid out as the given abstract tree says.
+        """Restores only the parameters of a step, laid out as the given abstract tree.
 
         Raises:
-          Damaged: they are not what was saved.
+          Damaged: they differ from what was saved.
         """
         return self._load(step, {"params": params})["params"]
 
@@ -348,15 +346,15 @@ class CheckpointStore:
     def _read(self, step: int, state: dict[str, Any]) -> tuple[dict[str, Any], checksums.Sums]:
         """The arrays of a step, and this process's shares of the sums of what is stored.
 
-        They are read in blocks, or by Orbax: where the config says so, and where the layout is not the one that
-        `arrays` reads. Orbax reads every byte once for the arrays and once for the sums.
+        They are read in blocks, or by Orbax where the config says so or the layout is not one that `arrays` reads. With
+        Orbax, every byte is read once for the arrays and once for the sums.
         """
         folder = self._folder / str(step)
         known = all(layout_is_known(folder / part) for part in state)
         if known and self._cfg.restore == "blocks":
             return restore.restore(folder, state)
         if not known:
-            self._warn(f"{folder}: is not zarr version 3 in OCDBT, so that Orbax restores it")
+            self._warn(f"{folder}: is not zarr version 3 in OCDBT; Orbax restores it")
         found = self._checkpointer.load_checkpointables(step, state)
         if not known:  # nor is it one of ours, which have sums
             return found, {}
@@ -375,7 +373,7 @@ class CheckpointStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """What is under way is finished; alone, it is also read back. (Others may not be there to agree on it.)"""
+        """Finishes the save in flight; a single process also reads it back. (Several may not be there to agree.)"""
         if processes.index_and_count()[1] == 1 and (problem := self.settle()):
             self._warn(f"{self._folder}: the last save failed: {problem}")
         self._pool.shutdown(wait=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from solar_jax.config import Config, ModelConfig
+from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.hardware import chips
 from solar_jax.model.attention import Attend, Shard, library_attention, sharded_attention
@@ -16,16 +16,16 @@ from solar_jax.model.splash import splash_attention
 from solar_jax.parallel.mesh import platform
 from solar_jax.parallel.rules import ACTIVATIONS, spec
 
-ATTENTION = ("auto", "splash", "cudnn", "xla")  # config.train.attention
+ATTENTION = ("auto", "splash", "cudnn", "xla")  # train.attention
 
 
-def attention_choice(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> str:
+def attention_choice(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh | AbstractMesh) -> str:
     """Selects the attention implementation: "splash", TPU kernels; "cudnn", GPU kernels; or "xla", array operations.
 
     Raises:
       UserError: unknown choice, requested kernels do not support the shapes, or context does not divide a row.
     """
-    wanted, length, context = config.train.attention, config.data.sequence_length, mesh.shape["context"]
+    wanted, length, context = train.attention, length, mesh.shape["context"]
     if wanted not in ATTENTION:
         raise UserError(f"config.train.attention must be one of {', '.join(ATTENTION)}, found {wanted!r}.")
     chunks = 1 if context == 1 else 2 * context  # runs of consecutive tokens per row; each lies on one device
@@ -40,12 +40,12 @@ def attention_choice(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh
             f"config.train.attention='splash' needs a config.data.sequence_length that is a multiple of {multiple}, "
             f"found {length}."
         )
-    narrow = compute_dtype(config.train).itemsize == 2
+    narrow = compute_dtype(train).itemsize == 2
     taken = narrow and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and context == 1
     if wanted == "cudnn" and not taken:
         raise UserError(
             "config.train.attention='cudnn' needs 16-bit matmuls (config.train.precision), a head_dim of at most 128 "
-            f"and a multiple of 8, and config.mesh.context=1; found {config.train.precision!r}, {cfg.head_dim} and "
+            f"and a multiple of 8, and config.mesh.context=1; found {train.precision!r}, {cfg.head_dim} and "
             f"{context}."
         )
     if wanted != "auto":
@@ -55,16 +55,16 @@ def attention_choice(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh
     return "cudnn" if platform(mesh) == "gpu" and taken else "xla"
 
 
-def attention_kernel(cfg: ModelConfig, config: Config, mesh: Mesh) -> Attend | None:
+def attention_kernel(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh) -> Attend | None:
     """Returns the kernel for `mesh`, or None to let XLA partition array operations; off TPU, it is interpreted."""
-    split, choice = mesh.shape["context"] > 1, attention_choice(cfg, config, mesh)
+    split, choice = mesh.shape["context"] > 1, attention_choice(cfg, train, length, mesh)
     if choice == "xla":
         plain = functools.partial(sharded_attention, sliding_window=cfg.sliding_window)
         return per_device(mesh, plain) if split else None
     if choice == "cudnn":
         library = functools.partial(library_attention, sliding_window=cfg.sliding_window, implementation="cudnn")
         return per_device(mesh, library)
-    needed = needed_memory(config.data.sequence_length, cfg.head_dim, compute_dtype(config.train).itemsize)
+    needed = needed_memory(length, cfg.head_dim, compute_dtype(train).itemsize)
     fits = cfg.head_dim % LANES == 0 and needed <= chips.vector_memory(mesh.devices.flat[0])
     kernel = functools.partial(
         flash_attention if fits and not split else splash_attention,

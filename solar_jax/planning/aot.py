@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from solar_jax.config import Config, ModelConfig
 from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice, described_devices
+from solar_jax.model.precision import precision
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.planning import hlo_cost
@@ -45,13 +46,17 @@ def lower_step(
       config: the run.
       mesh: of devices of one kind, real or described.
     """
-    optimizer = make_optimizer(config, mesh=mesh)
-    state = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh, partition), partition)
+    optimizer = make_optimizer(
+        config.optimizer, config.train.steps, precision(config.train), seed=config.seed, mesh=mesh
+    )
+    state = abstract_state(
+        cfg, precision(config.train).weights, optimizer, state_shardings(cfg, optimizer, mesh, partition), partition
+    )
     rows = rules.padded_rows(config.train.batch_size, mesh, config.train.accumulation)
     shape, sharding = (rows, config.data.sequence_length), rules.batch_sharding(mesh)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, dtype in BATCH_TYPES.items()}
     platform = mesh.devices.flat[0].platform
-    step = make_train_step(cfg, config, optimizer, mesh, partition)
+    step = make_train_step(cfg, config.train, config.data.sequence_length, optimizer, mesh, partition)
     return step.trace(state, batch).lower(lowering_platforms=(platform,))
 
 

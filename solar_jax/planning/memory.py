@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from solar_jax.config import Config, ModelConfig
+from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.precision import compute_dtype
 from solar_jax.model.shapes import layer_axes, size
@@ -65,7 +65,12 @@ def shard_count(tree: Any) -> int:
 
 
 def estimate(
-    cfg: ModelConfig, config: Config, state: State, mesh: Mesh | AbstractMesh, partition: Partition | None = None
+    cfg: ModelConfig,
+    train: TrainConfig,
+    length: int,
+    state: State,
+    mesh: Mesh | AbstractMesh,
+    partition: Partition | None = None,
 ) -> Need:
     """Estimates the memory that one step needs.
 
@@ -78,24 +83,25 @@ def estimate(
 
     Args:
       cfg: the grown model.
-      config: the run, with a remat policy of `REMAT`.
+      train: the run's, with a remat policy of `REMAT`.
+      length: T.
       state: abstract, with shardings.
       mesh: of the shardings; its devices need not exist.
       partition: which parameters train; all if None.
     """
     partition = partition or everything(cfg)
-    width = compute_dtype(config.train).itemsize
+    width = compute_dtype(train).itemsize
     parameters = shard_bytes(state["params"])
     count = shard_count(state["params"])
     moving = partition.keys(state["params"])
     layers = shard_count(moving["layers"])
     trained = layers * partition.count // cfg.num_hidden_layers + shard_count(moving) - layers
     gradients = trained * width + (count * width if count * width != parameters else 0)
-    gradients += 4 * trained if config.train.accumulation > 1 else 0
-    rows = padded_rows(config.train.batch_size, mesh, config.train.accumulation) / config.train.accumulation
-    tokens = rows * config.data.sequence_length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))
-    activations = (cfg.num_hidden_layers - partition.first) * _saved(cfg, config, mesh, tokens, width)
-    working = max(_layer(cfg, config, mesh, tokens, width), _loss(cfg, config, mesh, tokens))
+    gradients += 4 * trained if train.accumulation > 1 else 0
+    rows = padded_rows(train.batch_size, mesh, train.accumulation) / train.accumulation
+    tokens = rows * length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))
+    activations = (cfg.num_hidden_layers - partition.first) * _saved(cfg, train, length, mesh, tokens, width)
+    working = max(_layer(cfg, train, length, mesh, tokens, width), _loss(cfg, train, length, mesh, tokens))
     optimizer = shard_bytes(state["opt_state"])
     working += HOLES * (gradients + activations + working)
     return Need(parameters, optimizer, gradients, round(activations), round(working))
@@ -112,39 +118,43 @@ def _gathered(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> float:
     return sum(size(cfg, letters) for letters in layer_axes(cfg).values()) / axis_size(mesh, "tensor")
 
 
-def _scores(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh) -> float:
+def _scores(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh | AbstractMesh) -> float:
     """Returns the attention scores per token and device that array operations hold; kernels hold none."""
-    if attention_choice(cfg, config, mesh) != "xla":
+    if attention_choice(cfg, train, length, mesh) != "xla":
         return 0.0
-    return each(cfg, mesh, "N") * config.data.sequence_length
+    return each(cfg, mesh, "N") * length
 
 
-def _saved(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float, width: int) -> float:
+def _saved(
+    cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh | AbstractMesh, tokens: float, width: int
+) -> float:
     """Returns the bytes that one layer saves for its backward pass."""
-    names = REMAT[config.train.remat]
+    names = REMAT[train.remat]
     if names is None:
         values = sum(count * each(cfg, mesh, letters) for letters, count in EVERYTHING.items())
         shared = axis_size(mesh, "fsdp", "context") > 1
         weights = _gathered(cfg, mesh) * width if shared else 0.0
-        return tokens * (values * width + 4 * _scores(cfg, config, mesh)) + weights
+        return tokens * (values * width + 4 * _scores(cfg, train, length, mesh)) + weights
     kept = ["D", *(SAVEABLE[name] for name in names)]
     sums = 4 * each(cfg, mesh, "N") if "attention" in names else 0.0  # the kernel's, float32
     return tokens * (width * sum(each(cfg, mesh, letters) for letters in kept) + sums)
 
 
-def _layer(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float, width: int) -> float:
+def _layer(
+    cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh | AbstractMesh, tokens: float, width: int
+) -> float:
     """Returns the working bytes of one layer's backward pass, besides what was saved."""
-    names = REMAT[config.train.remat]
-    kept = None if names is None else (*names, *OFFLOADED.get(config.train.remat, ()))
+    names = REMAT[train.remat]
+    kept = None if names is None else (*names, *OFFLOADED.get(train.remat, ()))
     again = [letters for name, letters in SAVEABLE.items() if kept is not None and name not in kept]
     values = sum(count * each(cfg, mesh, letters) for letters, count in LAYER.items())
     values += sum(each(cfg, mesh, letters) for letters in again if "F" in letters)
-    return tokens * (values * width + SCORES * _scores(cfg, config, mesh)) + _gathered(cfg, mesh) * width
+    return tokens * (values * width + SCORES * _scores(cfg, train, length, mesh)) + _gathered(cfg, mesh) * width
 
 
-def _loss(cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, tokens: float) -> float:
+def _loss(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh | AbstractMesh, tokens: float) -> float:
     """Returns the working bytes of the loss."""
     logits = tokens * each(cfg, mesh, "V")
-    chunks = loss_chunks(round(logits), config.data.sequence_length)
+    chunks = loss_chunks(round(logits), length)
     head = size(cfg, "DV") / axis_size(mesh, "tensor")
     return 4 * logits / chunks + HEAD * head

@@ -16,6 +16,7 @@ from solar_jax.errors import UserError
 from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice
 from solar_jax.model.llama import REMAT
+from solar_jax.model.precision import precision
 from solar_jax.model.shapes import parameter_count
 from solar_jax.parallel import processes
 from solar_jax.parallel.attention import attention_choice
@@ -144,7 +145,7 @@ def options(cfg: ModelConfig, config: Config, devices: Devices, partition: Parti
         mesh = devices.mesh(sizes)
         try:
             parameter_shardings(cfg, mesh)
-            attention_choice(cfg, config, mesh)
+            attention_choice(cfg, config.train, config.data.sequence_length, mesh)
         except UserError as e:
             refused = e
             continue
@@ -152,7 +153,13 @@ def options(cfg: ModelConfig, config: Config, devices: Devices, partition: Parti
             train = dataclasses.replace(config.train, remat=remat, accumulation=count)
             chosen = dataclasses.replace(config, mesh=sizes, train=train)
             found.append(
-                Option(chosen, mesh, step_time(cfg, chosen, mesh, devices.chip, partition) if devices.chip else None)
+                Option(
+                    chosen,
+                    mesh,
+                    step_time(cfg, chosen.train, chosen.data.sequence_length, mesh, devices.chip, partition)
+                    if devices.chip
+                    else None,
+                )
             )
     if not found:
         raise refused or UserError(f"config.mesh does not fit {devices.count} devices.")
@@ -170,10 +177,12 @@ def _rank(option: Option) -> tuple[float, ...]:
 
 def need(cfg: ModelConfig, option: Option, partition: Partition | None = None) -> Need:
     """Estimates the device memory that an option needs."""
-    optimizer = make_optimizer(option.config)
+    optimizer = make_optimizer(
+        option.config.optimizer, option.config.train.steps, precision(option.config.train), seed=option.config.seed
+    )
     shardings = state_shardings(cfg, optimizer, option.mesh, partition)
-    state = abstract_state(cfg, option.config, optimizer, shardings, partition)
-    return estimate(cfg, option.config, state, option.mesh, partition)
+    state = abstract_state(cfg, precision(option.config.train).weights, optimizer, shardings, partition)
+    return estimate(cfg, option.config.train, option.config.data.sequence_length, state, option.mesh, partition)
 
 
 def fits(wanted: Need, devices: Devices) -> bool:
@@ -202,7 +211,11 @@ def other_policies(
     found = []
     for remat in REMAT:
         config = dataclasses.replace(option.config, train=dataclasses.replace(option.config.train, remat=remat))
-        seconds = step_time(cfg, config, option.mesh, devices.chip, partition) if devices.chip else None
+        seconds = (
+            step_time(cfg, config.train, config.data.sequence_length, option.mesh, devices.chip, partition)
+            if devices.chip
+            else None
+        )
         found.append(Option(config, option.mesh, seconds))
     return found
 

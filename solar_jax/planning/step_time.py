@@ -4,7 +4,7 @@ import dataclasses
 
 from jax.sharding import AbstractMesh, Mesh
 
-from solar_jax.config import Config, ModelConfig
+from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.hardware.chips import Chip
 from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.precision import compute_dtype
@@ -40,14 +40,19 @@ class StepTime:
         return max(self.matmuls + self.kernels + self.vectors, self.links, self.host) + self.network
 
 
-def tokens_a_device(config: Config, mesh: Mesh | AbstractMesh) -> float:
+def tokens_a_device(train: TrainConfig, length: int, mesh: Mesh | AbstractMesh) -> float:
     """Returns the tokens of a step that one device works on, padding rows included, shared with its tensor group."""
-    rows = padded_rows(config.train.batch_size, mesh, config.train.accumulation)
-    return rows * config.data.sequence_length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))
+    rows = padded_rows(train.batch_size, mesh, train.accumulation)
+    return rows * length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))
 
 
 def step_time(
-    cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, chip: Chip, partition: Partition | None = None
+    cfg: ModelConfig,
+    train: TrainConfig,
+    length: int,
+    mesh: Mesh | AbstractMesh,
+    chip: Chip,
+    partition: Partition | None = None,
 ) -> StepTime:
     """Estimates the step time; t is a device's tokens, `/ tensor` the share of heads, mlp and vocabulary.
 
@@ -66,7 +71,8 @@ def step_time(
 
     Args:
       cfg: the grown model.
-      config: the run, with a remat policy of `REMAT`.
+      train: the run's, with a remat policy of `REMAT`.
+      length: T.
       mesh: of devices that need not exist.
       chip: of the mesh's devices.
       partition: which parameters train; all if None. A frozen layer has no weight gradients, and a layer below the
@@ -74,10 +80,10 @@ def step_time(
     """
     partition = partition or everything(cfg)
     behind = cfg.num_hidden_layers - partition.first  # layers with a backward pass
-    t, width, L = tokens_a_device(config, mesh), compute_dtype(config.train).itemsize, cfg.num_hidden_layers
+    t, width, L = tokens_a_device(train, length, mesh), compute_dtype(train).itemsize, cfg.num_hidden_layers
     tensor, slices = axis_size(mesh, "tensor"), axis_size(mesh, "slice")
-    names = REMAT[config.train.remat]
-    offloaded = OFFLOADED.get(config.train.remat, ())
+    names = REMAT[train.remat]
+    offloaded = OFFLOADED.get(train.remat, ())
     again = [] if names is None else [name for name in SAVEABLE if name not in (*names, *offloaded)]
 
     weights = sum(size(cfg, letters) for name, letters in layer_axes(cfg).items() if not is_vector(name))
@@ -87,28 +93,35 @@ def step_time(
     head_passes = 4 + 2 * (("embed" if cfg.tie_word_embeddings else "lm_head") in partition.others)
     matmul_flops = t / tensor * (per_layer * weights + 2 * behind * repeated + head_passes * head)
 
-    keys = config.data.sequence_length / 2
+    keys = length / 2
     keys = min(keys, cfg.sliding_window or keys)
     passes = L + behind * (BACKWARD_KERNEL + ("attention" in again))
     kernel_flops = t / tensor * 4 * size(cfg, "NH") * keys * passes
 
     values = sum(count * each(cfg, mesh, letters) for letters, count in _VECTORS.items())
     state = parameter_count(cfg) / ways("DF", PARAMETERS, mesh)
-    count = config.train.accumulation
+    count = train.accumulation
     vector_bytes = t * L * values * width + 4 * (8 + (3 * count if count > 1 else 0)) * state
 
     return StepTime(
         matmuls=(FLOAT32_PASSES if width == 4 else 1) * matmul_flops / (chip.matmul_rate * chip.peak),
         kernels=kernel_flops / (KERNEL_RATE * chip.peak),
         vectors=vector_bytes / chip.bandwidth,
-        links=_link_bytes(cfg, config, mesh, t, weights, width, "mid" in again) / chip.links,
+        links=_link_bytes(cfg, train, length, mesh, t, weights, width, "mid" in again) / chip.links,
         host=2 * t * L * width * sum(each(cfg, mesh, SAVEABLE[name]) for name in offloaded) / HOST,
         network=2 * (slices - 1) / slices * 4 * state / chip.network,
     )
 
 
 def _link_bytes(
-    cfg: ModelConfig, config: Config, mesh: Mesh | AbstractMesh, t: float, weights: int, width: int, mid_again: bool
+    cfg: ModelConfig,
+    train: TrainConfig,
+    length: int,
+    mesh: Mesh | AbstractMesh,
+    t: float,
+    weights: int,
+    width: int,
+    mid_again: bool,
 ) -> float:
     """Returns the bytes of a device's collectives over ICI, within a slice."""
     L, D = cfg.num_hidden_layers, cfg.hidden_size
@@ -116,8 +129,8 @@ def _link_bytes(
     shards = ways("D", PARAMETERS, mesh)
     moved = 0.0
     if shards > 1:
-        moved += config.train.accumulation * L * 3 * width * weights / tensor
-        moved += config.train.accumulation * 2 * (2 * width + 4) * size(cfg, "DV") / tensor
+        moved += train.accumulation * L * 3 * width * weights / tensor
+        moved += train.accumulation * 2 * (2 * width + 4) * size(cfg, "DV") / tensor
     if tensor > 1:
         moved += L * (5 if mid_again else 4) * 2 * t * D * width
     if context > 1:

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from solar_jax.cli.progress import duration
-from solar_jax.config import Config, ModelConfig
+from solar_jax.config import ModelConfig, OptimizerConfig
 from solar_jax.data.pipeline import Feed
 from solar_jax.errors import Interrupted, UserError
 from solar_jax.hardware import chips
 from solar_jax.hardware.chips import memory_peaks
 from solar_jax.hardware.compilation import cache_hits
 from solar_jax.model.flops import flops_per_token, mfu
+from solar_jax.model.precision import precision
 from solar_jax.model.shapes import Params
 from solar_jax.monitoring import metrics
 from solar_jax.monitoring.goodput import StepClock, StepSeconds, step_note
@@ -95,12 +96,20 @@ def _train_from_last_good(
       Spike: the loss of a step is a spike.
     """
     config, cfg = run.config, arm.cfg
-    partition, optimizer = arm.partition, make_optimizer(config, run.mesh)
+    partition, optimizer = (
+        arm.partition,
+        make_optimizer(config.optimizer, config.train.steps, precision(config.train), seed=config.seed, mesh=run.mesh),
+    )
     shardings = state_shardings(cfg, optimizer, run.mesh, partition)
-    abstract = abstract_state(cfg, config, optimizer, shardings, partition)
-    older = functools.partial(stored_form, abstract["opt_state"], cfg, config, optimizer, run.mesh, partition)
+    weights = precision(config.train).weights
+    abstract = abstract_state(cfg, weights, optimizer, shardings, partition)
+    older = functools.partial(stored_form, abstract["opt_state"], cfg, weights, optimizer, run.mesh, partition)
     state = store.restore_newest(abstract, config.train.steps, older)
-    start = Start() if state is None else _start(state.pop("host", None), config)
+    start = (
+        Start()
+        if state is None
+        else _start(state.pop("host", None), config.train.batch_size, config.data.sequence_length)
+    )
     run.ledger.add("lost", sum(seconds(r) for r in lines.read() if r["step"] > start.step))
     lines.keep_if(lambda r: r["step"] <= start.step)
     run.evals.keep_if(lambda r: r["arm"] != arm.name or r["step"] <= start.step)
@@ -120,12 +129,12 @@ def _train_from_last_good(
         return session.steps(optimizer, state)
 
 
-def _start(host: dict[str, Any] | None, config: Config) -> Start:
+def _start(host: dict[str, Any] | None, batch_size: int, length: int) -> Start:
     """Reads the start from a checkpoint's `host`; older ones do not count their rows."""
     host = host or {}
     step = int(host["step"])
-    rows = int(host.get("rows", step * config.train.batch_size))
-    return Start(step, int(host.get("tokens", rows * config.data.sequence_length)), rows)
+    rows = int(host.get("rows", step * batch_size))
+    return Start(step, int(host.get("tokens", rows * length)), rows)
 
 
 def seconds(record: dict[str, Any]) -> float:
@@ -161,7 +170,7 @@ class _Session:
         self._run, self._arm, self._cfg, self._start, self._store, self._lines = run, arm, cfg, start, store, lines
         config, done = run.config, start.step
         self._last = config.train.steps
-        self._rates = _rates(config)
+        self._rates = _rates(config.optimizer, config.train.steps)
         self._step_tokens = config.train.batch_size * config.data.sequence_length  # per step
         self._flops = flops_per_token(cfg, config.data.sequence_length)
         self._peak = chips.peak_flops(jax.devices()[0])
@@ -210,7 +219,14 @@ class _Session:
         return self._start.tokens + (step - self._start.step) * self._step_tokens
 
     def _compile(self, optimizer: Any, state: Any, batches: Prefetcher) -> jax.stages.Compiled:
-        step = make_train_step(self._cfg, self._run.config, optimizer, self._run.mesh, self._arm.partition)
+        step = make_train_step(
+            self._cfg,
+            self._run.config.train,
+            self._run.config.data.sequence_length,
+            optimizer,
+            self._run.mesh,
+            self._arm.partition,
+        )
         begin = time.perf_counter()
         batch = batches.first()
         with cache_hits() as hits:
@@ -351,10 +367,9 @@ class _Session:
         )
 
 
-def _rates(config: Config) -> np.ndarray:
+def _rates(cfg: OptimizerConfig, steps: int) -> np.ndarray:
     """Computes every update's learning rate at once; one at a time, they would queue behind the devices' steps."""
-    steps = config.train.steps
-    rate = learning_rate(config.optimizer, steps)
+    rate = learning_rate(cfg, steps)
     return np.asarray(jax.jit(jax.vmap(lambda i: jnp.asarray(rate(i), jnp.float32)))(jnp.arange(steps)))
 
 

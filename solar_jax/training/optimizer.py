@@ -9,9 +9,9 @@ import optax
 import optax.contrib
 from jax.sharding import Mesh
 
-from solar_jax.config import Config, OptimizerConfig
+from solar_jax.config import OptimizerConfig
 from solar_jax.errors import UserError
-from solar_jax.model.precision import precision
+from solar_jax.model.precision import Precision
 from solar_jax.model.shapes import LAYER_AXES, Params, is_vector
 from solar_jax.parallel.collectives import layers_at_rest, whole_layers
 from solar_jax.training.stochastic_rounding import narrow
@@ -139,24 +139,28 @@ DIRECTIONS: dict[str, Callable[[OptimizerConfig, Mesh | None], optax.GradientTra
 }
 
 
-def make_optimizer(config: Config, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """Chains clipping, the named optimiser, weight decay and schedule, for the parameters that train.
+def make_optimizer(
+    cfg: OptimizerConfig, steps: int, policy: Precision, *, seed: int = 0, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
+    """Clipping, the named optimiser, weight decay and schedule, for the parameters that train.
 
     Args:
-      config: the run.
-      mesh: the step's mesh; None, or any, if only the state's shapes are needed.
+      cfg: the optimiser's group of the config.
+      steps: of the run, which the schedule spans.
+      policy: dtypes of weights and moments.
+      seed: of stochastic rounding.
+      mesh: of the step; None, or any, where only the state's shapes are needed.
 
     Raises:
-      UserError: unknown optimiser or schedule.
+      UserError: no such optimiser or schedule.
     """
-    cfg = config.optimizer
     if cfg.name not in DIRECTIONS:
         raise UserError(f"config.optimizer.name must be one of {', '.join(DIRECTIONS)}, found {cfg.name!r}.")
     clip: Any = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     step = optax.chain(
         DIRECTIONS[cfg.name](cfg, mesh),
         optax.add_decayed_weights(cfg.weight_decay, _decayed),
-        optax.scale_by_learning_rate(learning_rate(cfg, config.train.steps)),
+        optax.scale_by_learning_rate(learning_rate(cfg, steps)),
     )
     # The two identities keep the state's tree compatible with checkpoints of versions that masked there.
-    return narrow(optax.chain(optax.identity(), clip, step, optax.identity()), precision(config.train), config.seed)
+    return narrow(optax.chain(optax.identity(), clip, step, optax.identity()), policy, seed)

@@ -80,7 +80,9 @@ def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) ->
     for record in run.evals.read():
         if record["arm"] == arm and record["step"] == step:
             return record["loss"]
-    loss = mean_loss(make_eval_step(cfg, run.config, run.mesh), params, run.heldout)
+    loss = mean_loss(
+        make_eval_step(cfg, run.config.train, run.config.data.sequence_length, run.mesh), params, run.heldout
+    )
     run.evals.append({"arm": arm, "step": step, "loss": loss})
     run.writers.write(arm, step, {"heldout_loss": loss})
     return loss

@@ -7,8 +7,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from solar_jax.config import Config, ModelConfig
-from solar_jax.model.precision import precision
+from solar_jax.config import ModelConfig
 from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.parallel import rules
 from solar_jax.training.partition import Partition, everything
@@ -31,11 +30,11 @@ def state_shardings(
 
 
 def abstract_state(
-    cfg: ModelConfig, config: Config, optimizer: optax.GradientTransformation, shardings: State,
+    cfg: ModelConfig, weights: str, optimizer: optax.GradientTransformation, shardings: State,
     partition: Partition | None = None,
 ) -> State:  # fmt: skip
-    """Shapes, dtypes and shardings of the state, nothing allocated."""
-    params = param_shapes(cfg, precision(config.train).weights)
+    """Shapes, dtypes and shardings of the state, nothing allocated; `weights`: the dtype of matrices."""
+    params = param_shapes(cfg, weights)
     trained = (partition or everything(cfg)).shapes(params)
     shapes = {"params": params, "opt_state": jax.eval_shape(optimizer.init, trained)}
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
@@ -49,7 +48,7 @@ def first_opt_state(
 
 
 def stored_form(
-    wanted: Any, cfg: ModelConfig, config: Config, optimizer: optax.GradientTransformation, mesh: Mesh,
+    wanted: Any, cfg: ModelConfig, weights: str, optimizer: optax.GradientTransformation, mesh: Mesh,
     partition: Partition, stored: Mapping[str, tuple[int, ...]],
 ) -> tuple[Any, Callable[[Any, int], Any]]:  # fmt: skip
     """The form in which a checkpoint holds the optimiser state: of another precision policy, or of an older version.
@@ -58,7 +57,7 @@ def stored_form(
 
     Args:
       wanted: the abstract optimiser state of this run.
-      cfg, config, optimizer, mesh, partition: of this run.
+      cfg, weights, optimizer, mesh, partition: of this run.
       stored: the shapes of the checkpoint's optimiser arrays by path.
 
     Returns:
@@ -70,7 +69,7 @@ def stored_form(
     fits = all(stored.get(name, s.shape) == s.shape for name, s in zip(names, jax.tree.leaves(parted), strict=True))
     if fits:
         return parted, lambda found, step: as_wanted(found, wanted, step)
-    whole = abstract_state(cfg, config, optimizer, state_shardings(cfg, optimizer, mesh))["opt_state"]
+    whole = abstract_state(cfg, weights, optimizer, state_shardings(cfg, optimizer, mesh))["opt_state"]
 
     def cut(found: Any, step: int) -> Any:
         by_path = {keystr(path): x for path, x in jax.tree.leaves_with_path(found)}

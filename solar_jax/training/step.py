@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from solar_jax.config import Config, ModelConfig
+from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.model.attention import attention_mask, attention_of_rows
@@ -34,21 +34,22 @@ def loss_chunks(logits: int, length: int) -> int:
 
 
 def make_forward(
-    cfg: ModelConfig, config: Config, mesh: Mesh, *, projections: str = "", trains_head: bool = True
+    cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh, *, projections: str = "", trains_head: bool = True
 ) -> Callable[[Params], Forward]:
     """A function of parameters that gives the model as objectives use it, on a mesh.
 
     Args:
       cfg: the model.
-      config: the run.
+      train: the run's.
+      length: T.
       mesh: of the step.
       projections: a name of `model.quantised.QTYPES`; "" multiplies in the compute dtype.
       trains_head: whether a gradient of the output projection is wanted.
     """
-    if config.train.remat not in llama.REMAT:
-        raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {config.train.remat!r}.")
+    if train.remat not in llama.REMAT:
+        raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {train.remat!r}.")
 
-    constrain, kernel = constrain_on(mesh), attention_kernel(cfg, config, mesh)
+    constrain, kernel = constrain_on(mesh), attention_kernel(cfg, train, length, mesh)
     narrow = {"einsum": quantised_einsum(projections)} if projections else {}
     shards = axis_size(mesh, "data", "fsdp", "context")
 
@@ -61,8 +62,8 @@ def make_forward(
         split = zigzag(mesh, batch)
         x, head = llama.hidden(
             cfg, params, split["tokens"], split["positions"], batch["segment_ids"],
-            compute_dtype=compute_dtype(config.train),
-            remat=config.train.remat, constrain=constrain, attend=attend, **narrow,
+            compute_dtype=compute_dtype(train),
+            remat=train.remat, constrain=constrain, attend=attend, **narrow,
         )  # fmt: skip
         return x, head, split
 
@@ -82,7 +83,8 @@ def make_forward(
 
 def make_train_step(
     cfg: ModelConfig,
-    config: Config,
+    train: TrainConfig,
+    length: int,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     partition: Partition | None = None,
@@ -97,7 +99,8 @@ def make_train_step(
 
     Args:
       cfg: the model.
-      config: the run.
+      train: the run's.
+      length: T.
       optimizer: of the trained part.
       mesh: of the step.
       partition: which parameters train; everything if None.
@@ -105,10 +108,10 @@ def make_train_step(
     """
     partition = partition or everything(cfg)
     trains_head = ("embed" if cfg.tie_word_embeddings else "lm_head") in partition.others
-    forward = make_forward(cfg, config, mesh, projections=precision(config.train).projections, trains_head=trains_head)
+    forward = make_forward(cfg, train, length, mesh, projections=precision(train).projections, trains_head=trains_head)
     shardings = state_shardings(cfg, optimizer, mesh, partition)
     trained_shardings = partition.keys(shardings["params"])
-    microbatches = max(1, config.train.accumulation)
+    microbatches = max(1, train.accumulation)
     constrain = constrain_on(mesh)
 
     def train_step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -145,7 +148,7 @@ def make_train_step(
         new_state = {"params": new_params, "opt_state": opt_state}
         measured = {"loss": loss / count, "grad_norm": optax.global_norm(grads)}
         measured |= {name: total / count for name, total in sums.items()}
-        if config.train.max_skipped:
+        if train.max_skipped:
             fine = jnp.isfinite(measured["loss"]) & jnp.isfinite(measured["grad_norm"])
             new_state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), new_state, state)
         return new_state, measured
@@ -160,10 +163,10 @@ def make_train_step(
 
 @functools.cache  # evaluations come again and again; each new jit would compile again
 def make_eval_step(
-    cfg: ModelConfig, config: Config, mesh: Mesh
+    cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh
 ) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
     """A jitted (params, batch) -> summed loss in nats, number of targets; of the unquantised model."""
-    forward = make_forward(cfg, config, mesh)
+    forward = make_forward(cfg, train, length, mesh)
 
     def summed(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return next_token(forward(params), batch)[:2]

@@ -102,7 +102,7 @@ CASES: dict[str, tuple[Callable[[pathlib.Path], str], str | int]] = {
     "folder of empty files": (folder_of(file("a.txt"), file("b.txt")), "holds no text, or only empty documents."),
     "no such file": (named("no.txt"), "no.txt: no such file, folder or pattern."),
     "pattern that fits nothing": (named("*.jsonl"), "*.jsonl: no such file, folder or pattern."),
-    "place of an unknown kind": (lambda _: "ftpx://a/b", "ftpx://a/b: ftpx:// is not a kind of place"),
+    "place of an unknown kind": (lambda _: "ftpx://a/b", "ftpx://a/b: ftpx:// is not a supported protocol."),
     "documents without text among others": (file("a.jsonl", b'{"text": ""}\n' + GOOD + b'{"text": ""}'), 3),
     # ---- records that are none
     "broken JSON line": (file("a.jsonl", GOOD + b'{"text": "cut sho\n'), "a.jsonl:4: is not JSON: Invalid control"),
@@ -112,7 +112,7 @@ CASES: dict[str, tuple[Callable[[pathlib.Path], str], str | int]] = {
     "another key": (file("a.jsonl", b'{"body": "x"}'), "(config.data.text_key or ?text=), found ['body']."),
     "null": (file("a.jsonl", GOOD + b'{"text": null}'), "a.jsonl:4: must hold text under 'text' "),
     "number": (file("a.jsonl", b'{"text": 3}'), "found ['text'] with int there."),
-    "half a surrogate pair": (file("a.jsonl", b'{"text": "\\ud83d"}'), "a.jsonl:1: the text under 'text' holds half"),
+    "half a surrogate pair": (file("a.jsonl", b'{"text": "\\ud83d"}'), "a.jsonl:1: the text under 'text' has an unpaired"),
     "another column": (table("a.parquet", {"body": ["x"], "n": [1]}), "a.parquet: must have a column 'text' (config."),
     "another column by ?text=": (
         with_options(table("a.parquet", {"body": ["x"]}), "?text=words"),
@@ -127,12 +127,12 @@ CASES: dict[str, tuple[Callable[[pathlib.Path], str], str | int]] = {
     # ---- encodings
     "Latin-1 within UTF-8": (file("a.txt", b"caf\xc3\xa9 caf\xe9"), "a.txt: is not UTF-8 text: unexpected end"),
     "Latin-1 line within JSONL": (file("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n' + GOOD), "a.jsonl:4: is not UTF-8"),
-    "UTF-16": (file("a.txt", "text".encode("utf-16")), "a.txt: is not UTF-8 text: it begins as UTF-16 does."),
-    "UTF-16 JSONL": (file("a.jsonl", '{"text": "x"}'.encode("utf-16")), "a.jsonl:1: is not UTF-8 text: it begins as"),
+    "UTF-16": (file("a.txt", "text".encode("utf-16")), "a.txt: is not UTF-8 text: it starts with a UTF-16 byte order mark."),
+    "UTF-16 JSONL": (file("a.jsonl", '{"text": "x"}'.encode("utf-16")), "a.jsonl:1: is not UTF-8 text: it starts with"),
     "UTF-8 with a mark in front": (file("a.txt", b"\xef\xbb\xbftext"), 1),
     "UTF-8 JSONL with a mark in front": (file("a.jsonl", b"\xef\xbb\xbf" + GOOD), 3),
-    "NUL at the start": (file("a.txt", b"\0text"), "a.txt: is not text: it holds a NUL at character 0."),
-    "NUL within JSONL": (file("a.jsonl", GOOD + b"\0\0\0\0\n"), "a.jsonl:4: is not text: it holds a NUL at"),
+    "NUL at the start": (file("a.txt", b"\0text"), "a.txt: is not text: it has a NUL at character 0."),
+    "NUL within JSONL": (file("a.jsonl", GOOD + b"\0\0\0\0\n"), "a.jsonl:4: is not text: it has a NUL at"),
     "picture in a folder of text": (
         folder_of(file("a.txt", b"text"), file("b.png", b"\x89PNG\r\n\x1a\n\0\0")),
         "b.png: is not UTF-8 text: invalid start byte at byte 0.",
@@ -148,7 +148,7 @@ CASES: dict[str, tuple[Callable[[pathlib.Path], str], str | int]] = {
     "Arrow cut in half": (table("a.arrow", {"text": many("x")}, half=True), "a.arrow: cannot be read after record "),
     "ArrayRecord cut in half": (
         records("a.array_record", *(b"some text" for _ in range(99)), half=True),
-        "a.array_record: has no records; it is cut short, or no ArrayRecord file.",
+        "a.array_record: has no records; it is cut short, or not an ArrayRecord file.",
     ),
     "ArrayRecord that is none": (file("a.array_record", b"text" * 99), "a.array_record: has no records;"),
     # ---- data sets
@@ -162,11 +162,11 @@ CASES: dict[str, tuple[Callable[[pathlib.Path], str], str | int]] = {
     ),
     "a file of the data set is missing": (
         folder_of(file("state.json", b'{"_data_files": [{"filename": "data-0.arrow"}]}')),
-        "state.json: names data-0.arrow, which is not there.",
+        "state.json: lists data-0.arrow, which is missing.",
     ),
     "state.json of another kind": (folder_of(file("state.json", b"[]")), "state.json: must be JSON with the key "),
     # ---- entries
-    "unknown option": (with_options(file("a.txt", b"x"), "?txet=a"), "options text, epochs, limit, found 'txet'."),
+    "unknown option": (with_options(file("a.txt", b"x"), "?txet=a"), "must be one of text, epochs, limit, found 'txet'."),
     "no epochs": (with_options(file("a.txt", b"x"), "?epochs=0"), "a.txt: epochs must be a number above 0, found '0'."),
     "limit that is no number": (with_options(file("a.txt", b"x"), "?limit=all"), "limit must be a number of tokens"),
     "weight of 0": (with_options(file("a.txt", b"x"), ":0"), "a.txt must be above 0, found 0."),

@@ -15,7 +15,7 @@ from solar_jax.model import llama
 from solar_jax.model.shapes import LAYER_AXES, Params, param_shapes, parameter_count
 from solar_jax.parallel import rules
 from solar_jax.parallel.collectives import constrain_on
-from solar_jax.training.optimizer import make_optimizer
+from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 
 PLAIN = ModelConfig(64, 32, 48, 3, 4, 2, 8, 1024, 10000.0, 1e-5)
@@ -82,7 +82,7 @@ def test_bfloat16_logits_stay_near_float32_ones_with_them():
 
 def test_weight_decay_leaves_them_alone():
     params = random_params(FULL)
-    optimizer = make_optimizer(
+    optimizer = optimizer_of(
         Config(optimizer=OptimizerConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5))
     )
     zero = jax.tree.map(jnp.zeros_like, params)  # no gradient, so that only the decay moves anything
@@ -105,7 +105,7 @@ def test_they_rest_where_what_they_are_added_to_does():
 
 def test_every_moment_of_theirs_lies_as_they_do():
     mesh = mesh_of(1, 4, 2)
-    opt_state = jax.eval_shape(make_optimizer(Config()).init, param_shapes(FULL))
+    opt_state = jax.eval_shape(optimizer_of(Config()).init, param_shapes(FULL))
     found = rules.like_parameters(opt_state, FULL, mesh)
     expected = rules.parameter_shardings(FULL, mesh)
     moments = [x for x in jax.tree.leaves(found, is_leaf=lambda x: isinstance(x, dict)) if isinstance(x, dict)]

@@ -141,6 +141,6 @@ def test_a_layout_that_we_do_not_read_is_restored_by_orbax(tmp_path, options):
     folder = tmp_path / FOLDER / "1"
     assert not layout_is_known(folder / "params")
     found, said = restored(folder, abstract(P("b")))
-    assert [line.partition(": ")[2] for line in said] == ["is not zarr version 3 in OCDBT, so that Orbax restores it"]
+    assert [line.partition(": ")[2] for line in said] == ["is not zarr version 3 in OCDBT; Orbax restores it"]
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(values()), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()

@@ -20,13 +20,13 @@ from solar_jax.orbax_store.arrays import open_array
 from solar_jax.orbax_store.layout import COMMITTED, FOLDER
 from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.storage import retry
-from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.partition import everything
 from solar_jax.training.state import State, abstract_state, state_shardings, stored_form
+from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 
-OPTIMIZER = make_optimizer(Config())
+OPTIMIZER = optimizer_of(Config())
 
 
 @functools.cache
@@ -282,7 +282,7 @@ def test_what_the_disk_does_not_take_is_tried_again_and_then_ends_the_run_with_t
             pytest.raises(
                 UserError,
                 match=r"/9: could not be saved in 4 tries \(File too large\); the last good checkpoint is that of "
-                "step 6, and the same command goes on from there",
+                "step 6, and the same command resumes from there",
             ),
         ):
             store.save(9, **large_state(9))
@@ -313,13 +313,15 @@ def test_what_was_not_written_as_it_was_is_noticed_before_older_ones_go(two, mon
 def test_a_state_goes_on_in_another_precision(tmp_path, before, after):
     def of(precision):
         config = Config(train=TrainConfig(precision=precision))
-        optimizer = make_optimizer(config)
+        optimizer = optimizer_of(config)
         mesh = mesh_of(1, 2, 1)
-        return abstract_state(SMALL, config, optimizer, state_shardings(SMALL, optimizer, mesh))
+        return abstract_state(
+            SMALL, precision(config.train).weights, optimizer, state_shardings(SMALL, optimizer, mesh)
+        )
 
     def older(stored):
         config = Config(train=TrainConfig(precision=after))
-        form = SMALL, config, make_optimizer(config), mesh_of(1, 2, 1), everything(SMALL)
+        form = SMALL, config, optimizer_of(config), mesh_of(1, 2, 1), everything(SMALL)
         return stored_form(of(after)["opt_state"], *form, stored)
 
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from solar_jax.errors import UserError
 from solar_jax.model.shapes import param_axes, param_shapes
 from solar_jax.parallel import rules
 from solar_jax.parallel.collectives import constrain_on
-from solar_jax.training.optimizer import make_optimizer
+from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 
 FSDP = ("fsdp", "context")
@@ -104,7 +104,7 @@ def test_a_mesh_axis_that_does_not_divide_is_refused_with_both_numbers(shape, ch
 @pytest.mark.parametrize("shape", [(1, 4, 2), (1, 8, 1), (2, 2, 2), (1, 2, 1, 2, 2)])
 def test_every_adam_moment_lies_as_its_parameter(shape):
     mesh = mesh_of(*shape)
-    opt_state = jax.eval_shape(make_optimizer(Config()).init, param_shapes(SMALL))
+    opt_state = jax.eval_shape(optimizer_of(Config()).init, param_shapes(SMALL))
     found = rules.like_parameters(opt_state, SMALL, mesh)
     adam = [s for s in jax.tree.leaves(found, is_leaf=_is_adam) if _is_adam(s)]
     assert len(adam) == 1

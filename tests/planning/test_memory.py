@@ -11,14 +11,14 @@ from solar_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import AXES
 from solar_jax.planning.memory import GIB, Need, estimate, shard_bytes
-from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.state import abstract_state, state_shardings
 from solar_jax.training.step import make_train_step
+from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 
 SOLAR = ModelConfig(32000, 4096, 14336, 48, 32, 8, 128)
-OPTIMIZER = make_optimizer(Config())
+OPTIMIZER = optimizer_of(Config())
 FAST_COMPILE = {"xla_backend_optimization_level": 0}  # leaves out LLVM's work on the code, not XLA's on the buffers
 COUNTS = 8  # the step counts of Adam and of the schedule, int32 each, on every device
 
@@ -86,9 +86,9 @@ def test_activations_are_within_a_factor_of_two_of_the_compilers(shape, remat):
     run, abstract = config(length=64, remat=remat), state(cfg, mesh)
     kinds = dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32) | {"weights": jnp.float32}
     batch = {k: jax.ShapeDtypeStruct((8, 64), d, sharding=rules.batch_sharding(mesh)) for k, d in kinds.items()}
-    step = make_train_step(cfg, run, OPTIMIZER, mesh).lower(abstract, batch)
+    step = make_train_step(cfg, run.train, run.data.sequence_length, OPTIMIZER, mesh).lower(abstract, batch)
     temporary = step.compile(FAST_COMPILE).memory_analysis().temp_size_in_bytes
-    need = estimate(cfg, run, abstract, mesh)
+    need = estimate(cfg, run.train, run.data.sequence_length, abstract, mesh)
     assert need.activations + need.working > 2 * need.gradients
     assert temporary / 2 < need.activations + need.working + need.gradients < temporary * 2
 
@@ -105,6 +105,6 @@ def test_what_a_policy_saves_by_hand():
     }
     for remat, values in saved.items():
         run = dataclasses.replace(config(256, 4096), train=TrainConfig(10, 256, remat=remat))
-        need = estimate(SOLAR, run, state(SOLAR, mesh), mesh)
+        need = estimate(SOLAR, run.train, run.data.sequence_length, state(SOLAR, mesh), mesh)
         assert need.activations == 48 * tokens * (2 * values + (0 if remat == "full" else 4 * 32))
         assert need.gradients == 2 * 2 * 10_731_524_096 // 64  # bfloat16, and the parameters' copy

@@ -24,7 +24,7 @@ def time_of(
     train = TrainConfig(10, 256, accumulation, remat=remat, precision=precision)
     config = Config(data=DataConfig(sequence_length=4096), train=train, mesh=MeshConfig(*mesh))
     devices = of_slice(find_slice(slice_name))
-    return step_time(cfg, config, devices.mesh(config.mesh), devices.chip)
+    return step_time(cfg, config.train, config.data.sequence_length, devices.mesh(config.mesh), devices.chip)
 
 
 def test_matmuls_with_everything_computed_again_by_hand():

@@ -97,7 +97,7 @@ def test_a_bucket_that_stays_away_ends_the_run_in_one_sentence_and_costs_no_chec
     sentence = str(told.value)
     assert re.fullmatch(
         rf"{folder}/(metrics|evals)\.jsonl: the bucket failed 4 times \(.*(503|reset).*\); the last good checkpoint "
-        r"is that of step 4, and the same command goes on from there\.",
+        r"is that of step 4, and the same command resumes from there\.",
         sentence,
     ), sentence
     assert "4" in names(folder / "checkpoints")
@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_left_out_by_name(
     file.write_bytes(file.read_bytes()[:-7])
     train.run(config, folder)
     told = capfd.readouterr()
-    assert f"{folder}/checkpoints/6: is left out" in told.err
+    assert f"{folder}/checkpoints/6: skipped" in told.err
     assert "resuming from the checkpoint of step 4" in told.out
     assert_same_run(folder, local)
 

@@ -15,8 +15,8 @@ from solar_jax.config import TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.training import guards, loop
 from solar_jax.training.guards import Guard, NotFinite, Spike, storable
-from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.step import make_train_step
+from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.test_train import make_config
@@ -64,14 +64,18 @@ def test_what_is_no_number_ends_a_run_once_no_more_steps_may_be_left_out(loss, n
 def test_a_step_that_is_left_out_leaves_every_bit_of_the_state(bad):
     run = config(remat="none")
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, max_skipped=1))
-    optimizer, mesh = make_optimizer(run), mesh_of(1, 1, 1)
+    optimizer, mesh = optimizer_of(run), mesh_of(1, 1, 1)
     batch = jax.tree.map(jnp.array, make_batch(0))
     if bad:
         batch["weights"] = batch["weights"].at[0, 0].set(jnp.nan)
     params = jax.tree.map(jnp.array, initial(False))
     state = {"params": params, "opt_state": optimizer.init(params)}
     before = jax.tree.map(np.array, state)
-    step = make_train_step(SMALL, run, optimizer, mesh).lower(state, batch).compile(FAST_COMPILE)
+    step = (
+        make_train_step(SMALL, run.train, run.data.sequence_length, optimizer, mesh)
+        .lower(state, batch)
+        .compile(FAST_COMPILE)
+    )
     after, measured = step(state, batch)
     same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)]
     assert all(same) if bad else not any(same)

@@ -20,9 +20,9 @@ from solar_jax.model import llama
 from solar_jax.monitoring.profiling import listen_for_profiles
 from solar_jax.training import loop
 from solar_jax.training.objectives import next_token_loss
-from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.partition import make_partition
 from solar_jax.training.step import make_train_step
+from tests.conftest import optimizer_of
 from tests.monitoring.test_trackers import events
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
@@ -35,7 +35,7 @@ def test_the_norm_that_is_recorded_is_of_what_trains_as_clipping_takes_it(name, 
     layer_map = make_layer_map(2, GrowthConfig("slices", slices="0:2,1:2"))
     run, mesh, batch = config(remat="none"), mesh_of(1, 1, 1), jax.tree.map(jnp.array, make_batch(0))
     assert SMALL.num_hidden_layers == layer_map.layers
-    partition, optimizer = make_partition(name, layer_map), make_optimizer(run)
+    partition, optimizer = make_partition(name, layer_map), optimizer_of(run)
 
     def loss(params):
         logits = llama.logits(SMALL, params, batch["tokens"], batch["positions"], batch["segment_ids"])
@@ -47,7 +47,7 @@ def test_the_norm_that_is_recorded_is_of_what_trains_as_clipping_takes_it(name, 
     assert float(expected) < 0.98 * float(optax.global_norm(grads))  # so that the wrong one is told apart
 
     state = {"params": initial(False), "opt_state": optimizer.init(partition.trained(initial(False)))}
-    step = functools.partial(make_train_step, SMALL, run, optimizer, mesh)
+    step = functools.partial(make_train_step, SMALL, run.train, run.data.sequence_length, optimizer, mesh)
     _, measured = step(partition).lower(state, batch).compile(FAST_COMPILE)(state, batch)
     assert float(measured["grad_norm"]) == pytest.approx(float(expected), rel=1e-5)
 

@@ -18,9 +18,9 @@ from solar_jax.training.optimizer import (
     DIRECTIONS,
     SCHEDULES,
     learning_rate,
-    make_optimizer,
 )
 from solar_jax.training.state import state_shardings
+from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 from tests.training.test_step import FAST_COMPILE
 
@@ -102,7 +102,7 @@ def test_five_steps_are_those_of_torch_adamw(clip_norm):
         clip_norm=clip_norm,
     )  # fmt: skip
 
-    optimizer = make_optimizer(run(cfg, 5))
+    optimizer = optimizer_of(run(cfg, 5))
     ours, state = params, optimizer.init(params)
     update = jax.jit(optimizer.update)
     for g in gradients:
@@ -138,7 +138,7 @@ def _is_shape(x) -> bool:
 @pytest.mark.parametrize("name", ["final_norm", "attn_norm"])
 def test_weight_decay_leaves_norm_scales_alone(name):
     params = {name: jnp.ones(3), "layers": {name: jnp.ones((2, 3)), "o_proj": jnp.ones((2, 3))}}
-    optimizer = make_optimizer(run(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 1))
+    optimizer = optimizer_of(run(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 1))
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     assert not updates[name].any()
     assert not updates["layers"][name].any()
@@ -211,7 +211,7 @@ def optax_itself(name: str, cfg: OptimizerConfig, steps: int):
 def test_stacked_layers_take_the_steps_that_optax_takes_with_each_by_itself(name):
     shapes, cfg = param_shapes(WIDE), dataclasses.replace(OPTIMIZER, name=name)
     params, gradients = random_like(shapes, 0), [random_like(shapes, i) for i in range(1, 4)]
-    found = unstacked(taken(make_optimizer(run(cfg, 3)), params, gradients))
+    found = unstacked(taken(optimizer_of(run(cfg, 3)), params, gradients))
 
     apart = [{k: as_matrix(k, x) for k, x in unstacked(t).items()} for t in (params, *gradients)]
     if name == "adafactor":  # which takes heads as they are
@@ -231,7 +231,7 @@ def test_muon_takes_heads_together_and_layers_apart():
     cfg = OptimizerConfig(name="muon", learning_rate=1.0, schedule="constant", weight_decay=0.0, clip_norm=0.0)
     params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), param_shapes(WIDE))
     gradient = random_like(param_shapes(WIDE), 0)
-    found = unstacked(taken(make_optimizer(run(cfg, 1)), params, [gradient]))
+    found = unstacked(taken(optimizer_of(run(cfg, 1)), params, [gradient]))
     for key, g in unstacked(gradient).items():
         if is_layers_matrix(key):
             u, _, vt = np.linalg.svd(as_matrix(key, g), full_matrices=False)
@@ -247,10 +247,10 @@ def test_muon_takes_heads_together_and_layers_apart():
 def test_a_sharded_state_takes_the_same_steps_and_stays_sharded(name, shape):
     shapes, config = param_shapes(WIDE), run(dataclasses.replace(OPTIMIZER, name=name, clip_norm=0.5), 3)
     params, gradients = random_like(shapes, 0), [random_like(shapes, i) for i in range(1, 4)]
-    expected = taken(make_optimizer(config), params, gradients)
+    expected = taken(optimizer_of(config), params, gradients)
 
     mesh = mesh_of(*shape)
-    optimizer = make_optimizer(config, mesh=mesh)
+    optimizer = optimizer_of(config, mesh=mesh)
     shardings = state_shardings(WIDE, optimizer, mesh)
 
     def step(params, state, gradient):
@@ -280,11 +280,11 @@ def test_a_sharded_state_takes_the_same_steps_and_stays_sharded(name, shape):
 
 def test_factors_are_all_that_adafactor_keeps_of_a_matrix_it_factors():
     cfg = OptimizerConfig(name="adafactor")
-    state = jax.eval_shape(make_optimizer(run(cfg, 3)).init, param_shapes(WIDE))
+    state = jax.eval_shape(optimizer_of(run(cfg, 3)).init, param_shapes(WIDE))
     sizes = {jax.tree_util.keystr(p): x.size for p, x in jax.tree.leaves_with_path(state) if "gate_proj" in str(p)}
     assert sorted(sizes.values()) == [3, 3 * 128, 3 * 160]  # a place kept for an unfactored one; rows; columns
 
 
 def test_an_unknown_optimiser_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"config\.optimizer\.name must be one of adamw, .*muon, found 'sgd'"):
-        make_optimizer(run(OptimizerConfig(name="sgd"), 3))
+        optimizer_of(run(OptimizerConfig(name="sgd"), 3))

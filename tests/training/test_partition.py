@@ -14,12 +14,14 @@ from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import identity, make_layer_map
 from solar_jax.model import llama
+from solar_jax.model.precision import precision
 from solar_jax.model.shapes import param_shapes
 from solar_jax.training.objectives import next_token_loss
-from solar_jax.training.optimizer import DIRECTIONS, make_optimizer
+from solar_jax.training.optimizer import DIRECTIONS
 from solar_jax.training.partition import OTHERS, TRAINABLE, Partition, everything, make_partition
 from solar_jax.training.state import abstract_state, state_shardings, stored_form
 from solar_jax.training.step import make_train_step
+from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.training.test_step import config, make_batch
@@ -55,7 +57,7 @@ def optimiser_config(optimiser: str) -> OptimizerConfig:
 )
 def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(optimiser, name):
     run = Config(optimizer=optimiser_config(optimiser), train=TrainConfig(steps=3, precision="float32"))
-    partition, optimizer, params = make_partition(name, LAYER_MAP), make_optimizer(run), random_params()
+    partition, optimizer, params = make_partition(name, LAYER_MAP), optimizer_of(run), random_params()
     rng = np.random.default_rng(1)
 
     @jax.jit
@@ -131,10 +133,14 @@ def matmul_flops(jaxpr) -> int:
 
 def traced_step(partition: Partition):
     run, mesh = config(remat="full"), mesh_of(1, 1, 1)
-    optimizer = make_optimizer(run)
-    state = abstract_state(CFG, run, optimizer, state_shardings(CFG, optimizer, mesh, partition), partition)
+    optimizer = optimizer_of(run)
+    state = abstract_state(
+        CFG, precision(run.train).weights, optimizer, state_shardings(CFG, optimizer, mesh, partition), partition
+    )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch(0))
-    return state, make_train_step(CFG, run, optimizer, mesh, partition).trace(state, batch)
+    return state, make_train_step(CFG, run.train, run.data.sequence_length, optimizer, mesh, partition).trace(
+        state, batch
+    )
 
 
 def test_frozen_layers_have_no_optimiser_state_and_no_gradient():
@@ -158,9 +164,11 @@ def test_frozen_layers_have_no_optimiser_state_and_no_gradient():
 
 def test_a_state_of_a_version_that_masked_gradients_is_cut_to_the_trained_layers():
     run, mesh, part = config(), mesh_of(1, 1, 1), make_partition("new", LAYER_MAP)
-    optimizer = make_optimizer(run)
+    optimizer = optimizer_of(run)
     form = functools.partial(stored_form, cfg=CFG, config=run, optimizer=optimizer, mesh=mesh, partition=part)
-    wanted = abstract_state(CFG, run, optimizer, state_shardings(CFG, optimizer, mesh, part), part)["opt_state"]
+    wanted = abstract_state(
+        CFG, precision(run.train).weights, optimizer, state_shardings(CFG, optimizer, mesh, part), part
+    )["opt_state"]
     params = random_params()
     before = jax.tree.map(lambda x: x + 1.0 if x.ndim else x, optimizer.init(params))
     paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(before)]

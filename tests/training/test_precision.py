@@ -12,9 +12,9 @@ from solar_jax.config import TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.model.precision import PRECISIONS, precision
 from solar_jax.parallel import rules
-from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.state import abstract_state, state_shardings
 from solar_jax.training.step import make_eval_step, make_train_step, mean_loss
+from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.training.test_step import FAST_COMPILE, config, initial, make_batch
@@ -41,8 +41,8 @@ def test_every_policy_is_tried_here():
 def test_what_is_kept_is_of_the_policys_dtypes_and_vectors_are_float32(name):
     weights, moments = KEPT[name]
     mesh, run = mesh_of(1, 4, 2), config(precision=name)
-    optimizer = make_optimizer(run, mesh=mesh)
-    abstract = abstract_state(SMALL, run, optimizer, state_shardings(SMALL, optimizer, mesh))
+    optimizer = optimizer_of(run, mesh=mesh)
+    abstract = abstract_state(SMALL, precision(run.train).weights, optimizer, state_shardings(SMALL, optimizer, mesh))
     for path, s in jax.tree.leaves_with_path(abstract["params"]):
         assert s.dtype == ("float32" if path[-1].key.endswith("norm") else weights), path
     for path, s in jax.tree.leaves_with_path(abstract["opt_state"]):
@@ -53,8 +53,8 @@ def test_what_is_kept_is_of_the_policys_dtypes_and_vectors_are_float32(name):
 @pytest.mark.parametrize("name", sorted(NARROW))  # bf16 is bf16_moments and more
 def test_a_policy_trains_within_a_scan_with_recomputation_on_a_mesh(name):
     mesh, run = mesh_of(1, 4, 2), config(precision=name)
-    optimizer = make_optimizer(run, mesh=mesh)
-    abstract = abstract_state(SMALL, run, optimizer, state_shardings(SMALL, optimizer, mesh))
+    optimizer = optimizer_of(run, mesh=mesh)
+    abstract = abstract_state(SMALL, precision(run.train).weights, optimizer, state_shardings(SMALL, optimizer, mesh))
     rest = jax.tree.map(lambda s: s.sharding, abstract)
     params = jax.tree.map(
         lambda x, s: jax.device_put(jnp.asarray(x, s.dtype), s.sharding), initial(False), abstract["params"]
@@ -64,7 +64,7 @@ def test_a_policy_trains_within_a_scan_with_recomputation_on_a_mesh(name):
     eval_step = make_eval_step(SMALL, config(precision="float32"), mesh)
     before = mean_loss(eval_step, state["params"], [batch])
 
-    lowered = make_train_step(SMALL, run, optimizer, mesh).lower(state, batch)
+    lowered = make_train_step(SMALL, run.train, run.data.sequence_length, optimizer, mesh).lower(state, batch)
     products = collections.Counter(re.findall(r"dot_general .*: \(tensor<[0-9x]*x(\w+)>", lowered.as_text()))
     assert {kind: n for kind, n in products.items() if kind not in ("f32", "bf16")} == NARROW[name]
     assert products["bf16"] >= 7  # gradients of weights; scores and their product with the values; the head

@@ -24,14 +24,14 @@ from solar_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, T
 from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
 from solar_jax.model import llama
+from solar_jax.model.precision import precision
 from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_choice
 from solar_jax.planning import hlo_cost
-from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.state import State, abstract_state, state_shardings
 from solar_jax.training.step import make_eval_step, make_train_step, mean_loss
-from tests.conftest import hf_model, save_hf
+from tests.conftest import hf_model, optimizer_of, save_hf
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 
@@ -122,7 +122,7 @@ class Compiled:
 @functools.cache
 def _compiled(shape: tuple[int, ...], tied: bool, accumulation: int) -> Compiled:
     cfg, mesh, run = model(tied), mesh_of(*shape), config(accumulation)
-    optimizer = make_optimizer(run)
+    optimizer = optimizer_of(run)
     shardings = state_shardings(cfg, optimizer, mesh)
     init = jax.jit(optimizer.init, out_shardings=shardings["opt_state"])
 
@@ -133,7 +133,9 @@ def _compiled(shape: tuple[int, ...], tied: bool, accumulation: int) -> Compiled
     def batch(rows: dict[str, np.ndarray]) -> Batch:
         return jax.device_put(rows, rules.batch_sharding(mesh))
 
-    lowered = make_train_step(cfg, run, optimizer, mesh).lower(new_state(), batch(make_batch(0)))
+    lowered = make_train_step(cfg, run.train, run.data.sequence_length, optimizer, mesh).lower(
+        new_state(), batch(make_batch(0))
+    )
     stderr: list[str] = []
     with captured_stderr(stderr):
         step = lowered.compile(FAST_COMPILE)
@@ -204,7 +206,7 @@ def test_a_window_over_a_split_row_gives_the_loss_of_one_device(shape):
     for mesh in (mesh_of(1, 1, 1), mesh_of(*shape)):
         params = jax.device_put(initial(False), rules.parameter_shardings(cfg, mesh))
         batch = jax.device_put(make_batch(0), rules.batch_sharding(mesh))
-        found.append(mean_loss(make_eval_step(cfg, run, mesh), params, [batch]))
+        found.append(mean_loss(make_eval_step(cfg, run.train, run.data.sequence_length, mesh), params, [batch]))
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert found[0] != pytest.approx(trained((1, 1, 1)).losses[0], rel=1e-4)  # the window matters
 
@@ -317,11 +319,15 @@ def test_two_steps_are_those_of_transformers_and_torch(tmp_path, tied):
     theirs = hf_model(tie_word_embeddings=tied)
     checkpoint = open_checkpoint(str(save_hf(theirs, tmp_path / "m")))
     cfg, mesh, run = checkpoint.cfg, mesh_of(1, 1, 1), config(remat="none")
-    optimizer = make_optimizer(run)
+    optimizer = optimizer_of(run)
     params = load_params(checkpoint)
     state = {"params": params, "opt_state": optimizer.init(params)}
     place = functools.partial(jax.tree.map, jnp.array)
-    step = make_train_step(cfg, run, optimizer, mesh).lower(state, place(make_batch(0))).compile(FAST_COMPILE)
+    step = (
+        make_train_step(cfg, run.train, run.data.sequence_length, optimizer, mesh)
+        .lower(state, place(make_batch(0)))
+        .compile(FAST_COMPILE)
+    )
 
     named = dict(theirs.named_parameters())
     o = run.optimizer
@@ -377,9 +383,11 @@ def test_the_check_above_sees_what_xla_prints():
 def test_the_old_state_gives_its_memory_to_the_new_one():
     # Without donation a step would hold parameters and moments twice.
     mesh, run = mesh_of(1, 1, 1), config()
-    optimizer = make_optimizer(run)
-    abstract = abstract_state(SMALL, run, optimizer, state_shardings(SMALL, optimizer, mesh))
-    lowered = make_train_step(SMALL, run, optimizer, mesh).lower(abstract, jax.tree.map(jnp.array, make_batch(0)))
+    optimizer = optimizer_of(run)
+    abstract = abstract_state(SMALL, precision(run.train).weights, optimizer, state_shardings(SMALL, optimizer, mesh))
+    lowered = make_train_step(SMALL, run.train, run.data.sequence_length, optimizer, mesh).lower(
+        abstract, jax.tree.map(jnp.array, make_batch(0))
+    )
     donated = [info.donated for info in jax.tree.leaves(lowered.args_info[0][0])]
     assert len(donated) == len(jax.tree.leaves(abstract))
     assert all(donated)
@@ -421,18 +429,18 @@ def test_a_row_that_cannot_be_cut_is_refused_with_what_could(shape, length, atte
         train=dataclasses.replace(run.train, attention=attention),
     )
     with pytest.raises(UserError, match=f"{words}, found {length}"):
-        make_train_step(SMALL, run, make_optimizer(run), mesh_of(*shape))
+        make_train_step(SMALL, run.train, run.data.sequence_length, optimizer_of(run), mesh_of(*shape))
 
 
 def test_an_unknown_remat_is_refused_with_the_known_ones():
     run = config(remat="some")
     with pytest.raises(UserError, match=rf"config\.train\.remat must be one of {', '.join(llama.REMAT)}, found 'some'"):
-        make_train_step(SMALL, run, make_optimizer(run), mesh_of(1, 1, 1))
+        make_train_step(SMALL, run.train, run.data.sequence_length, optimizer_of(run), mesh_of(1, 1, 1))
 
 
 def test_cudnn_is_refused_where_it_could_not_run_and_chosen_on_gpus_alone():
     run = config(attention="cudnn", precision="float32")
     with pytest.raises(UserError, match=r"'cudnn' needs 16-bit matmuls .* found 'float32'"):
-        attention_choice(SMALL, run, mesh_of(1, 1, 1))
+        attention_choice(SMALL, run.train, run.data.sequence_length, mesh_of(1, 1, 1))
     assert attention_choice(SMALL, config(attention="cudnn", precision="mixed"), mesh_of(1, 1, 1)) == "cudnn"
     assert attention_choice(SMALL, config(precision="mixed"), mesh_of(1, 1, 1)) == "xla"

@@ -1,6 +1,6 @@
-"""The unit of work of a preparation: a block of documents in, the records of its rows out, on whatever machine.
+"""Blocks, the unit of work of `prepare`: documents in, the records of their rows out, on any machine.
 
-Blocks follow from the order of the documents alone, so that the rows are the same for any number of workers.
+Blocks depend only on the order of the documents, so that the rows are the same for any number of workers.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from solar_jax.data.sources import Document
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What every block needs, for another process or machine to have."""
+    """Settings that process every block; sent to other processes or machines."""
 
     tokenizer: str  # tokenizer.json
     eos: int
     length: int  # T
     packing: str
     dtype: str  # of stored tokens
-    evaluations: Index | None  # what no training document may hold a piece of
+    evaluations: Index | None  # evaluation sets that no training document may share words with
 
     def __call__(self, block: "DocumentBlock") -> "Packed":
         return _packed(self, block)
@@ -34,24 +34,24 @@ class Work:
 class DocumentBlock:
     """Consecutive documents of a source's training or held-out part."""
 
-    name: str  # of that part
-    searched: bool  # for pieces of evaluation sets
+    name: str  # of the part
+    searched: bool  # whether to look for words of evaluation sets
     documents: list[Document]
-    places: np.ndarray  # [documents, 2] int64: number of the file, and record
-    digest: bytes  # of all that
-    read: int  # bytes of text, with those of documents that were dropped before
+    places: np.ndarray  # [documents, 2] int64: file index and record
+    digest: bytes  # of the documents and places
+    read: int  # bytes of text, including documents dropped earlier
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
     name: str
     read: int
-    documents: int  # that are left
-    tokens: int  # of the documents, their ends counted
+    documents: int  # documents kept
+    tokens: int  # of the documents, with end-of-sequence tokens
     targets: int  # of weight above 0, in rows
-    rows: list[bytes]  # records; of concat the parent makes them
-    stream: records.Pieces | None  # of concat: the documents' tokens, sizes and places
-    matches: list[Match]  # documents that were left out
+    rows: list[bytes]  # records; for concat, the parent process makes them
+    stream: records.Pieces | None  # for concat: the documents' tokens, sizes and places
+    matches: list[Match]  # documents that were dropped
 
 
 def _packed(work: Work, block: DocumentBlock) -> Packed:
@@ -82,14 +82,14 @@ def _tokenizer(text: str) -> tokenizers.Tokenizer:
 
 
 class Concat:
-    """Streams of blocks, one after another, cut every T."""
+    """Concatenates the streams of consecutive blocks and cuts them every T."""
 
     def __init__(self, length: int, dtype: str):
         self._length, self._dtype = length, dtype
         self.left = np.empty(0, dtype), np.empty(0, np.int64), np.empty((0, 2), np.int64)
 
     def __call__(self, stream: records.Pieces) -> tuple[list[bytes], int]:
-        """The records that a block completes, and their targets of weight above 0 where documents are masked."""
+        """Returns the records that a block completes, and their number of targets with weight above 0 under masking."""
         tokens, sizes, places = (np.concatenate(both) for both in zip(self.left, stream, strict=True))
         starts = np.cumsum([0, *sizes], dtype=np.int64)
         _, cuts, owners, counts = cut_rows("concat", starts, 0, self._length)

@@ -1,6 +1,6 @@
-"""Sources to prepared shards: documents read in order, duplicates dropped, blocks worked on anywhere, rows written.
+"""Builds prepared shards from sources: reads documents in order, drops duplicates, processes blocks, writes rows.
 
-The order of the documents decides everything: which are duplicates, which block one belongs to, and so each byte.
+The order of the documents determines which ones are duplicates and the block of each one, and so every output byte.
 """
 
 import contextlib
@@ -23,40 +23,40 @@ from solar_jax.data.prepared.shards import Shards
 from solar_jax.data.sources import Document, Source, documents, parse_sources, split
 
 PARTS = ("train", "heldout")
-SHARDS = "shards"  # the folder of shards that have no final number yet
+SHARDS = "shards"  # folder of shards that have no final number yet
 DUPLICATES = "duplicates.jsonl"
 
 
 @dataclasses.dataclass
 class SourceFacts:
-    """What was read of a source, and the shards that were made of it."""
+    """Counts of what was read from a source, and the shards made from it."""
 
     source: Source
-    holdout: str  # the rule that its documents were held out by
-    files: dict[str, int] = dataclasses.field(default_factory=dict)  # name -> number, by their first documents
+    holdout: str  # rule by which its documents were held out
+    files: dict[str, int] = dataclasses.field(default_factory=dict)  # name -> index, by first document
     documents: int = 0
     bytes: int = 0  # of UTF-8 text
     duplicates: int = 0
-    shards: dict[str, Shards] = dataclasses.field(default_factory=dict)  # of each part
+    shards: dict[str, Shards] = dataclasses.field(default_factory=dict)  # by part
 
 
 def write_shards(
     cfg: DataConfig, work: Work, folder: pathlib.Path, *, dedup: bool, engine: str, workers: int,
     progress: Callable[[int], None],
 ) -> list[SourceFacts]:  # fmt: skip
-    """Fills `folder` with the shards of every source; those that an earlier run finished are kept.
+    """Fills `folder` with the shards of every source; shards that an earlier run finished are kept.
 
     Args:
-      cfg: the sources and how their rows are to be.
-      work: what is done with a block.
-      folder: gets a folder of shards, and the report of duplicates.
-      dedup: drop documents whose text came before, in whatever source.
+      cfg: the sources and the format of their rows.
+      work: applied to each block.
+      folder: receives a folder of shards and the report of duplicates.
+      dedup: drop documents whose text occurred earlier, in any source.
       engine: a name of `ENGINES`.
-      workers: of the engine.
-      progress: is told bytes of text that are done.
+      workers: number of the engine's workers.
+      progress: called with the bytes of text processed since its last call.
 
     Raises:
-      UserError: a source is missing, damaged, or not what an interrupted run read.
+      UserError: a source is missing or damaged, or differs from what an interrupted run read.
     """
     (folder / SHARDS).mkdir(exist_ok=True)
     found: list[SourceFacts] = []
@@ -91,7 +91,7 @@ def write_shards(
 
 
 class _Seen:
-    """The hashes of all texts so far, with the id of the first document of each: some 250 bytes a document."""
+    """Hashes of all texts so far, with the id of the first document of each: about 250 bytes per document."""
 
     def __init__(self, report: Any):
         self._first: dict[bytes, str] = {}
@@ -106,7 +106,7 @@ class _Seen:
 
 @dataclasses.dataclass
 class _Open:
-    """A block that more documents are coming for."""
+    """A block that is still being filled."""
 
     documents: list[Document] = dataclasses.field(default_factory=list)
     places: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -122,7 +122,7 @@ class _Open:
 
     def close(self, index: int, part: str) -> DocumentBlock:
         places = np.array(self.places, np.int64).reshape(-1, 2)
-        # What is held out is not trained on, and may well be an evaluation set's.
+        # Held-out documents are not trained on, so they may contain evaluation sets.
         return DocumentBlock(
             f"{index}-{part}", part == "train", self.documents, places, self.digest.digest(), self.read
         )
@@ -131,7 +131,7 @@ class _Open:
 def _blocks(
     index: int, source: Source, cfg: DataConfig, facts: SourceFacts, seen: _Seen | None
 ) -> Iterator[DocumentBlock]:
-    """The blocks of a source, each when its last document is read."""
+    """Yields the blocks of a source, each as soon as its last document has been read."""
     how = split(source, cfg.holdout_every, cfg.holdout)
     facts.holdout = how.rule
     enough, blocks = block_characters(cfg.sequence_length), {part: _Open() for part in PARTS}

@@ -1,7 +1,7 @@
-"""Documents that hold a piece of an evaluation set: n words in a row that are the same in both.
+"""Decontamination: finds documents that share n consecutive words with an evaluation set.
 
-Words are runs of letters and digits in lower case; punctuation, spaces and lines do not count. Every text of a record
-of an evaluation set counts, whatever its key.
+Words are runs of letters and digits in lower case; punctuation and whitespace are ignored. Every text of a record of an
+evaluation set counts, whatever its key.
 """
 
 import dataclasses
@@ -20,30 +20,30 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A document that is left out, and why."""
+    """A document that is dropped, and the reason."""
 
     document: str
-    evaluation: str  # the record that it shares words with, the first of several
-    words: str  # those of the first place
-    places: int  # where n words in a row are an evaluation set's
+    evaluation: str  # the record that it shares words with, the first if there are several
+    words: str  # the n shared words of the first match
+    places: int  # positions at which n consecutive words match an evaluation set
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """All runs of n words of the evaluation sets."""
+    """Index of all runs of n words in the evaluation sets."""
 
     n: int
-    words: dict[str, int]  # of the sets, numbered
+    words: dict[str, int]  # word of the sets -> its number
     stream: np.ndarray  # [all words of all texts] int32
-    hashes: np.ndarray  # [different runs] uint64, ascending
-    begins: np.ndarray  # [different runs] int64, where the first such run begins in `stream`
+    hashes: np.ndarray  # [distinct runs] uint64, ascending
+    begins: np.ndarray  # [distinct runs] int64, where the first such run begins in `stream`
     firsts: np.ndarray  # [texts + 1] int64, where each text begins
-    records: np.ndarray  # [texts] int64, its record
+    records: np.ndarray  # [texts] int64, the record of each text
     names: list[str]  # [records] "FILE:RECORD"
-    short: int  # records of which no text has n words: nothing can be found of them
+    short: int  # records in which no text has n words, so that they match nothing
 
     def matches(self, document: Document) -> Match | None:
-        """The first run of n words that a document shares, if there is one; no two runs are taken for each other."""
+        """Returns the first run of n words that a document shares, or None; hash hits are verified word by word."""
         words = _words(document.text)
         numbers = np.array([self.words.get(word, -1) for word in words], np.int64)
         begins = _runs(numbers, self.n)
@@ -65,10 +65,10 @@ class Index:
 
 
 def make_index(evaluations: Evaluations, n: int) -> Index:
-    """The runs of n words of every text.
+    """Indexes the runs of n words of every text.
 
     Raises:
-      UserError: there is none.
+      UserError: there are no such runs.
     """
     words: dict[str, int] = {}
     names, texts, owners, short = [], [], [], 0
@@ -84,7 +84,7 @@ def make_index(evaluations: Evaluations, n: int) -> Index:
         np.int64
     )
     if not len(begins):
-        raise UserError(f"--decontaminate: none of {len(names)} records has {n} words in a row, so nothing is found.")
+        raise UserError(f"--decontaminate: none of {len(names)} records has {n} words in a row to match; use a smaller --ngram.")
     hashes, first = np.unique(_hashes(stream, begins, n), return_index=True)
     return Index(
         n, words, stream.astype(np.int32), hashes, begins[first], firsts, np.array(owners, np.int64), names, short
@@ -96,7 +96,7 @@ def _words(text: str) -> list[str]:
 
 
 def _runs(numbers: np.ndarray, n: int) -> np.ndarray:
-    """Where n known words in a row begin."""
+    """Returns the positions at which n consecutive known words begin."""
     if len(numbers) < n:
         return np.empty(0, np.int64)
     unknown = np.cumsum([0, *(numbers < 0)])
@@ -104,7 +104,7 @@ def _runs(numbers: np.ndarray, n: int) -> np.ndarray:
 
 
 def _hashes(numbers: np.ndarray, begins: np.ndarray, n: int) -> np.ndarray:
-    """[begins] uint64 of the runs of n words that begin there."""
+    """Returns the hashes [begins] uint64 of the runs of n words that begin at `begins`."""
     values = _mixed(numbers.astype(np.uint64))
     found = np.zeros(len(begins), np.uint64)
     for k in range(n):
@@ -113,7 +113,7 @@ def _hashes(numbers: np.ndarray, begins: np.ndarray, n: int) -> np.ndarray:
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """Numbers that differ in a bit to numbers that differ in half of theirs."""
+    """Mixes bits: numbers that differ in one bit map to numbers that differ in half of their bits."""
     for shift in (30, 27):
         x = (x ^ (x >> np.uint64(shift))) * _FACTOR
     return x ^ (x >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Where blocks are worked on: this process, processes of this machine, or a Ray cluster. The results come in order."""
+"""Engines that process blocks: this process, a local process pool, or a Ray cluster. Results come in order."""
 
 import collections
 import concurrent.futures
@@ -12,13 +12,13 @@ from typing import Any
 from solar_jax.data.workers import end_with_parent
 from solar_jax.errors import UserError
 
-_AHEAD = 2  # items a worker that are handed out before the oldest is back
+_AHEAD = 2  # items in flight per worker before the oldest result is awaited
 
-_work: Any = None  # of this worker process
+_work: Any = None  # the work function of this worker process
 
 
 def local[Item, Result](work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`work` of every item, in processes of this machine; of one worker, in this process.
+    """Yields `work` of every item, computed in local worker processes, or in this process if `workers` is 1.
 
     Raises:
       UserError: a worker process died.
@@ -31,21 +31,21 @@ def local[Item, Result](work: Callable[[Item], Result], items: Iterable[Item], w
         try:
             yield from _in_order(lambda item: pool.submit(_run, item), lambda f: f.result(), items, workers)
         except BrokenProcessPool as e:
-            raise UserError("a worker process died, perhaps for want of memory; try fewer --workers.") from e
+            raise UserError("a worker process died, possibly out of memory; use fewer --workers.") from e
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def ray[Item, Result](work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`work` of every item on a Ray cluster: the one that RAY_ADDRESS names, or else `workers` processes here.
+    """Yields `work` of every item, computed on the Ray cluster at RAY_ADDRESS, or else by `workers` local processes.
 
-    The machines of the cluster need this package, but no files in common: documents travel to them, and rows back.
+    The cluster's machines need this package but no shared file system: documents are sent to them, and rows sent back.
 
     Raises:
-      UserError: Ray is not installed, or the cluster is not reached.
+      UserError: Ray is not installed, or the cluster cannot be reached.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # the workers have an environment already
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # the workers already have an environment
     try:
         engine: Any = importlib.import_module("ray")
     except ImportError as e:
@@ -54,7 +54,7 @@ def ray[Item, Result](work: Callable[[Item], Result], items: Iterable[Item], wor
     try:
         options = {} if cluster else {"num_cpus": workers, "include_dashboard": False}
         engine.init(log_to_driver=False, logging_level="error", **options)
-    except Exception as e:  # Ray has no common type for "did not start"
+    except Exception as e:  # Ray has no common exception type for a failed start
         raise UserError(f"--engine=ray: Ray did not start ({type(e).__name__}: {e}).") from e
     try:
         count = max(1, int(engine.cluster_resources().get("CPU", 1)))
@@ -72,7 +72,7 @@ ENGINES: dict[str, Callable[[Callable[[Any], Any], Iterable[Any], int], Iterator
 def _in_order[Item, Result](
     submit: Callable[[Item], Any], result: Callable[[Any], Result], items: Iterable[Item], workers: int
 ) -> Iterator[Result]:
-    """Results in the items' order, with no more handed out than keeps the workers busy."""
+    """Yields results in the items' order, with only as many items in flight as keep the workers busy."""
     waiting: collections.deque[Any] = collections.deque()
     for item in items:
         waiting.append(submit(item))
@@ -83,7 +83,7 @@ def _in_order[Item, Result](
 
 
 def _begin(work: Callable[[Any], Any]) -> None:
-    """In a worker process: it has the work, one thread of the tokenizer, and ends when its parent is killed."""
+    """Initialises a worker process: sets its work, uses one tokenizer thread, and exits if the parent is killed."""
     global _work
     _work = work
     os.environ["RAYON_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,4 +1,4 @@
-"""The texts of evaluation sets: files of JSONL, JSON and Parquet, or the preset of the paper's."""
+"""Texts of evaluation sets: JSONL, JSON and Parquet files, or the preset with the paper's sets."""
 
 import contextlib
 import gzip
@@ -11,9 +11,9 @@ from typing import Any
 from solar_jax.data.readers import pyarrow
 from solar_jax.errors import UserError
 
-Evaluations = Iterator[tuple[str, list[str]]]  # "FILE:RECORD" and all texts of the record
+Evaluations = Iterator[tuple[str, list[str]]]  # "FILE:RECORD" and every text in the record
 
-# What the paper removed from its instruction data as contaminated, and the data set on the hub that holds it.
+# Tasks that the paper removed from its instruction data as contaminated -> the hub data set that holds each.
 SOLAR = {
     "task228_arc_answer_generation_easy": "allenai/ai2_arc",
     "ai2_arc/ARC-Challenge:1.0.0": "allenai/ai2_arc",
@@ -32,14 +32,14 @@ _NO_DATA = ("dataset_infos.json", "dataset_info.json", "state.json")
 
 
 def find_evaluations(specs: list[str]) -> list[pathlib.Path]:
-    """The files of evaluation sets.
+    """Lists the files of evaluation sets.
 
     Args:
-      specs: each a file, a folder of files, a name of `PRESETS`, whose data sets are fetched from the hub, or
+      specs: each a file, a folder of files, a name of `PRESETS`, whose data sets are downloaded from the hub, or
         "PRESET=FOLDER" with a folder that holds them, each under the last part of its name.
 
     Raises:
-      UserError: one names nothing, or a data set of a preset is not there.
+      UserError: a spec matches nothing, or a data set of a preset is missing.
     """
     files: list[pathlib.Path] = []
     for spec in specs:
@@ -54,10 +54,10 @@ def find_evaluations(specs: list[str]) -> list[pathlib.Path]:
 
 
 def read_evaluations(files: list[pathlib.Path]) -> Evaluations:
-    """Every record's texts, in order.
+    """Yields the texts of every record, in order.
 
     Raises:
-      UserError: damaged; it names file and record.
+      UserError: a file is damaged; the message names file and record.
     """
     for file in files:
         kind = "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
@@ -73,7 +73,7 @@ def _files(place: pathlib.Path, spec: str) -> list[pathlib.Path]:
         return [place]
     files = sorted(p for p in place.rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES) and p.name not in _NO_DATA)
     if not files:
-        found = "a folder without them" if place.is_dir() else "another file" if place.is_file() else "nothing there"
+        found = "a folder without any" if place.is_dir() else "another kind of file" if place.is_file() else "nothing"
         raise UserError(
             f"--decontaminate: {spec}: must be a preset ({', '.join(PRESETS)}), or a file or folder of JSONL, JSON or "
             f"Parquet, found {found}."
@@ -82,22 +82,22 @@ def _files(place: pathlib.Path, spec: str) -> list[pathlib.Path]:
 
 
 def _data_set(preset: str, name: str, folder: str) -> pathlib.Path:
-    """The folder of one data set of a preset, fetched from the hub where no folder is given."""
+    """Returns the folder of one data set of a preset, downloaded from the hub unless `folder` is given."""
     last = name.split("/")[-1]
     if folder:
         place = pathlib.Path(folder).expanduser() / last
         if place.is_dir():
             return place
         raise UserError(f"--decontaminate: {preset}={folder}: must hold a folder {last} with the hub's {name}.")
-    import huggingface_hub  # here, since only presets need its slow import
+    import huggingface_hub  # imported lazily, since it is slow and only presets need it
 
     try:
         patterns = ["*.parquet", "*.jsonl", "*.jsonl.gz"]
         return pathlib.Path(huggingface_hub.snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
-    except Exception as e:  # the hub client raises a dozen unrelated types for "could not get it"
+    except Exception as e:  # the hub client raises a dozen unrelated types for a failed download
         names = ", ".join(dict.fromkeys(PRESETS[preset].values()))
         raise UserError(
-            f"--decontaminate: {preset}: the hub was not reached or does not give {name} ({type(e).__name__}); give "
+            f"--decontaminate: {preset}: {name} could not be downloaded from the hub ({type(e).__name__}); give "
             f"{preset}=FOLDER with a folder that holds {names}, each under "
             "the last part of its name."
         ) from e
@@ -122,7 +122,7 @@ def _jsonl(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    """The elements of a list; anything else is one record."""
+    """Yields the elements of a list; any other value is a single record."""
     content = json.loads(file.read_bytes())
     yield from enumerate(content if isinstance(content, list) else [content])
 

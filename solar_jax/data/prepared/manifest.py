@@ -1,4 +1,4 @@
-"""What a prepared folder says of itself: shards with their final names, counts, reports."""
+"""Manifest of a prepared folder: shards with their final names, counts, and reports."""
 
 import collections
 import json
@@ -15,26 +15,26 @@ from solar_jax.data.prepared.rows import FORMAT, MANIFEST, OF_SOURCE
 from solar_jax.storage import paths
 
 CONTAMINATED = "contaminated.jsonl"
-_NAMES = "names.json"  # in the folder of shards: all else is written, and files have only to be renamed
+_NAMES = "names.json"  # in the folder of shards: everything else is written, only renames remain
 _EXAMPLES = 5
 _COUNTS = ("rows", "tokens", "documents", "document_tokens", "bytes")
 
 
 def is_written(folder: pathlib.Path) -> bool:
-    """Whether an interrupted run came as far as the names."""
+    """Returns whether an interrupted run got as far as naming shards."""
     return (folder / SHARDS / _NAMES).exists() or (folder / MANIFEST).exists()
 
 
 def write_manifest(
     folder: pathlib.Path, sources: list[SourceFacts], index: Index | None, about: dict[str, Any]
 ) -> None:
-    """manifest.json, of several sources one for each too, and the report of what was left out as contaminated.
+    """Writes manifest.json, one more per source if there are several, and the report of contaminated documents.
 
     Args:
       folder: holds the shards.
       sources: in the config's order.
       index: of the evaluation sets that documents were compared with.
-      about: what else the manifest says: tokenizer, packing, versions.
+      about: further manifest entries: tokenizer, packing, versions.
     """
     shards, names = _numbered(sources)
     matches = [
@@ -61,7 +61,7 @@ def write_manifest(
 
 
 def name_shards(folder: pathlib.Path) -> None:
-    """Gives the shards their final names, also where an interrupted run did so with some."""
+    """Gives the shards their final names, including after an interrupted run that renamed only some."""
     if (folder / SHARDS / _NAMES).exists():
         for made, name in json.loads((folder / SHARDS / _NAMES).read_text()).items():
             if (folder / SHARDS / made).exists():
@@ -70,7 +70,7 @@ def name_shards(folder: pathlib.Path) -> None:
 
 
 def _numbered(sources: list[SourceFacts]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The shards with rows, as the manifest describes them, and their names before and after."""
+    """Returns the shards that have rows, as described in the manifest, and a map from old to final names."""
     shards, names = [], {}
     for part in PARTS:
         made = [
@@ -111,7 +111,7 @@ def _decontamination(index: Index, matches: list[dict[str, Any]]) -> dict[str, A
     return {
         "words_in_a_row": index.n,
         "records": len(index.names),
-        "records_too_short": index.short,  # of which nothing can be found
+        "records_too_short": index.short,  # for anything to match
         "files": sorted({records.place(name)[0] for name in index.names}),
         "documents": len(matches),
         "by_file": dict(sorted(by_file.items())),
@@ -121,6 +121,6 @@ def _decontamination(index: Index, matches: list[dict[str, Any]]) -> dict[str, A
 
 
 def _stem(path: str) -> str:
-    """A name for a source that a shell takes."""
+    """Returns a shell-safe name for a source."""
     last = pathlib.PurePosixPath(path).name.split(".")[0]
     return re.sub(r"\W+", "-", last).strip("-") or "source"

@@ -1,4 +1,4 @@
-"""A packed row as the bytes of one record: its pieces' sizes, where their documents come from, and the tokens."""
+"""Record format of a packed row: sizes of its pieces, origins of their documents, and tokens, as bytes."""
 
 import hashlib
 import re
@@ -10,16 +10,16 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from solar_jax.errors import UserError
 
-# One row is read without its neighbours. Uncompressed, files are 1.6 times as large and read no faster from a disk.
+# A row is read without its neighbours. Uncompressed files are 1.6 times as large and read no faster from disk.
 _WRITE = "group_size:1,zstd:3"
 _READ = "readahead_buffer_size:0,max_parallelism:0"
-WHOLE_FILE = -1  # the record number of a document that is a whole file
+WHOLE_FILE = -1  # record number of a document that is an entire file
 
-Pieces = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens [N], sizes [P], places [P, 2]: number of the file, record
+Pieces = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens [N], sizes [P], places [P, 2]: file index, record
 
 
 def token_dtype(vocab_size: int) -> str:
-    """Of stored tokens, little-endian."""
+    """Returns the dtype of stored tokens, little-endian."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
@@ -31,10 +31,10 @@ def encode(pieces: Pieces, dtype: str) -> bytes:
 
 
 def decode(record: bytes, dtype: str) -> Pieces:
-    """What `encode` was given; tokens as they are stored.
+    """Inverts `encode`; tokens keep the stored dtype.
 
     Raises:
-      ValueError: the record is no such thing.
+      ValueError: the bytes are not such a record.
     """
     count = int(np.frombuffer(record, "<i4", 1)[0])
     sizes = np.frombuffer(record, "<i4", count, 4)
@@ -42,12 +42,12 @@ def decode(record: bytes, dtype: str) -> Pieces:
     numbers = np.frombuffer(record, "<i8", count, 4 + 8 * count)
     tokens = np.frombuffer(record, dtype, -1, 4 + 16 * count)
     if len(tokens) != sizes.sum():
-        raise ValueError(f"{sizes.sum()} tokens are announced, {len(tokens)} are there")
+        raise ValueError(f"the sizes sum to {sizes.sum()} tokens, found {len(tokens)}")
     return tokens, sizes, np.stack([files, numbers], axis=1)
 
 
 def place(document: str) -> tuple[str, int]:
-    """A document's id "FILE:RECORD" or "FILE" as (file, record), which `name` turns back into the same id."""
+    """Parses a document id "FILE:RECORD" or "FILE" into (file, record); `name` is its inverse."""
     match = re.fullmatch(r"(.+):(0|[1-9]\d{0,17})", document, re.DOTALL)
     return (match[1], int(match[2])) if match else (document, WHOLE_FILE)
 
@@ -61,20 +61,20 @@ def writer(path: str) -> Any:
 
 
 def reader(path: str) -> Any:
-    """For random access.
+    """Opens a file for random access.
 
     Raises:
-      UserError: it is not an ArrayRecord file, or damaged.
+      UserError: the file is not an ArrayRecord file, or is damaged.
     """
     try:
         found = ArrayRecordReader(path, _READ)
         if found.ok():
             return found
     except RuntimeError as e:
-        raise UserError(f"{path}: is no ArrayRecord file, or damaged: {' '.join(str(e).split())}.") from e
-    raise UserError(f"{path}: is no ArrayRecord file, or damaged.")
+        raise UserError(f"{path}: is not an ArrayRecord file, or is damaged: {' '.join(str(e).split())}.") from e
+    raise UserError(f"{path}: is not an ArrayRecord file, or is damaged.")
 
 
 def tokenizer_hash(tokenizer: tokenizers.Tokenizer, eos: int) -> str:
-    """SHA-256 of everything that decides the tokens of a text, and of the token that ends it."""
+    """Returns the SHA-256 of everything that determines the tokens of a text, and of the end-of-sequence token."""
     return hashlib.sha256(f"{eos}\n{tokenizer.to_str()}".encode()).hexdigest()

@@ -1,10 +1,10 @@
-"""Folders that `prepare` wrote: manifest.json and ArrayRecord files of packed rows, opened for random access.
+"""Random access to folders written by `prepare`: manifest.json and ArrayRecord shards of packed rows.
 
-A folder may hold several sources; each then has a manifest of its own beside manifest.json, which may be named in the
-folder's place, so that every source can have its weight.
+A folder may hold several sources. Each then has its own manifest next to manifest.json, which config.data.sources may
+name instead of the folder, so that every source can have its own weight.
 
-ArrayRecord reads local files alone. Of a folder in a bucket the manifest is read there, and a file of rows is copied
-to this machine's temporary folder when a row of it is asked for first; the copies stay for the next run.
+ArrayRecord only reads local files. For a folder in a bucket, the manifest is read from the bucket, and a shard is
+copied to the local temporary folder on the first access to one of its rows; the copies are kept for the next run.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from solar_jax.storage.retry import retry
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-OF_SOURCE = ".manifest.json"  # how the manifest of one of several sources ends
-_OPEN_FILES = 256  # at a time
+OF_SOURCE = ".manifest.json"  # suffix of the manifest of one of several sources
+_OPEN_FILES = 256  # at most, at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,10 @@ class PreparedRows:
     length: int  # T
     mask_documents: bool
     dtype: str  # of stored tokens
-    shards: tuple[tuple[str, int], ...]  # name and rows of each
-    files: tuple[tuple[str, ...], ...]  # of each shard's source, the names that records hold the numbers of
-    targets: int  # as the manifest counts them
-    key: str  # a hash of the manifest, by which a bucket's copies are told apart
+    shards: tuple[tuple[str, int], ...]  # name and number of rows of each
+    files: tuple[tuple[str, ...], ...]  # for each shard, the file names that its records refer to by index
+    targets: int  # as counted in the manifest
+    key: str  # hash of the manifest, which keeps local copies of different folders apart
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -58,11 +58,11 @@ class PreparedRows:
 
     @property
     def tokens(self) -> int:
-        """Targets of weight above 0 in all rows."""
+        """Number of targets with weight above 0, over all rows."""
         return self.targets if self.mask_documents else len(self) * self.length
 
     def documents(self, index: int) -> list[str]:
-        """The ids of the documents in a row, in the row's order."""
+        """Returns the ids of the documents in a row, in the row's order."""
         shard, (_, _, places) = self._pieces(index)
         names = (records.name(self.files[shard][file], record) for file, record in places.tolist())
         return list(dict.fromkeys(names))
@@ -72,7 +72,7 @@ class PreparedRows:
         return np.cumsum([0, *(rows for _, rows in self.shards)])
 
     def _pieces(self, index: int) -> tuple[int, records.Pieces]:
-        """The shard of a row, and what is stored of it."""
+        """Returns the shard of a row and the row's stored pieces."""
         row = range(len(self))[index]
         shard = int(np.searchsorted(self._firsts, row, side="right")) - 1
         file, rows = self.shards[shard]
@@ -93,10 +93,10 @@ class Prepared:
 
 
 def is_prepared(path: str) -> bool:
-    """Whether a path of config.data.sources is a folder that `prepare` wrote, or the manifest of a source there.
+    """Returns whether a path of config.data.sources is a folder that `prepare` wrote, or a source's manifest in one.
 
     Raises:
-      UserError: a bucket is not reached.
+      UserError: a bucket cannot be reached.
     """
     if is_local(path):
         return _manifest(path).exists()
@@ -106,17 +106,17 @@ def is_prepared(path: str) -> bool:
     def exists() -> bool:
         try:
             return _manifest(path).exists()
-        except ImportError:  # whoever reads what is there says so
+        except ImportError:  # reported when the path is read
             return False
 
     return retry(exists, path)
 
 
 def open_prepared(path: str, tokenizer: tokenizers.Tokenizer, eos: int, cfg: DataConfig) -> Prepared:
-    """The rows of a prepared folder. What is held out was decided when it was prepared.
+    """Opens the rows of a prepared folder, whose held-out split was fixed when it was prepared.
 
     Raises:
-      UserError: it is damaged, or was prepared with another tokenizer, sequence length or packing.
+      UserError: the folder is damaged, or was prepared with another tokenizer, sequence length or packing.
     """
     file = _manifest(path)
     text, manifest = _read(file)
@@ -131,8 +131,8 @@ def open_prepared(path: str, tokenizer: tokenizers.Tokenizer, eos: int, cfg: Dat
     if manifest["tokenizer"]["hash"] != ours:
         raise UserError(
             f"{path}: was prepared with another tokenizer, that of {manifest['tokenizer']['source']} (hash "
-            f"{manifest['tokenizer']['hash'][:12]}) by tokenizers {manifest['tokenizer']['version']}, but this run's "
-            f"has {ours[:12]} by tokenizers {tokenizers.__version__}."
+            f"{manifest['tokenizer']['hash'][:12]}, tokenizers {manifest['tokenizer']['version']}), but this run's "
+            f"has hash {ours[:12]} (tokenizers {tokenizers.__version__})."
         )
     parts = {}
     for part in ("train", "heldout"):
@@ -166,7 +166,7 @@ def _read(file: pathlib.Path) -> tuple[str, dict[str, Any]]:
     needed = ("format", "tokenizer", "sequence_length", "packing", "token_dtype", "sources", "shards")
     missing = [key for key in needed if not isinstance(manifest, dict) or key not in manifest]
     if missing:
-        raise UserError(f"{file}: must be the manifest of prepared data, found no {', '.join(missing)} in it.")
+        raise UserError(f"{file}: must be the manifest of prepared data, but lacks the keys {', '.join(missing)}.")
     return text, manifest
 
 
@@ -178,7 +178,7 @@ def _check_files(folder: pathlib.Path, shards: list[dict[str, Any]]) -> None:
         if file is None:
             raise UserError(f"{folder / shard['file']}: is missing; {MANIFEST} lists it with {shard['rows']} rows.")
         if is_local(file) and (size := file.stat().st_size) != shard["bytes"]:
-            raise UserError(f"{file}: must have {shard['bytes']} bytes as {MANIFEST} says, found {size}.")
+            raise UserError(f"{file}: must have {shard['bytes']} bytes according to {MANIFEST}, found {size}.")
 
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
@@ -186,12 +186,12 @@ def _reader(folder: str, file: str, rows: int, key: str) -> Any:
     path = f"{folder}/{file}"
     found = records.reader(path if is_local(path) else _copy(path, key))
     if found.num_records() != rows:
-        raise UserError(f"{path}: must have {rows} rows as {MANIFEST} says, found {found.num_records()}.")
+        raise UserError(f"{path}: must have {rows} rows according to {MANIFEST}, found {found.num_records()}.")
     return found
 
 
 def _copy(url: str, key: str) -> str:
-    """The local copy of an object, which appears when it is whole."""
+    """Returns the path of an object's local copy, which appears once it is complete."""
     source = epath.Path(url)
     target = pathlib.Path(tempfile.gettempdir(), f"solar_jax_prepared_{os.getuid()}", key, source.name)
     if target.exists():

@@ -1,4 +1,4 @@
-"""Rows to files: the shards of one part of one source, each whole or not there, so that a killed run goes on."""
+"""Shards of one part of one source: each file is complete or absent, so that a killed run can resume."""
 
 import base64
 import contextlib
@@ -18,21 +18,21 @@ from solar_jax.errors import UserError
 
 BLOCKS_A_SHARD = 64
 
-Facts = dict[str, Any]  # of a shard: what was read for it, and what is in it
+Facts = dict[str, Any]  # of a shard: what was read for it, and what it holds
 
 
 class Shards:
-    """Shards of 64 blocks each, the last of fewer, written in the blocks' order.
+    """Shards of 64 blocks each, fewer in the last one, written in the order of the blocks.
 
-    A finished shard is a file of rows and one of JSON with its facts, which comes last. Blocks of shards that an
-    earlier run finished need no work, but their documents are compared.
+    A finished shard is a file of rows and a JSON file with its facts, written last. Blocks of shards that an earlier
+    run finished need no work, but their documents are compared with those it read.
     """
 
     def __init__(self, folder: pathlib.Path, name: str, packing: str, length: int, dtype: str):
         self._folder, self._name, self._dtype = folder, name, dtype
         self._concat = Concat(length, dtype) if packing == "concat" else None
         self._digest = hashlib.blake2b(digest_size=16)
-        self._read: list[Facts] = []  # of each shard: "first" and "last" document, number of "blocks", hash of "input"
+        self._read: list[Facts] = []  # per shard: "first" and "last" document, number of "blocks", hash of "input"
         self.finished: list[Facts] = []
         while self._facts_file(len(self.finished)).exists():
             self.finished.append(json.loads(self._facts_file(len(self.finished)).read_text()))
@@ -44,10 +44,10 @@ class Shards:
         self._facts: Facts = {}
 
     def needs(self, block: DocumentBlock, digest: bytes) -> bool:
-        """Takes note of the next block, of documents with that digest, and says whether it has to be worked on.
+        """Records the next block, whose documents have that digest, and returns whether it must be processed.
 
         Raises:
-          UserError: an earlier run made the shard before of other documents.
+          UserError: an earlier run made the previous shard from other documents.
         """
         if not self._read or self._read[-1]["blocks"] == BLOCKS_A_SHARD:
             self._compare()
@@ -58,10 +58,10 @@ class Shards:
         return len(self._read) > self._resumed
 
     def add(self, packed: Packed) -> None:
-        """Writes the rows of the next block that had to be worked on.
+        """Writes the rows of the next block that had to be processed.
 
         Raises:
-          UserError: the disk is full, or fails.
+          UserError: the disk is full or failing.
         """
         if self._file is None:
             self._partial().unlink(missing_ok=True)
@@ -82,10 +82,10 @@ class Shards:
             self._finish()
 
     def close(self) -> None:
-        """Finishes the last shard; all blocks have been read and written.
+        """Finishes the last shard, after all blocks have been read and written.
 
         Raises:
-          UserError: an earlier run made shards of other documents; all are removed then.
+          UserError: an earlier run made shards from other documents; all shards are then removed.
         """
         self._compare(all_read=True)
         if self._file is not None:
@@ -95,7 +95,7 @@ class Shards:
         return self._folder / f"{self._name}-{shard:05d}.array_record"
 
     def _compare(self, all_read: bool = False) -> None:
-        """The shard that was read last with what an earlier run read for it."""
+        """Compares the shard read last with what an earlier run read for it."""
         shard = len(self._read) - 1
         same = True
         if 0 <= shard < self._resumed:
@@ -103,8 +103,8 @@ class Shards:
         if not same or (all_read and len(self._read) < self._resumed):
             shutil.rmtree(self._folder)
             raise UserError(
-                f"{self._name}: the documents changed since an interrupted preparation read them; what it made is "
-                "removed, and the same command starts anew."
+                f"{self._name}: the documents changed since an interrupted run of prepare read them; its shards were "
+                "removed, so rerun the same command to start over."
             )
 
     def _finish(self) -> None:
@@ -125,13 +125,13 @@ class Shards:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """What ArrayRecord says of a disk, in one sentence."""
+        """Reports ArrayRecord's disk errors in one sentence."""
         try:
             yield
         except RuntimeError as e:
             reason = str(e).split(";")[0].strip()
             raise UserError(
-                f"{self._folder.parent}: cannot be written: {reason}; the same command goes on from there."
+                f"{self._folder.parent}: cannot be written: {reason}; the same command resumes from there."
             ) from e
 
     def _facts_file(self, shard: int) -> pathlib.Path:

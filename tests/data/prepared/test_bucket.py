@@ -38,7 +38,7 @@ def test_rows_in_a_bucket_are_copied_when_they_are_read_and_are_the_same(bucket,
     assert_same_rows(opened(cfg, str(folder)).train, expected.train)
     rows._reader.cache_clear()
     copies[0].unlink()
-    with pytest.raises(UserError, match="is no ArrayRecord file, or damaged"):
+    with pytest.raises(UserError, match="is not an ArrayRecord file, or is damaged"):
         opened(cfg, str(folder)).train[0]
     shard.unlink()
     with pytest.raises(UserError, match="is missing; manifest"):

@@ -226,7 +226,7 @@ def test_documents_that_changed_meanwhile_are_noticed_and_made_anew(tiny, tmp_pa
     with pytest.raises(Killed):
         prepare(cfg, out, Options(1, engine="stopping"))
     jsonl(file, ["another", *random_texts(0, 150)[1:]])
-    with pytest.raises(UserError, match="changed since an interrupted preparation"):
+    with pytest.raises(UserError, match="changed since an interrupted run of prepare"):
         prepare(cfg, out, Options(1))
     prepare(cfg, out, Options(1))
     prepare(cfg, tmp_path / "fresh", Options(1))
@@ -309,7 +309,7 @@ def test_a_source_that_cannot_be_prepared_is_refused_and_leaves_nothing(tiny, te
 def test_prepared_rows_are_not_prepared_again_and_a_taken_folder_is_not_replaced(tiny, texts, tmp_path):
     cfg, out = config(tiny, texts / "a.jsonl"), tmp_path / "taken"
     prepare(cfg, out, Options(1))
-    with pytest.raises(UserError, match="is prepared already"):
+    with pytest.raises(UserError, match="is already prepared"):
         prepare(config(tiny, out), tmp_path / "out", Options(1))
     with pytest.raises(UserError, match="already exists"):
         prepare(cfg, out, Options(1))

@@ -102,7 +102,7 @@ def test_files_of_every_kind_are_read_with_all_their_texts(tmp_path):
         (
             "a.csv",
             b"x,y",
-            "must be a preset (solar), or a file or folder of JSONL, JSON or Parquet, found another file",
+            "must be a preset (solar), or a file or folder of JSONL, JSON or Parquet, found another kind of file",
         ),
     ],
 )
@@ -114,9 +114,9 @@ def test_a_damaged_set_is_told_by_file_and_record(tmp_path, name, data, expected
 
 
 def test_a_set_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match="found nothing there"):
+    with pytest.raises(UserError, match="found nothing"):
         find_evaluations([str(tmp_path / "nowhere")])
-    with pytest.raises(UserError, match="found a folder without them"):
+    with pytest.raises(UserError, match="found a folder without any"):
         find_evaluations([str(tmp_path)])
 
 
@@ -129,14 +129,14 @@ def test_the_papers_preset_is_its_ten_names_and_a_folder_stands_in_for_the_hub(t
     found = find_evaluations([f"solar={tmp_path}"])
     assert [file.parts[-3] for file in found] == names
     (tmp_path / "drop" / "data" / "test.jsonl").unlink()
-    with pytest.raises(UserError, match="found a folder without them"):
+    with pytest.raises(UserError, match="found a folder without any"):
         find_evaluations([f"solar={tmp_path}"])
     (tmp_path / "drop" / "data").rmdir()
     (tmp_path / "drop").rmdir()
     with pytest.raises(UserError, match="must hold a folder drop with the hub's ucinlp/drop"):
         find_evaluations([f"solar={tmp_path}"])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="the hub was not reached or does not give allenai/ai2_arc"):
+    with pytest.raises(UserError, match="allenai/ai2_arc could not be downloaded from the hub"):
         find_evaluations(["solar"])
 
 

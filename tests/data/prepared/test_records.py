@@ -21,7 +21,7 @@ def test_a_record_holds_what_it_was_made_of(vocabulary, dtype):
 
 def test_a_record_that_lacks_tokens_is_no_record():
     data = records.encode((np.arange(4), np.array([4]), np.array([[0, 0]])), "<u2")
-    with pytest.raises(ValueError, match="4 tokens are announced, 3 are there"):
+    with pytest.raises(ValueError, match="the sizes sum to 4 tokens, found 3"):
         records.decode(data[:-2], "<u2")
 
 

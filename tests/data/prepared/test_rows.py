@@ -70,7 +70,7 @@ def test_damage_is_told_by_file(prepared, tmp_path):
     with pytest.raises(UserError, match=f"{shard.name}: is missing"):
         opened(cfg, copy)
     (copy / "manifest.json").write_text("{}")
-    with pytest.raises(UserError, match="must be the manifest of prepared data, found no format"):
+    with pytest.raises(UserError, match="must be the manifest of prepared data, but lacks the keys format"):
         opened(cfg, copy)
     assert whole["tokens"].shape == (LENGTH,)
 
