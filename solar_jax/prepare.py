@@ -167,7 +167,7 @@ def _expected_bytes(source: Source) -> int:
     if is_prepared(path):
         raise UserError(f"config.data.sources: {path}: is already prepared; list it in the sources of train instead.")
     if source.limit or source.epochs != Source(path).epochs:
-        raise UserError(f"config.data.sources: {path}: ?limit= and ?epochs= are for train; remove them to prepare all of it.")
+        raise UserError(f"config.data.sources: {path}: ?limit= and ?epochs= are for train; prepare uses all of it.")
     if path == EMBEDDED:
         return 1 << 19
     total = 0
@@ -211,7 +211,7 @@ def _announce(
     if index is not None:
         print(
             f"evaluated {len(index.names):,} records, {len(index.hashes):,} distinct runs of {index.n} words; "
-            f"training documents that contain one are dropped ({index.short:,} records have too few words to match)"
+            f"training documents with one are dropped ({index.short:,} records have no {index.n} words in a row)"
         )
     where = "processes at most" if options.engine == "local" else "Ray workers, or its entire cluster"
     print(f"work      {options.workers} {where}, shards of {BLOCKS_A_SHARD} blocks", flush=True)

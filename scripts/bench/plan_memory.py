@@ -21,9 +21,11 @@ import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from solar_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from solar_jax.config import Config, DataConfig, GrowthConfig, MeshConfig, ModelConfig, TrainConfig
+from solar_jax.growth.operators import make_layer_map
 from solar_jax.hardware.slices import Slice, find_slice
 from solar_jax.planning import aot, search
+from solar_jax.training.partition import make_partition
 
 GIB = 2**30
 MODELS = {
@@ -33,6 +35,8 @@ MODELS = {
     "llama3.2-1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),
     "small": ModelConfig(32000, 1024, 4096, 8, 8, 8, 128),
 }
+MODELS["solar-new"] = MODELS["solar"]  # with train.trainable=new: the 16 layers that dus(m=8) adds to Mistral's 32
+PARTITIONS = {"solar-new": make_partition("new", make_layer_map(32, GrowthConfig("dus", m=8)))}
 MODELS = {name: dataclasses.replace(m, rope_theta=1e4, rms_norm_eps=1e-5) for name, m in MODELS.items()}
 
 # model, slice, rows per device, tokens per row, remat policy, (data, fsdp, tensor, context), microbatches
@@ -48,6 +52,8 @@ COMBINATIONS = (
     ("solar", "v6e-256", 2, 4096, "mid", PLAIN, 1),
     ("solar", "v5e-256", 1, 4096, "full", PLAIN, 1),
     ("solar", "v4-256", 2, 4096, "qkv", PLAIN, 1),
+    ("solar-new", "v5p-128", 4, 4096, "mid", PLAIN, 1),
+    ("solar-new", "v6e-256", 2, 4096, "mid", PLAIN, 1),
     ("mistral", "v5p-64", 4, 4096, "mid", PLAIN, 2),
     ("qwen2.5-7b", "v5p-64", 2, 4096, "mid", PLAIN, 1),
     ("llama3.2-1b", "v5e-16", 1, 4096, "mid", PLAIN, 1),
@@ -70,7 +76,8 @@ def run_of(combination: tuple) -> tuple[ModelConfig, Config, Slice]:
 
 def predicted(cfg: ModelConfig, config: Config, wanted: Slice) -> float:
     """Returns the planner's estimate in bytes per device."""
-    return search.need(cfg, search.options(cfg, config, search.of_slice(wanted))[0]).total
+    partition = PARTITIONS.get(config.name)
+    return search.need(cfg, search.options(cfg, config, search.of_slice(wanted), partition)[0], partition).total
 
 
 def allotted(index: int) -> float:
@@ -99,7 +106,8 @@ def main() -> None:
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)  # what `allotted` starts
     args = parser.parse_args()
     if args.compile is not None:
-        aot.compile_step(*run_of(COMBINATIONS[args.compile]))
+        combination = COMBINATIONS[args.compile]
+        aot.compile_step(*run_of(combination), partition=PARTITIONS.get(combination[0]))
         return
     print(f"{'model, slice, rows x length, remat, mesh':72}{'predicted':>10}{'compiler':>10}{'error':>8}  GiB a device")
     worst = 0.0
@@ -110,7 +118,7 @@ def main() -> None:
         cfg, config, wanted = run_of(combination)
         need = predicted(cfg, config, wanted)
         if args.full:
-            step = aot.compile_step(cfg, config, wanted)
+            step = aot.compile_step(cfg, config, wanted, partition=PARTITIONS.get(name))
             total, more = step.total, f"  {(step.arguments + step.temporaries) / GIB:.2f}"
         else:
             total, more = allotted(index), ""

@@ -104,7 +104,7 @@ def _decode(data: bytes, where: str, first: bool = False) -> str:
         text = data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         mark = _MARKS.get(data[:2]) if first else None
-        found = f"it starts with a {mark} byte order mark" if mark else f"{e.reason} at byte {e.start}"
+        found = f"it starts with a {mark} BOM" if mark else f"{e.reason} at byte {e.start}"
         raise UserError(f"{where}: is not UTF-8 text: {found}.") from e
     if "\0" in text:
         raise UserError(f"{where}: is not text: it has a NUL at character {text.index(chr(0))}.")
@@ -130,9 +130,7 @@ def _field(record: Any, text_key: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise UserError(
-            f"{where}: the text under {text_key!r} has an unpaired surrogate, which is not a character."
-        ) from e
+        raise UserError(f"{where}: the text under {text_key!r} has a lone surrogate, which is not a character.") from e
     return text
 
 

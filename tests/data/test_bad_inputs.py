@@ -112,7 +112,7 @@ CASES: dict[str, tuple[Callable[[pathlib.Path], str], str | int]] = {
     "another key": (file("a.jsonl", b'{"body": "x"}'), "(config.data.text_key or ?text=), found ['body']."),
     "null": (file("a.jsonl", GOOD + b'{"text": null}'), "a.jsonl:4: must hold text under 'text' "),
     "number": (file("a.jsonl", b'{"text": 3}'), "found ['text'] with int there."),
-    "half a surrogate pair": (file("a.jsonl", b'{"text": "\\ud83d"}'), "a.jsonl:1: the text under 'text' has an unpaired"),
+    "half a surrogate pair": (file("a.jsonl", b'{"text": "\\ud83d"}'), "a.jsonl:1: the text under 'text' has a lone"),
     "another column": (table("a.parquet", {"body": ["x"], "n": [1]}), "a.parquet: must have a column 'text' (config."),
     "another column by ?text=": (
         with_options(table("a.parquet", {"body": ["x"]}), "?text=words"),
@@ -127,7 +127,7 @@ CASES: dict[str, tuple[Callable[[pathlib.Path], str], str | int]] = {
     # ---- encodings
     "Latin-1 within UTF-8": (file("a.txt", b"caf\xc3\xa9 caf\xe9"), "a.txt: is not UTF-8 text: unexpected end"),
     "Latin-1 line within JSONL": (file("a.jsonl", GOOD + b'{"text": "caf\xe9"}\n' + GOOD), "a.jsonl:4: is not UTF-8"),
-    "UTF-16": (file("a.txt", "text".encode("utf-16")), "a.txt: is not UTF-8 text: it starts with a UTF-16 byte order mark."),
+    "UTF-16": (file("a.txt", "text".encode("utf-16")), "a.txt: is not UTF-8 text: it starts with a UTF-16 BOM."),
     "UTF-16 JSONL": (file("a.jsonl", '{"text": "x"}'.encode("utf-16")), "a.jsonl:1: is not UTF-8 text: it starts with"),
     "UTF-8 with a mark in front": (file("a.txt", b"\xef\xbb\xbftext"), 1),
     "UTF-8 JSONL with a mark in front": (file("a.jsonl", b"\xef\xbb\xbf" + GOOD), 3),
@@ -166,7 +166,7 @@ CASES: dict[str, tuple[Callable[[pathlib.Path], str], str | int]] = {
     ),
     "state.json of another kind": (folder_of(file("state.json", b"[]")), "state.json: must be JSON with the key "),
     # ---- entries
-    "unknown option": (with_options(file("a.txt", b"x"), "?txet=a"), "must be one of text, epochs, limit, found 'txet'."),
+    "unknown option": (with_options(file("a.txt", b"x"), "?txet=a"), "one of text, epochs, limit, found 'txet'."),
     "no epochs": (with_options(file("a.txt", b"x"), "?epochs=0"), "a.txt: epochs must be a number above 0, found '0'."),
     "limit that is no number": (with_options(file("a.txt", b"x"), "?limit=all"), "limit must be a number of tokens"),
     "weight of 0": (with_options(file("a.txt", b"x"), ":0"), "a.txt must be above 0, found 0."),

@@ -84,7 +84,7 @@ def make_index(evaluations: Evaluations, n: int) -> Index:
         np.int64
     )
     if not len(begins):
-        raise UserError(f"--decontaminate: none of {len(names)} records has {n} words in a row to match; use a smaller --ngram.")
+        raise UserError(f"--decontaminate: none of {len(names)} records has {n} words in a row; lower --ngram.")
     hashes, first = np.unique(_hashes(stream, begins, n), return_index=True)
     return Index(
         n, words, stream.astype(np.int32), hashes, begins[first], firsts, np.array(owners, np.int64), names, short
