@@ -24,7 +24,6 @@ from solar_jax.cli.command import folder_from_flag
 from solar_jax.config import Config, resolve
 from solar_jax.data.sources import check_sources
 from solar_jax.errors import UserError
-from solar_jax.model.precision import precision
 
 
 def define_flags() -> None:
@@ -65,6 +64,7 @@ from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, tr
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import make_layer_map
 from solar_jax.hardware import compilation
+from solar_jax.model.precision import precision
 from solar_jax.monitoring import metrics
 from solar_jax.monitoring.goodput import Ledger, goodput_line
 from solar_jax.monitoring.profiling import listen_for_profiles

@@ -28,7 +28,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.config import Config
+from solar_jax.config import Config, TrainConfig
 from solar_jax.model.precision import precision
 from solar_jax.training.optimizer import make_optimizer
 
@@ -94,6 +94,16 @@ def save_hf(model: transformers.PreTrainedModel, folder: pathlib.Path, **kwargs)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def step_args(config: Config) -> tuple[TrainConfig, int]:
+    """What a step, its memory and its time take of a run's config."""
+    return config.train, config.data.sequence_length
+
+
+def weights_of(config: Config) -> str:
+    """The dtype of a run's matrices."""
+    return precision(config.train).weights
 
 
 def optimizer_of(config: Config, mesh=None):

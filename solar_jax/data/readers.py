@@ -91,7 +91,7 @@ def _jsonl(file: File, text_key: str) -> Iterator[Record]:
             number += 1
             where = f"{file.name}:{number}"
             if len(line) == _LONGEST_LINE:
-                raise UserError(f"{where}: has a line of more than {_LONGEST_LINE:,} bytes, so the file is not JSONL.")
+                raise UserError(f"{where}: is a line of more than {_LONGEST_LINE:,} bytes, so the file is not JSONL.")
             if line.strip():
                 yield number, _from_json(_decode(line, where, first=number == 1), text_key, where)
 

@@ -160,9 +160,9 @@ class Split:
 def split(source: Source, every: int, rule: str) -> Split:
     """Decides how to hold out one in `every` documents of a source: by a hash of the text ("hash") or by position.
 
-    If there are fewer documents than that, as in one long text file, each document is cut instead: its last part, one
-    in `every` characters, is held out. With few documents and the hash rule, those of the lowest hashes are held out,
-    in the same proportion as in a larger source. To tell these cases apart, the first documents are read.
+    With fewer than `every` documents, as in one long text file, each document is cut instead: its last part, one in
+    `every` characters, is held out. With few documents and the hash rule, those of the lowest hashes are held out, in
+    the same proportion as in a larger source. To tell these cases apart, the first documents are read.
 
     Raises:
       UserError: the source has no documents.

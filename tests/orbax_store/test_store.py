@@ -22,7 +22,7 @@ from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.storage import retry
 from solar_jax.training.partition import everything
 from solar_jax.training.state import State, abstract_state, state_shardings, stored_form
-from tests.conftest import optimizer_of
+from tests.conftest import optimizer_of, weights_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 
@@ -31,7 +31,7 @@ OPTIMIZER = optimizer_of(Config())
 
 @functools.cache
 def abstract(shape: tuple[int, ...]) -> State:
-    return abstract_state(SMALL, Config(), OPTIMIZER, state_shardings(SMALL, OPTIMIZER, mesh_of(*shape)))
+    return abstract_state(SMALL, weights_of(Config()), OPTIMIZER, state_shardings(SMALL, OPTIMIZER, mesh_of(*shape)))
 
 
 def make_state(shape: tuple[int, ...], seed: int = 0) -> State:
@@ -315,13 +315,11 @@ def test_a_state_goes_on_in_another_precision(tmp_path, before, after):
         config = Config(train=TrainConfig(precision=precision))
         optimizer = optimizer_of(config)
         mesh = mesh_of(1, 2, 1)
-        return abstract_state(
-            SMALL, precision(config.train).weights, optimizer, state_shardings(SMALL, optimizer, mesh)
-        )
+        return abstract_state(SMALL, weights_of(config), optimizer, state_shardings(SMALL, optimizer, mesh))
 
     def older(stored):
         config = Config(train=TrainConfig(precision=after))
-        form = SMALL, config, optimizer_of(config), mesh_of(1, 2, 1), everything(SMALL)
+        form = SMALL, weights_of(config), optimizer_of(config), mesh_of(1, 2, 1), everything(SMALL)
         return stored_form(of(after)["opt_state"], *form, stored)
 
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from solar_jax.parallel.mesh import AXES
 from solar_jax.planning.memory import GIB, Need, estimate, shard_bytes
 from solar_jax.training.state import abstract_state, state_shardings
 from solar_jax.training.step import make_train_step
-from tests.conftest import optimizer_of
+from tests.conftest import optimizer_of, step_args, weights_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 
@@ -29,7 +29,7 @@ def config(batch_size: int = 8, length: int = 64, accumulation: int = 1, remat: 
 
 
 def state(cfg: ModelConfig, mesh):
-    return abstract_state(cfg, config(), OPTIMIZER, state_shardings(cfg, OPTIMIZER, mesh))
+    return abstract_state(cfg, weights_of(config()), OPTIMIZER, state_shardings(cfg, OPTIMIZER, mesh))
 
 
 def pod(data: int, fsdp: int, tensor: int, device: AbstractDevice | None = None) -> AbstractMesh:
@@ -42,7 +42,7 @@ def pod(data: int, fsdp: int, tensor: int, device: AbstractDevice | None = None)
 def test_solars_state_over_64_shards_by_hand(data, fsdp):
     # Every array has an axis of 4096, which 64 divides: 10,731,524,096 parameters x 4 bytes / 64.
     mesh = pod(data, fsdp, 1)
-    need = estimate(SOLAR, config(batch_size=256, length=4096), state(SOLAR, mesh), mesh)
+    need = estimate(SOLAR, *step_args(config(batch_size=256, length=4096)), state(SOLAR, mesh), mesh)
     assert need.parameters == need.gradients == 670_720_256
     assert need.optimizer == 2 * 670_720_256 + COUNTS
 
@@ -59,7 +59,7 @@ def test_norm_scales_are_not_split_over_tensor():
 def test_the_state_takes_the_bytes_it_was_said_to(shape):
     mesh = mesh_of(*shape)
     abstract = state(SMALL, mesh)
-    need = estimate(SMALL, config(), abstract, mesh)
+    need = estimate(SMALL, *step_args(config()), abstract, mesh)
     real = jax.tree.map(lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), abstract)
     for said, part in ((need.parameters, "params"), (need.optimizer, "opt_state")):
         assert said == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(real[part]))
@@ -68,7 +68,7 @@ def test_the_state_takes_the_bytes_it_was_said_to(shape):
 def test_accumulation_needs_a_second_copy_of_the_gradients():
     mesh = pod(1, 64, 1)
     abstract = state(SOLAR, mesh)
-    once, twice = (estimate(SOLAR, config(256, 4096, k), abstract, mesh) for k in (1, 2))
+    once, twice = (estimate(SOLAR, *step_args(config(256, 4096, k)), abstract, mesh) for k in (1, 2))
     assert twice.gradients == 2 * once.gradients
     assert twice.activations == pytest.approx(once.activations / 2, rel=1e-6)
 

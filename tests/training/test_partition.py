@@ -14,14 +14,13 @@ from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import identity, make_layer_map
 from solar_jax.model import llama
-from solar_jax.model.precision import precision
 from solar_jax.model.shapes import param_shapes
 from solar_jax.training.objectives import next_token_loss
 from solar_jax.training.optimizer import DIRECTIONS
 from solar_jax.training.partition import OTHERS, TRAINABLE, Partition, everything, make_partition
 from solar_jax.training.state import abstract_state, state_shardings, stored_form
 from solar_jax.training.step import make_train_step
-from tests.conftest import optimizer_of
+from tests.conftest import optimizer_of, weights_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.training.test_step import config, make_batch
@@ -134,9 +133,7 @@ def matmul_flops(jaxpr) -> int:
 def traced_step(partition: Partition):
     run, mesh = config(remat="full"), mesh_of(1, 1, 1)
     optimizer = optimizer_of(run)
-    state = abstract_state(
-        CFG, precision(run.train).weights, optimizer, state_shardings(CFG, optimizer, mesh, partition), partition
-    )
+    state = abstract_state(CFG, weights_of(run), optimizer, state_shardings(CFG, optimizer, mesh, partition), partition)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch(0))
     return state, make_train_step(CFG, run.train, run.data.sequence_length, optimizer, mesh, partition).trace(
         state, batch
@@ -165,10 +162,12 @@ def test_frozen_layers_have_no_optimiser_state_and_no_gradient():
 def test_a_state_of_a_version_that_masked_gradients_is_cut_to_the_trained_layers():
     run, mesh, part = config(), mesh_of(1, 1, 1), make_partition("new", LAYER_MAP)
     optimizer = optimizer_of(run)
-    form = functools.partial(stored_form, cfg=CFG, config=run, optimizer=optimizer, mesh=mesh, partition=part)
-    wanted = abstract_state(
-        CFG, precision(run.train).weights, optimizer, state_shardings(CFG, optimizer, mesh, part), part
-    )["opt_state"]
+    form = functools.partial(
+        stored_form, cfg=CFG, weights=weights_of(run), optimizer=optimizer, mesh=mesh, partition=part
+    )
+    wanted = abstract_state(CFG, weights_of(run), optimizer, state_shardings(CFG, optimizer, mesh, part), part)[
+        "opt_state"
+    ]
     params = random_params()
     before = jax.tree.map(lambda x: x + 1.0 if x.ndim else x, optimizer.init(params))
     paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(before)]

@@ -14,7 +14,7 @@ from solar_jax.model.precision import PRECISIONS, precision
 from solar_jax.parallel import rules
 from solar_jax.training.state import abstract_state, state_shardings
 from solar_jax.training.step import make_eval_step, make_train_step, mean_loss
-from tests.conftest import optimizer_of
+from tests.conftest import optimizer_of, step_args
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.training.test_step import FAST_COMPILE, config, initial, make_batch
@@ -61,7 +61,7 @@ def test_a_policy_trains_within_a_scan_with_recomputation_on_a_mesh(name):
     )
     state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=rest["opt_state"])(params)}
     batch = jax.device_put(make_batch(0), rules.batch_sharding(mesh))
-    eval_step = make_eval_step(SMALL, config(precision="float32"), mesh)
+    eval_step = make_eval_step(SMALL, *step_args(config(precision="float32")), mesh)
     before = mean_loss(eval_step, state["params"], [batch])
 
     lowered = make_train_step(SMALL, run.train, run.data.sequence_length, optimizer, mesh).lower(state, batch)
@@ -86,7 +86,8 @@ def test_the_held_out_loss_is_of_the_model_that_is_kept():
     batch = jax.device_put(make_batch(0), rules.batch_sharding(mesh))
     params = jax.device_put(initial(False), rules.parameter_shardings(SMALL, mesh))
     mixed, int8 = (
-        mean_loss(make_eval_step(SMALL, config(precision=p), mesh), params, [batch]) for p in ("mixed", "int8")
+        mean_loss(make_eval_step(SMALL, *step_args(config(precision=p)), mesh), params, [batch])
+        for p in ("mixed", "int8")
     )
     assert mixed == int8
 

@@ -31,7 +31,7 @@ from solar_jax.parallel.attention import attention_choice
 from solar_jax.planning import hlo_cost
 from solar_jax.training.state import State, abstract_state, state_shardings
 from solar_jax.training.step import make_eval_step, make_train_step, mean_loss
-from tests.conftest import hf_model, optimizer_of, save_hf
+from tests.conftest import hf_model, optimizer_of, save_hf, step_args
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 
@@ -397,7 +397,7 @@ def test_the_evaluation_is_the_mean_over_all_targets():
     mesh = mesh_of(2, 2, 2)
     params = jax.device_put(initial(False), rules.parameter_shardings(SMALL, mesh))
     batches = [jax.device_put(make_batch(i), rules.batch_sharding(mesh)) for i in range(2)]
-    found = mean_loss(make_eval_step(SMALL, config(), mesh), params, batches)
+    found = mean_loss(make_eval_step(SMALL, *step_args(config()), mesh), params, batches)
 
     logits = jax.jit(functools.partial(llama.logits, SMALL))
     total = weight = 0.0
@@ -442,5 +442,7 @@ def test_cudnn_is_refused_where_it_could_not_run_and_chosen_on_gpus_alone():
     run = config(attention="cudnn", precision="float32")
     with pytest.raises(UserError, match=r"'cudnn' needs 16-bit matmuls .* found 'float32'"):
         attention_choice(SMALL, run.train, run.data.sequence_length, mesh_of(1, 1, 1))
-    assert attention_choice(SMALL, config(attention="cudnn", precision="mixed"), mesh_of(1, 1, 1)) == "cudnn"
-    assert attention_choice(SMALL, config(precision="mixed"), mesh_of(1, 1, 1)) == "xla"
+    assert (
+        attention_choice(SMALL, *step_args(config(attention="cudnn", precision="mixed")), mesh_of(1, 1, 1)) == "cudnn"
+    )
+    assert attention_choice(SMALL, *step_args(config(precision="mixed")), mesh_of(1, 1, 1)) == "xla"

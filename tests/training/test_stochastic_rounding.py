@@ -8,14 +8,14 @@ import optax
 import pytest
 
 from solar_jax.config import Config, OptimizerConfig, TrainConfig
-from solar_jax.model.precision import PRECISIONS, precision
+from solar_jax.model.precision import PRECISIONS
 from solar_jax.model.shapes import param_shapes
 from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.training import stochastic_rounding
 from solar_jax.training.optimizer import DIRECTIONS
 from solar_jax.training.state import abstract_state, state_shardings
 from solar_jax.training.stochastic_rounding import narrow, stochastic_round
-from tests.conftest import optimizer_of
+from tests.conftest import optimizer_of, weights_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.training.test_step import FAST_COMPILE
@@ -146,9 +146,7 @@ def taken(config: Config, mesh, state, steps) -> dict:
 
 def begin(config: Config, mesh) -> dict:
     optimizer = optimizer_of(config, mesh=mesh)
-    abstract = abstract_state(
-        SMALL, precision(config.train).weights, optimizer, state_shardings(SMALL, optimizer, mesh)
-    )
+    abstract = abstract_state(SMALL, weights_of(config), optimizer, state_shardings(SMALL, optimizer, mesh))
     rest = jax.tree.map(lambda s: s.sharding, abstract)
     params = jax.device_put(initial(config.train.precision), rest["params"])
     state = {"params": params, "opt_state": jax.jit(optimizer.init, out_shardings=rest["opt_state"])(params)}
