@@ -30,9 +30,11 @@ EVERYTHING = {"D": 9.0, "NH": 4.0, "KH": 6.0, "F": 5.0}
 # Values per token that are live at once in the backward pass of a layer, besides what it reads; what the mlp
 # recomputes comes on top.
 LAYER = {"D": 6.5, "F": 3.0}
+FROZEN = {"D": 3.0, "F": 1.0}  # of a frozen layer, which has no gradients of weights
 SCORES = 8.5  # bytes that plain attention keeps per score in the current layer
 HOLES = 0.05  # fragmentation, as a fraction of all but parameters and optimiser state
 HEAD = 5.0  # bytes per weight of the output projection and its float32 gradient, in the loss
+FROZEN_HEAD = 2.0  # of one without a gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +102,15 @@ def estimate(
     gradients += 4 * trained if train.accumulation > 1 else 0
     rows = padded_rows(train.batch_size, mesh, train.accumulation) / train.accumulation
     tokens = rows * length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))
-    activations = (cfg.num_hidden_layers - partition.first) * _saved(cfg, train, length, mesh, tokens, width)
-    working = max(_layer(cfg, train, length, mesh, tokens, width), _loss(cfg, train, length, mesh, tokens))
-    optimizer = shard_bytes(state["opt_state"])
+    saved, behind = _saved(cfg, train, length, mesh, tokens, width), cfg.num_hidden_layers - partition.first
+    # Saved values and working set at each peak: in the loss, and in the last layer of each run of layers.
+    peaks, top = [behind * saved + _loss(cfg, length, mesh, tokens, partition)], 0
+    for trains, layers_of_run in partition.segments():
+        top += layers_of_run
+        if top > partition.first:
+            peaks.append((top - partition.first) * saved + _layer(cfg, train, length, mesh, tokens, width, trains))
+    activations, optimizer = behind * saved, shard_bytes(state["opt_state"])
+    working = max(peaks) - activations
     working += HOLES * (gradients + activations + working)
     return Need(parameters, optimizer, gradients, round(activations), round(working))
 
@@ -141,20 +149,27 @@ def _saved(
 
 
 def _layer(
-    cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh | AbstractMesh, tokens: float, width: int
+    cfg: ModelConfig,
+    train: TrainConfig,
+    length: int,
+    mesh: Mesh | AbstractMesh,
+    tokens: float,
+    width: int,
+    trains: bool,
 ) -> float:
     """Returns the working bytes of one layer's backward pass, besides what was saved."""
     names = REMAT[train.remat]
     kept = None if names is None else (*names, *OFFLOADED.get(train.remat, ()))
     again = [letters for name, letters in SAVEABLE.items() if kept is not None and name not in kept]
-    values = sum(count * each(cfg, mesh, letters) for letters, count in LAYER.items())
+    values = sum(count * each(cfg, mesh, letters) for letters, count in (LAYER if trains else FROZEN).items())
     values += sum(each(cfg, mesh, letters) for letters in again if "F" in letters)
     return tokens * (values * width + SCORES * _scores(cfg, train, length, mesh)) + _gathered(cfg, mesh) * width
 
 
-def _loss(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh | AbstractMesh, tokens: float) -> float:
+def _loss(cfg: ModelConfig, length: int, mesh: Mesh | AbstractMesh, tokens: float, partition: Partition) -> float:
     """Returns the working bytes of the loss."""
     logits = tokens * each(cfg, mesh, "V")
     chunks = loss_chunks(round(logits), length)
     head = size(cfg, "DV") / axis_size(mesh, "tensor")
-    return 4 * logits / chunks + HEAD * head
+    trains = ("embed" if cfg.tie_word_embeddings else "lm_head") in partition.others
+    return 4 * logits / chunks + (HEAD if trains else FROZEN_HEAD) * head

@@ -18,7 +18,12 @@ def plan_memory():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "slice_name", "remat"),
-    [("small", "v5p-8", "mid"), ("llama3.2-1b", "v5e-16", "mid"), ("solar", "v6e-256", "mid")],
+    [
+        ("small", "v5p-8", "mid"),
+        ("llama3.2-1b", "v5e-16", "mid"),
+        ("solar", "v6e-256", "mid"),
+        ("solar-new", "v5p-128", "mid"),
+    ],
 )
 def test_the_planners_hbm_is_within_a_tenth_of_the_compilers(model, slice_name, remat):
     bench = plan_memory()
