@@ -12,7 +12,6 @@ from absl import flags
 
 from solar_jax.checkpoints.find import check_local
 from solar_jax.cli import command
-from solar_jax.cli.command import folder_from_flag
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
 
@@ -28,19 +27,14 @@ def check() -> None:
     if not f.source or not f.out or not f.to:
         raise UserError("convert needs --source SRC, --out DIR and --to hf|orbax.")
     command.growth_from_flags()
-    folder_from_flag(f.out)
+    command.folder_from_flag(f.out)
     check_local(f.source)
 
 
 if __name__ == "__main__":
     command.begin(define_flags, check)  # before the slow imports
 
-from solar_jax.checkpoints.convert import Target, convert_checkpoint
-from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.checkpoints.views import grown
-from solar_jax.growth.operators import make_layer_map
-from solar_jax.growth.picture import picture
-from solar_jax.model.shapes import parameter_count
+from solar_jax.checkpoints.convert import Target, convert_checkpoint, open_grown
 from solar_jax.parallel import processes
 
 
@@ -48,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     f = flags.FLAGS
     processes.join()
-    target = Target(folder_from_flag(f.out), f.to, f.dtype, f.max_shard_size, f.overwrite)
+    target = Target(command.folder_from_flag(f.out), f.to, f.dtype, f.max_shard_size, f.overwrite)
     convert(f.source, target, command.growth_from_flags(), verify=f.verify)
 
 
@@ -58,12 +52,7 @@ def convert(source: str, target: Target, growth: GrowthConfig | None = None, *, 
     Raises:
       UserError: bad source, layer map or target; nothing is written then.
     """
-    checkpoint = open_checkpoint(source)
-    if growth is not None:
-        base, layer_map = checkpoint.cfg, make_layer_map(checkpoint.cfg.num_hidden_layers, growth)
-        checkpoint = grown(checkpoint, layer_map)
-        print(picture(layer_map, parameter_count(base), parameter_count(checkpoint.cfg)), flush=True)
-    convert_checkpoint(checkpoint, target, "convert", verify=verify)
+    convert_checkpoint(open_grown(source, growth), target, "convert", verify=verify)
     print(f"{target.out}: written")
 
 

@@ -20,7 +20,6 @@ from ml_collections import config_flags
 
 from solar_jax.checkpoints.find import check_local
 from solar_jax.cli import command
-from solar_jax.cli.command import folder_from_flag
 from solar_jax.config import Config, resolve
 from solar_jax.data.sources import check_sources
 from solar_jax.errors import UserError
@@ -44,7 +43,7 @@ def check() -> None:
     if f.config is None:
         raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
     config = resolve(f.config)
-    folder_from_flag(f.workdir or f"runs/{config.name}")
+    command.folder_from_flag(f.workdir or f"runs/{config.name}")
     check_local(config.source)
     check_sources(config.data)
 
@@ -88,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     config = resolve(flags.FLAGS.config)
     processes.join()
     with listen_for_profiles(), listen_for_preemption():
-        run(config, folder_from_flag(flags.FLAGS.workdir or f"runs/{config.name}"), flags.FLAGS.allow_changed)
+        run(config, command.folder_from_flag(flags.FLAGS.workdir or f"runs/{config.name}"), flags.FLAGS.allow_changed)
 
 
 def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> dict[str, Any]:
@@ -112,7 +111,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     run_folder.check_allowed(allowed)
     run_folder.check_place(folder)
     devices = search.present()
-    if config.model.num_hidden_layers:  # the shape is known, so what cannot fit is told without a checkpoint
+    if config.model.num_hidden_layers:  # known shape: what cannot fit is refused before opening a checkpoint
         layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
         search.choose(
             grown_config(config.model, layer_map), config, devices, make_partition(config.train.trainable, layer_map)

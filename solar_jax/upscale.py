@@ -12,14 +12,13 @@ from absl import flags
 
 from solar_jax.checkpoints.find import check_local
 from solar_jax.cli import command
-from solar_jax.cli.command import folder_from_flag
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
 
 
 def define_flags() -> None:
     command.define_conversion_flags()
-    flags.DEFINE_bool("dry_run", False, "Show the plan and stop.")
+    flags.DEFINE_bool("dry_run", False, "Show the layer map and stop.")
 
 
 def check() -> None:
@@ -30,18 +29,14 @@ def check() -> None:
     if command.growth_from_flags() is None:
         raise UserError("upscale needs --operator NAME or --slices RANGES.")
     if f.out:
-        folder_from_flag(f.out)
+        command.folder_from_flag(f.out)
     check_local(f.source)
 
 
 if __name__ == "__main__":
     command.begin(define_flags, check)  # before the slow imports
 
-from solar_jax.checkpoints.convert import Target, convert_checkpoint
-from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.checkpoints.views import grown
-from solar_jax.growth.operators import make_layer_map
-from solar_jax.growth.picture import picture
+from solar_jax.checkpoints.convert import Target, convert_checkpoint, open_grown
 from solar_jax.model.shapes import parameter_count
 from solar_jax.parallel import processes
 
@@ -52,24 +47,23 @@ def main(argv: Sequence[str]) -> None:
     processes.join()
     growth = command.growth_from_flags()
     assert growth is not None
-    target = None if f.dry_run else Target(folder_from_flag(f.out), "hf", f.dtype, f.max_shard_size, f.overwrite)
+    target = (
+        None if f.dry_run else Target(command.folder_from_flag(f.out), "hf", f.dtype, f.max_shard_size, f.overwrite)
+    )
     upscale(f.source, growth, target, verify=f.verify)
 
 
 def upscale(source: str, growth: GrowthConfig, target: Target | None, *, verify: bool = False) -> None:
-    """Writes the grown model to the target, or only shows the plan.
+    """Writes the grown model to the target, or only shows the layer map.
 
     Raises:
       UserError: bad source, layer map or target; nothing is written then.
     """
-    checkpoint = open_checkpoint(source)
-    layer_map = make_layer_map(checkpoint.cfg.num_hidden_layers, growth)
-    deeper = grown(checkpoint, layer_map)
-    print(picture(layer_map, parameter_count(checkpoint.cfg), parameter_count(deeper.cfg)), flush=True)
+    deeper = open_grown(source, growth)
     if target is None:
         return
     convert_checkpoint(deeper, target, "upscale", verify=verify)
-    print(f"{target.out}: {parameter_count(deeper.cfg):,} parameters, source layers {list(layer_map.source)}")
+    print(f"{target.out}: {parameter_count(deeper.cfg):,} parameters, source layers {list(deeper.layer_map.source)}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import Config, TrainConfig
+from solar_jax.errors import UserError
 from solar_jax.model.precision import precision
 from solar_jax.training.optimizer import make_optimizer
 
@@ -122,6 +123,16 @@ def tiny(tmp_path_factory) -> pathlib.Path:
 def smollm2() -> Checkpoint:
     """SmolLM2-135M-Instruct, the real model that a package carries."""
     return open_checkpoint("smollm2")
+
+
+def refusal(source) -> str:
+    """The one line that opening `source` ends with, without its name."""
+    with pytest.raises(UserError) as e:
+        open_checkpoint(str(source))
+    text = str(e.value)
+    assert text.startswith(str(source))
+    assert len(text.splitlines()) == 1
+    return text.removeprefix(str(source))
 
 
 def free_port() -> int:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from solar_jax import convert
-from solar_jax.checkpoints.convert import Target
+from solar_jax.checkpoints.convert import Target, open_grown
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.errors import UserError
 from tests.conftest import hf_model, save_hf
@@ -104,12 +104,12 @@ def test_a_source_that_becomes_shorter_while_it_is_read_leaves_nothing(tmp_path,
     source = save_hf(hf_model(num_hidden_layers=2), tmp_path / "source")
     file = source / "model.safetensors"
 
-    def open_and_cut(name):
-        opened = open_checkpoint(name)
+    def open_and_cut(name, growth):
+        opened = open_grown(name, growth)
         os.truncate(file, file.stat().st_size - 1)
         return opened
 
-    monkeypatch.setattr(convert, "open_checkpoint", open_and_cut)
+    monkeypatch.setattr(convert, "open_grown", open_and_cut)
     with pytest.raises(UserError, match=r"model\.safetensors: ends .* was it modified meanwhile\?"):
         write(source, tmp_path / "out", to, dtype)
     assert [f.name for f in tmp_path.iterdir()] == ["source"]

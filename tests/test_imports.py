@@ -139,7 +139,7 @@ with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said), contextl
 
 def test_the_floors_are_checked_at_all():
     # A negative control of the walk: known edges are found.
-    assert "checkpoints.views" in IMPORTS["upscale"]
+    assert "checkpoints.convert" in IMPORTS["upscale"]
     assert all(other in MODULES for others in IMPORTS.values() for other in itertools.chain(others))
 
 

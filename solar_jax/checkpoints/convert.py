@@ -11,10 +11,14 @@ from solar_jax.checkpoints import lineage, write_orbax
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.companions import LINEAGE
 from solar_jax.checkpoints.hf_config import with_dtype
-from solar_jax.checkpoints.views import cast
+from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.views import cast, grown
 from solar_jax.checkpoints.write_hf import WRITERS, parse_size, pieces, write_companions, write_model
 from solar_jax.cli.progress import byte_bar
+from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
+from solar_jax.growth.operators import make_layer_map
+from solar_jax.growth.picture import picture
 from solar_jax.model.shapes import parameter_count
 from solar_jax.orbax_store.layout import MODEL_FOLDER
 from solar_jax.parallel import processes
@@ -89,18 +93,28 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
         if verify and local:
             processes.wait(f"{target.out} is written")
             if index == 0:
-                from solar_jax.checkpoints.verify import certificate  # imported here: few conversions are verified
-
-                certificate.write_certificate(c, folder, model, target.out)
+                _certify(c, folder, model, target.out)
     if verify and not local and index == 0:
-        from solar_jax.checkpoints.verify import certificate
-
         model = target.out if hf else target.out / MODEL_FOLDER
         try:
-            certificate.write_certificate(c, target.out, model, target.out)
+            _certify(c, target.out, model, target.out)
         except UserError:
             (model / "config.json").unlink()  # without it the folder is not a checkpoint
             raise
+
+
+def open_grown(source: str, growth: GrowthConfig | None) -> Checkpoint:
+    """Opens SRC, grown where `growth` is given; prints the layer map.
+
+    Raises:
+      UserError: bad source, or growth that does not fit it.
+    """
+    c = open_checkpoint(source)
+    if growth is None:
+        return c
+    deeper = grown(c, make_layer_map(c.cfg.num_hidden_layers, growth))
+    print(picture(deeper.layer_map, parameter_count(c.cfg), parameter_count(deeper.cfg)), flush=True)
+    return deeper
 
 
 @contextlib.contextmanager
@@ -121,3 +135,9 @@ def _shared_folder(target: Target, job: dict[str, Any]) -> Iterator[tuple[pathli
         yield folder, has, put
         processes.wait(f"{target.out} is filled")
     processes.wait(f"{target.out} has its name")
+
+
+def _certify(c: Checkpoint, folder: pathlib.Path, model: pathlib.Path, out: pathlib.Path) -> None:
+    from solar_jax.checkpoints.verify import certificate  # imported here, since few conversions are verified
+
+    certificate.write_certificate(c, folder, model, out)

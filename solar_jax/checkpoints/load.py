@@ -8,6 +8,7 @@ import numpy as np
 from solar_jax.checkpoints.checkpoint import Checkpoint, equal_layers, row_unit, tensor_name
 from solar_jax.checkpoints.tensor_table import TENSORS, from_hf
 from solar_jax.model.shapes import Params, param_shapes
+from solar_jax.orbax_store.checksums import name_of
 
 
 def load_params(c: Checkpoint, shardings: Params | None = None, dtype: Any = np.float32) -> Params:
@@ -30,7 +31,7 @@ def load_params(c: Checkpoint, shardings: Params | None = None, dtype: Any = np.
     dtypes = dtype if isinstance(dtype, dict) else jax.tree.map(lambda _: dtype, param_shapes(c.cfg))
 
     def load(key_path: Any, shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, dtype: Any) -> jax.Array:
-        parts = _parts(c, "/".join(k.key for k in key_path), shape.shape, sharding, dtype)
+        parts = _parts(c, name_of(key_path), shape.shape, sharding, dtype)
         return jax.make_array_from_callback(shape.shape, sharding, lambda index: parts[str(index)])
 
     return jax.tree.map_with_path(load, param_shapes(c.cfg), shardings, dtypes)

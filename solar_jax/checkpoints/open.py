@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import keystr
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, check_tensors, row_unit
 from solar_jax.checkpoints.companions import companions, inside
@@ -17,6 +16,7 @@ from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors, to
 from solar_jax.errors import UserError
 from solar_jax.model.shapes import param_shapes
 from solar_jax.orbax_store.arrays import array_paths, open_array
+from solar_jax.orbax_store.checksums import name_of
 from solar_jax.orbax_store.layout import MODEL_FOLDER, newest
 from solar_jax.storage.json_files import read_json_object
 from solar_jax.storage.paths import is_local
@@ -52,7 +52,7 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
         for file in step.rglob("*"):
             if not file.is_dir() or file.is_symlink():
                 inside(step, str(file.relative_to(step)))
-    expected = {keystr(p, simple=True, separator="/"): s.shape for p, s in jax.tree.leaves_with_path(param_shapes(cfg))}
+    expected = {name_of(p): s.shape for p, s in jax.tree.leaves_with_path(param_shapes(cfg))}
     try:
         arrays = {path: open_array(step / "params", path) for path in array_paths(step / "params")}
     except (ValueError, OSError) as e:

@@ -14,6 +14,7 @@ from solar_jax.checkpoints.checkpoint import Checkpoint, equal_layers, row_block
 from solar_jax.checkpoints.tensor_table import TENSORS, from_hf, hf_shape, paths
 from solar_jax.model.shapes import Params, param_shapes, sizes
 from solar_jax.orbax_store.arrays import BlockWriter, array_paths, chunks, open_array, told_errors
+from solar_jax.orbax_store.checksums import name_of
 from solar_jax.orbax_store.layout import FOLDER
 from solar_jax.orbax_store.streamed import write_streamed
 from solar_jax.parallel import processes
@@ -37,7 +38,7 @@ def array_dtypes(c: Checkpoint) -> dict[str, np.dtype]:
 def total_bytes(c: Checkpoint) -> int:
     """Returns the bytes of the arrays that `write_params` writes."""
     dtypes, leaves = array_dtypes(c), jax.tree.leaves_with_path(param_shapes(c.cfg))
-    return sum(s.size * dtypes["/".join(k.key for k in p)].itemsize for p, s in leaves)
+    return sum(s.size * dtypes[name_of(p)].itemsize for p, s in leaves)
 
 
 def write_params(workdir: pathlib.Path, c: Checkpoint, progress: Callable[[int], None]) -> None:
@@ -49,7 +50,7 @@ def write_params(workdir: pathlib.Path, c: Checkpoint, progress: Callable[[int],
       progress: called with the bytes written since its last call.
     """
     dtypes = array_dtypes(c)
-    shape = {"/".join(k.key for k in p): s.shape for p, s in jax.tree.leaves_with_path(param_shapes(c.cfg))}
+    shape = {name_of(p): s.shape for p, s in jax.tree.leaves_with_path(param_shapes(c.cfg))}
     tree: Params = {"layers": {}}
     for path, d in dtypes.items():
         group, _, leaf = path.rpartition("/")
@@ -61,7 +62,7 @@ def write_params(workdir: pathlib.Path, c: Checkpoint, progress: Callable[[int],
         try:
             if processes.is_first():
                 begun = {path: open_array(folder, path).shape for path in array_paths(folder)}
-                for path in dtypes:  # replaces the placeholders of another shape that Orbax wrote
+                for path in dtypes:  # replaces the one-element arrays that Orbax wrote
                     _array(writer, c, path, shape[path], dtypes[path], fresh=begun.get(path) != shape[path])
             processes.wait("the arrays are there to be filled")
             stored = chunks(folder)

@@ -52,7 +52,7 @@ def start(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _is_news(record: LogRecord) -> bool:
-    """Whether a library's note is shown: Orbax logs each failure in each of its threads, and raises it too."""
+    """True if a library's note is shown: Orbax logs each failure in each of its threads, and raises it too."""
     return record.levelno != ERROR or "orbax" not in record.pathname or logging.get_verbosity() >= logging.INFO
 
 

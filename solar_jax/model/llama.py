@@ -225,9 +225,11 @@ class Llama(nnx.Module):
             )
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
 
+        def turn(x: jax.Array, stacks: tuple[Any, ...]) -> tuple[jax.Array, None]:
+            return functools.reduce(lambda x, stack: run(x, stack)[0], stacks, x), None
+
         def run(x: jax.Array, stack: Any) -> tuple[jax.Array, None]:
             if isinstance(stack, tuple):  # stacks in turns: [repeats, n, ...] each
-                turn = lambda x, parts: (functools.reduce(lambda x, s: run(x, s)[0], parts, x), None)  # noqa: E731
                 return jax.lax.scan(turn, x, stack)
             return jax.lax.scan(body, x, stack)
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from solar_jax.errors import phrase
-from solar_jax.orbax_store.arrays import array_paths, layout_is_known, open_array
+from solar_jax.orbax_store.arrays import array_paths, open_array
 from solar_jax.orbax_store.layout import COMMITTED
 from solar_jax.parallel import processes
 from solar_jax.storage import paths
@@ -103,22 +103,17 @@ def _stored_sum(step: pathlib.Path, name: str) -> int:
     return total % 2**32
 
 
-def stored_shapes(step: pathlib.Path, parts: Iterable[str]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Returns (shape, dtype) by name of every array in some of a checkpoint's parts, from their metadata."""
-    found = {}
-    for part in parts:
-        for path in array_paths(step / part):
-            array = open_array(step / part, path)
-            found[f"{part}/{path}"] = (tuple(array.shape), array.dtype.name)
-    return found
+def stored_shapes(step: pathlib.Path, parts: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape by name of every array in some of a checkpoint's parts, from their metadata.
 
-
-def shapes_of(step: pathlib.Path, part: str) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every array in a part of a checkpoint, by path; empty if it cannot be read."""
-    try:
-        return {path: tuple(open_array(step / part, path).shape) for path in array_paths(step / part)}
-    except (ValueError, OSError):
-        return {}
+    Raises:
+      ValueError, OSError: it cannot be read.
+    """
+    return {
+        f"{part}/{path}": tuple(open_array(step / part, path).shape)
+        for part in parts
+        for path in array_paths(step / part)
+    }
 
 
 def _sizes(step: pathlib.Path) -> dict[str, int]:
@@ -152,33 +147,30 @@ def read_seal(step: pathlib.Path) -> dict[str, Any] | None:
     return None if text is None else json.loads(text)
 
 
-def problem(step: pathlib.Path, state: dict[str, Any]) -> str | None:
-    """Checks a checkpoint's commit marker, file names and sizes, and array metadata.
-
-    Args:
-      step: its folder.
-      state: its expected content by part ("params", "opt_state"): trees of abstract arrays. Dtypes may differ.
-
-    Returns:
-      A phrase that says what is wrong, or None; the bytes of the arrays are not read.
-    """
+def problem(step: pathlib.Path) -> str | None:
+    """Checks a checkpoint's commit marker and its files' names and sizes; a phrase that says what is wrong, or None."""
     if not (step / COMMITTED).exists():
         return "it has no commit marker, so its save or removal was interrupted"
     try:
         seal = read_seal(step)
-        if seal is not None and (wrong := _missing(seal["files"], _sizes(step))):
-            return wrong
-        if not all(layout_is_known(step / part) for part in state):
-            return None  # Orbax reports what it finds
-        found = stored_shapes(step, state)
+        return None if seal is None else _missing(seal["files"], _sizes(step))
     except (ValueError, OSError, KeyError) as e:
         return f"it cannot be read ({phrase(e)})"
+
+
+def misshapen(stored: dict[str, tuple[int, ...]], state: dict[str, Any]) -> str | None:
+    """The first array that is missing or has another shape, as a phrase, or None.
+
+    Args:
+      stored: as `stored_shapes` returns it.
+      state: the expected content by part ("params", "opt_state"): trees of abstract arrays. Dtypes may differ.
+    """
     for path, expected in jax.tree.leaves_with_path(state):
         name = name_of(path)
-        if name not in found:
+        if name not in stored:
             return f"{name} is missing"
-        if found[name][0] != tuple(expected.shape):
-            return f"{name} has shape {list(found[name][0])}, expected {list(expected.shape)}"
+        if stored[name] != tuple(expected.shape):
+            return f"{name} has shape {list(stored[name])}, expected {list(expected.shape)}"
     return None
 
 

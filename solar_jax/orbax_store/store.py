@@ -151,7 +151,7 @@ class CheckpointStore:
 
     @property
     def failed(self) -> bool:
-        """Whether the save in flight is known to have failed; always False on several processes, which must agree."""
+        """True if the save in flight is known to have failed; always False on several processes, which must agree."""
         alone = processes.index_and_count()[1] == 1
         return alone and self._pending is not None and self._pending.checked.done() and (
             self._pending.checked.exception() is not None
@@ -315,15 +315,19 @@ class CheckpointStore:
         return self._load(step, {"params": params})["params"]
 
     def _load(self, step: int, state: dict[str, Any], older: OlderForm | None = None) -> dict[str, Any]:
-        folder, finish = self._folder / str(step), None
-        if older is not None and "opt_state" in state:
-            stored, finish = older(checksums.shapes_of(folder, "opt_state"))
-            state = state | {"opt_state": stored}
+        folder, finish, known = self._folder / str(step), None, True
         found, sums, host, problem, seal = {}, {}, {}, None, None
         try:
-            problem = checksums.problem(folder, state)
+            problem = checksums.problem(folder)
+            if problem is None and (known := all(layout_is_known(folder / part) for part in state)):
+                stored = checksums.stored_shapes(folder, state)
+                if older is not None and "opt_state" in state:
+                    own = {name.partition("/")[2]: shape for name, shape in stored.items() if name.startswith("opt_")}
+                    form, finish = older(own)
+                    state = state | {"opt_state": form}
+                problem = checksums.misshapen(stored, state)
             seal = checksums.read_seal(folder)
-        except self._failures as e:
+        except (*self._failures, KeyError) as e:
             problem = f"it cannot be read ({phrase(e)})"
         self._agree(problem)
         try:
@@ -333,7 +337,7 @@ class CheckpointStore:
             problem = f"it cannot be read ({phrase(e)})"
         self._agree(problem)
         try:
-            found, sums = self._read(step, state)
+            found, sums = self._read(step, state, known)
         except (*self._failures, KeyError) as e:
             problem = f"it cannot be read ({phrase(e)})"
         self._agree(problem)
@@ -343,14 +347,13 @@ class CheckpointStore:
             found["opt_state"] = finish(found["opt_state"], step)
         return found | host
 
-    def _read(self, step: int, state: dict[str, Any]) -> tuple[dict[str, Any], checksums.Sums]:
-        """The arrays of a step, and this process's shares of the sums of what is stored.
+    def _read(self, step: int, state: dict[str, Any], known: bool) -> tuple[dict[str, Any], checksums.Sums]:
+        """Reads the arrays of a step, and sums this process's shares of what is stored.
 
-        They are read in blocks, or by Orbax where the config says so or the layout is not one that `arrays` reads. With
+        They are read in blocks, or by Orbax where the config says so or the layout is not `known` to `arrays`. With
         Orbax, every byte is read once for the arrays and once for the sums.
         """
         folder = self._folder / str(step)
-        known = all(layout_is_known(folder / part) for part in state)
         if known and self._cfg.restore == "blocks":
             return restore.restore(folder, state)
         if not known:

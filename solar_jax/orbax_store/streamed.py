@@ -26,7 +26,7 @@ def write_streamed(
 ) -> None:
     """Writes a checkpoint of step 0 that holds only `params`, without ever holding a full array in memory.
 
-    Orbax writes the checkpoint with placeholder arrays, which the real ones then replace. What an earlier, killed run
+    Orbax writes the checkpoint with one-element arrays, which the real ones then replace. What an earlier, killed run
     wrote is kept, so that `write_arrays` can resume.
 
     Args:

@@ -171,5 +171,4 @@ def _loss(cfg: ModelConfig, length: int, mesh: Mesh | AbstractMesh, tokens: floa
     logits = tokens * each(cfg, mesh, "V")
     chunks = loss_chunks(round(logits), length)
     head = size(cfg, "DV") / axis_size(mesh, "tensor")
-    trains = ("embed" if cfg.tie_word_embeddings else "lm_head") in partition.others
-    return 4 * logits / chunks + (HEAD if trains else FROZEN_HEAD) * head
+    return 4 * logits / chunks + (HEAD if partition.trains_head(cfg) else FROZEN_HEAD) * head

@@ -8,7 +8,7 @@ from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.hardware.chips import Chip
 from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.precision import compute_dtype
-from solar_jax.model.shapes import is_vector, layer_axes, parameter_count, size
+from solar_jax.model.shapes import is_vector, layer_axes, size
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, PARAMETERS, padded_rows, ways
 from solar_jax.planning.hlo_cost import HOST, KERNEL_RATE
@@ -90,7 +90,7 @@ def step_time(
     repeated = sum(size(cfg, _WEIGHT[name]) for name in again if name in _WEIGHT)
     head = size(cfg, "DV")
     per_layer = 2 * L + 2 * behind + 2 * partition.count
-    head_passes = 4 + 2 * (("embed" if cfg.tie_word_embeddings else "lm_head") in partition.others)
+    head_passes = 4 + 2 * partition.trains_head(cfg)
     matmul_flops = t / tensor * (per_layer * weights + 2 * behind * repeated + head_passes * head)
 
     keys = length / 2
@@ -99,7 +99,7 @@ def step_time(
     kernel_flops = t / tensor * 4 * size(cfg, "NH") * keys * passes
 
     values = sum(count * each(cfg, mesh, letters) for letters, count in _VECTORS.items())
-    state = parameter_count(cfg) / ways("DF", PARAMETERS, mesh)
+    state = partition.parameter_count(cfg) / ways("DF", PARAMETERS, mesh)  # of what trains
     count = train.accumulation
     vector_bytes = t * L * values * width + 4 * (8 + (3 * count if count > 1 else 0)) * state
 
@@ -107,34 +107,36 @@ def step_time(
         matmuls=(FLOAT32_PASSES if width == 4 else 1) * matmul_flops / (chip.matmul_rate * chip.peak),
         kernels=kernel_flops / (KERNEL_RATE * chip.peak),
         vectors=vector_bytes / chip.bandwidth,
-        links=_link_bytes(cfg, train, length, mesh, t, weights, width, "mid" in again) / chip.links,
-        host=2 * t * L * width * sum(each(cfg, mesh, SAVEABLE[name]) for name in offloaded) / HOST,
+        links=_ici_bytes(cfg, train.accumulation, mesh, t, weights, width, "mid" in again, partition) / chip.links,
+        host=2 * t * behind * width * sum(each(cfg, mesh, SAVEABLE[name]) for name in offloaded) / HOST,
         network=2 * (slices - 1) / slices * 4 * state / chip.network,
     )
 
 
-def _link_bytes(
+def _ici_bytes(
     cfg: ModelConfig,
-    train: TrainConfig,
-    length: int,
+    microbatches: int,
     mesh: Mesh | AbstractMesh,
     t: float,
     weights: int,
     width: int,
     mid_again: bool,
+    partition: Partition,
 ) -> float:
     """Returns the bytes of a device's collectives over ICI, within a slice."""
     L, D = cfg.num_hidden_layers, cfg.hidden_size
+    behind = L - partition.first  # layers with a backward pass
     tensor, context = axis_size(mesh, "tensor"), axis_size(mesh, "context")
     shards = ways("D", PARAMETERS, mesh)
     moved = 0.0
     if shards > 1:
-        moved += train.accumulation * L * 3 * width * weights / tensor
-        moved += train.accumulation * 2 * (2 * width + 4) * size(cfg, "DV") / tensor
+        moved += microbatches * (L + behind + partition.count) * width * weights / tensor
+        outside = ("embed" in partition.others) + partition.trains_head(cfg)  # embedding and output projection
+        moved += microbatches * (2 * 2 * width + 4 * outside) * size(cfg, "DV") / tensor
     if tensor > 1:
-        moved += L * (5 if mid_again else 4) * 2 * t * D * width
+        moved += (2 * L + (3 if mid_again else 2) * behind) * 2 * t * D * width
     if context > 1:
-        moved += L * 2 * 3 * t * context * size(cfg, "KH") / tensor * width
+        moved += (L + 2 * behind) * 2 * t * context * size(cfg, "KH") / tensor * width
     if axis_size(mesh, "data") > 1:
-        moved += 2 * 4 * parameter_count(cfg) / (shards * tensor)
+        moved += 2 * 4 * partition.parameter_count(cfg) / (shards * tensor)
     return moved

@@ -15,7 +15,7 @@ import numpy as np
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.operators import LayerMap
-from solar_jax.model.shapes import Params
+from solar_jax.model.shapes import Params, param_shapes
 
 OTHERS = ("embed", "final_norm", "lm_head")  # the arrays outside the layers
 MOST_SEGMENTS = 4  # scans written one after another; longer patterns are searched for a repetition
@@ -47,6 +47,14 @@ class Partition:
     def count(self) -> int:
         """Layers that train."""
         return sum(self.layers)
+
+    def trains_head(self, cfg: ModelConfig) -> bool:
+        """Whether the output projection trains, which is the embedding where they are tied."""
+        return ("embed" if cfg.tie_word_embeddings else "lm_head") in self.others
+
+    def parameter_count(self, cfg: ModelConfig) -> int:
+        """Parameters that train."""
+        return sum(s.size for s in jax.tree.leaves(self.shapes(param_shapes(cfg))))
 
     @property
     def first(self) -> int:

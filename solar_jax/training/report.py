@@ -1,4 +1,4 @@
-"""What a run says before it starts and after it ends: announcement, summary.json, loss.png, the table."""
+"""Reports of a run: the announcement before it starts, and summary.json, loss.png and the table after it ends."""
 
 import dataclasses
 import importlib.metadata

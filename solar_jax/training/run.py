@@ -1,4 +1,4 @@
-"""What the arms of a run share, an arm, its first weights and its held-out loss."""
+"""A run and its arms: shared state, first weights and held-out loss."""
 
 import dataclasses
 import pathlib
@@ -24,7 +24,7 @@ from solar_jax.training.step import make_eval_step, mean_loss
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What all arms of a run share."""
+    """Everything that the arms of a run share."""
 
     config: Config
     workdir: pathlib.Path

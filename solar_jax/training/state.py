@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import ModelConfig
 from solar_jax.model.shapes import Params, param_shapes
+from solar_jax.orbax_store.checksums import name_of
 from solar_jax.parallel import rules
 from solar_jax.training.partition import Partition, everything
 from solar_jax.training.stochastic_rounding import as_kept, as_wanted
@@ -65,23 +66,20 @@ def stored_form(
     """
     narrow = any(path.startswith("inner/") for path in stored)
     parted = as_kept(wanted, narrow)
-    names = [keystr(path) for path, _ in jax.tree.leaves_with_path(parted)]
+    names = [name_of(path) for path, _ in jax.tree.leaves_with_path(parted)]
     fits = all(stored.get(name, s.shape) == s.shape for name, s in zip(names, jax.tree.leaves(parted), strict=True))
     if fits:
         return parted, lambda found, step: as_wanted(found, wanted, step)
     whole = abstract_state(cfg, weights, optimizer, state_shardings(cfg, optimizer, mesh))["opt_state"]
 
     def cut(found: Any, step: int) -> Any:
-        by_path = {keystr(path): x for path, x in jax.tree.leaves_with_path(found)}
+        by_path = {name_of(path): x for path, x in jax.tree.leaves_with_path(found)}
 
         def one(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-            return jax.jit(partition.follow, static_argnums=1, out_shardings=like.sharding)(by_path[keystr(path)], like)
+            return jax.jit(partition.follow, static_argnums=1, out_shardings=like.sharding)(
+                by_path[name_of(path)], like
+            )
 
         return as_wanted(jax.tree.map_with_path(one, parted), wanted, step)
 
     return as_kept(whole, narrow), cut
-
-
-def keystr(path: Any) -> str:
-    """An array's path in a tree, e.g. "0/mu/layers/q_proj"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")

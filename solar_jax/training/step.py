@@ -107,8 +107,8 @@ def make_train_step(
       objective: what is minimised.
     """
     partition = partition or everything(cfg)
-    trains_head = ("embed" if cfg.tie_word_embeddings else "lm_head") in partition.others
-    forward = make_forward(cfg, train, length, mesh, projections=precision(train).projections, trains_head=trains_head)
+    projections, trains_head = precision(train).projections, partition.trains_head(cfg)
+    forward = make_forward(cfg, train, length, mesh, projections=projections, trains_head=trains_head)
     shardings = state_shardings(cfg, optimizer, mesh, partition)
     trained_shardings = partition.keys(shardings["params"])
     microbatches = max(1, train.accumulation)
@@ -136,8 +136,8 @@ def make_train_step(
                 microbatch = jax.tree.map(lambda x: constrain(x, "B."), microbatch)
                 return jax.tree.map(jnp.add, total, gradients(trained, microbatch)), None
 
-            first = jax.tree.map(lambda x: x[0], split)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), jax.eval_shape(gradients, trained, first))
+            loss, (count, sums) = jax.eval_shape(summed, trained, jax.tree.map(lambda x: x[0], split))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (loss, count, sums, trained))
             return jax.lax.scan(add, zeros, split)[0]
 
         loss, count, sums, grads = over_slices(mesh, accumulated)(trained, batch)

@@ -20,7 +20,7 @@ from solar_jax.config import MeshConfig
 from solar_jax.errors import UserError
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.parallel.rules import parameter_shardings
-from tests.conftest import hf_model, save_hf
+from tests.conftest import hf_model, refusal, save_hf
 
 SHARD = "200KB"  # about one layer
 Q2 = "model.layers.2.self_attn.q_proj.weight"
@@ -50,16 +50,6 @@ def edit_tensors(folder: pathlib.Path, change) -> None:
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     change(tensors)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def refusal(folder: pathlib.Path) -> str:
-    """The one line that opening `folder` ends with."""
-    with pytest.raises(UserError) as e:
-        open_checkpoint(str(folder))
-    text = str(e.value)
-    assert text.startswith(str(folder))
-    assert len(text.splitlines()) == 1
-    return text.removeprefix(str(folder))
 
 
 def assert_same(found, expected) -> None:

@@ -15,9 +15,8 @@ from solar_jax.checkpoints.convert import Target
 from solar_jax.checkpoints.hf_folder import INDEX
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.convert import convert
-from solar_jax.errors import UserError
 from solar_jax.storage import paths
-from tests.conftest import hf_model, save_hf
+from tests.conftest import hf_model, refusal, save_hf
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +49,6 @@ def several(tmp_path_factory) -> dict[str, pathlib.Path]:
         weight_map |= dict.fromkeys(tensors, name)
     (old / "pytorch_model.bin.index.json").write_text(json.dumps(index | {"weight_map": weight_map}))
     return {"safetensors": safe, "bin": old}
-
-
-def refusal(folder: pathlib.Path) -> str:
-    """The one line that opening `folder` ends with."""
-    with pytest.raises(UserError) as e:
-        open_checkpoint(str(folder))
-    text = str(e.value)
-    assert text.startswith(str(folder))
-    assert len(text.splitlines()) == 1
-    return text.removeprefix(str(folder))
 
 
 def weights(folder: pathlib.Path) -> dict[str, bytes]:

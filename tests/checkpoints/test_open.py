@@ -21,16 +21,7 @@ from solar_jax.config import CheckpointConfig
 from solar_jax.errors import UserError
 from solar_jax.orbax_store.layout import FOLDER, MODEL_FOLDER
 from solar_jax.orbax_store.store import CheckpointStore
-
-
-def refusal(source) -> str:
-    """The one line that opening `source` ends with."""
-    with pytest.raises(UserError) as e:
-        open_checkpoint(str(source))
-    text = str(e.value)
-    assert text.startswith(str(source))
-    assert len(text.splitlines()) == 1
-    return text.removeprefix(str(source))
+from tests.conftest import refusal
 
 
 def own_folder(folder: pathlib.Path, base: Checkpoint) -> pathlib.Path:
