@@ -17,12 +17,10 @@ def plot_losses(
       base_loss: held-out loss before growth.
       arms: name -> {"train": [(step, loss)], "heldout": [(step, loss)]}.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # imported here, since it is slow; pyplot would be slower, and is for windows
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, ax = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    ax = figure.subplots()
     ax.axhline(base_loss, color="0.4", linestyle="--", linewidth=1.2, label=f"base, {base_loss:.3f}")
     for (name, curves), color in zip(arms.items(), ("C1", "C0"), strict=False):
         steps, losses = zip(*curves["heldout"], strict=True)
@@ -36,5 +34,4 @@ def plot_losses(
     ax.spines[["top", "right"]].set_visible(False)
     picture = io.BytesIO()  # since matplotlib cannot write to a bucket
     figure.savefig(picture, dpi=130, format="png")
-    pyplot.close(figure)
     paths.write_file(file, picture.getvalue())
