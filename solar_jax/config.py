@@ -170,7 +170,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh's axes. 0: chosen by the planner; -1, in one of the first four: what is left of the devices."""
+    """Sizes of the mesh's axes. 0: chosen by the planner; -1, in one of the first four: the remaining devices."""
 
     data: int = 0  # replicas of the parameters
     fsdp: int = 0  # shards of parameters and optimiser state, gathered a layer at a time

@@ -2,10 +2,10 @@
 
     python -m solar_jax.train --config configs/dus_48l.py:smollm2 [--config.train.steps=40] [--workdir DIR]
 
-The same command again goes on from the last good checkpoint; SIGTERM, or the notice of a preemption, saves the step
-that is being taken and ends the command with status 75. --allow_changed=train.steps,data goes on with a run of which
-these have changed. Left in DIR: config.json, data.json, metrics.jsonl (one line a step), evals.jsonl, summary.json,
-loss.png, checkpoints/, hf/, model/, and control/ where a control was asked for.
+The same command resumes from the last good checkpoint. SIGTERM, or the notice of a preemption, saves the current step
+and ends the command with status 75. --allow_changed=train.steps,data resumes a run of which these have changed. DIR
+then holds config.json, data.json, metrics.jsonl (one line per step), evals.jsonl, summary.json, loss.png, checkpoints/,
+hf/, model/, and control/ where a control was asked for.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ from solar_jax.errors import UserError
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Config file, FILE.py[:ARGUMENT].")
     flags.DEFINE_string(
-        "workdir", None, "Folder of the run, here or gs://BUCKET/FOLDER; runs/<config name> if not given."
+        "workdir", None, "Folder of the run, local or gs://BUCKET/FOLDER; runs/<config name> if not given."
     )
     flags.DEFINE_list(
         "allow_changed",
         [],
-        "What a run may go on with though it is not as before: config keys or groups, tokenizer, data.",
+        "What may have changed in a run that is resumed: config keys or groups, tokenizer, data.",
     )
 
 
@@ -91,22 +91,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> dict[str, Any]:
-    """The whole run, from the checkpoint to the healed model's HF folder.
+    """Runs everything, from the checkpoint to the healed model's HF folder.
 
     Args:
-      config: of the run.
-      folder: where it is kept, and found again.
-      allowed: what may have changed since it began: keys of the config or groups of them, "tokenizer", "data".
+      config: the run.
+      folder: of the run, from which it is resumed.
+      allowed: what may have changed since it began: keys or groups of the config, "tokenizer", "data".
 
     Returns:
       The content of summary.json.
 
     Raises:
-      UserError: something that the config names is missing, damaged or does not fit; nothing is left behind.
+      UserError: something that the config names is missing, damaged or does not fit; nothing is written then.
     """
     begin, started = time.perf_counter(), time.time()
     compilation.use_cache(config.logging.compilation_cache)
-    # ---- What is asked for: every refusal comes here, before anything is allocated or written -------------------
+    # ---- Checks: everything is refused here, before anything is allocated or written -----------------------------
     check_names(config)
     run_folder.check_allowed(allowed)
     run_folder.check_place(folder)
@@ -132,9 +132,9 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     text = run_folder.text_record(checkpoint, corpus)
     if goes_on:
         run_folder.check_text(folder, text, allowed)
-    passes(corpus, config.train.steps * config.train.batch_size)  # refused where a source may not be read so often
+    passes(corpus, config.train.steps * config.train.batch_size)  # refuses a source that would be read too often
 
-    # ---- What will be done ----------------------------------------------------------------------------------------
+    # ---- The plan, printed ----------------------------------------------------------------------------------------
     heldout = heldout_rows(corpus, config.evaluation.windows)
     train = option.config.train
     announce(
@@ -168,15 +168,15 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
         writers=Writers(config.logging, local, config.name, ledger.first_start, run_folder.config_dict(config)),
     )
 
-    # ---- The base as it is, the grown model, and the control ------------------------------------------------------
+    # ---- The stages: base, grown model, export, control ------------------------------------------------------------
     with contextlib.closing(shared.writers):
         for stage in CONTINUED_PRETRAINING:
             stage(shared)
 
     shared.ledger.write()
-    processes.wait("all arms are trained and recorded")  # since every process reads what the first has written
+    processes.wait("all arms are trained and recorded")  # every process reads what the first has written
 
-    # ---- What came of it --------------------------------------------------------------------------------------------
+    # ---- The result -------------------------------------------------------------------------------------------------
     summary = summarise(shared, time.perf_counter() - begin)
     if processes.is_first():
         draw(shared, summary)
@@ -188,7 +188,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
 
 
 def check_names(config: Config) -> None:
-    """Raises a UserError for a name in the config that stands in none of the tables, or a package that is missing."""
+    """Raises a UserError for a name in the config that is in no table, or a package that is missing."""
     make_optimizer(config.optimizer, config.train.steps, precision(config.train), seed=config.seed)
     parse_size(config.export.max_shard_size)
     check_packages(config.logging)

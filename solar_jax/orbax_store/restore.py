@@ -1,8 +1,7 @@
-"""Arrays of a checkpoint, read from its files into what the devices hold, and added up on the way.
+"""Arrays of a checkpoint, read from its files into device buffers, with checksums on the way.
 
-Orbax reads each array whole into new memory and copies it into more of it, and then we would look at every byte once
-more. Here a chunk goes to its place, is summed while the processor still has it at hand, and on a CPU that place is
-the array.
+Orbax reads each full array into new memory and copies it again, and checksums would then need another pass. Here a
+chunk is read into its place and summed while it is in the cache; on a CPU that place is the array.
 """
 
 import concurrent.futures
@@ -19,23 +18,23 @@ from solar_jax.orbax_store import checksums
 from solar_jax.orbax_store.arrays import open_array
 from solar_jax.storage.paths import is_local
 
-_READERS = {"disk": 4, "bucket": 32}  # arrays that are read at a time; a bucket takes long to answer and answers many
-_BLOCK_BYTES = 1 << 22  # of rows that are read at a time, where a chunk is smaller
-_ALIGNMENT = 64  # that XLA asks of memory which it takes over
+_READERS = {"disk": 4, "bucket": 32}  # arrays read concurrently; a bucket has high latency and high throughput
+_BLOCK_BYTES = 1 << 22  # of rows read at a time, where a chunk is smaller
+_ALIGNMENT = 64  # required by XLA for memory that it takes over
 
 Box = tuple[slice, ...]
 
 
 def restore(step: pathlib.Path, state: dict[str, Any]) -> tuple[dict[str, Any], checksums.Sums]:
-    """Reads a checkpoint's arrays; of several processes each what its devices hold.
+    """Reads a checkpoint's arrays; each process reads what its devices hold.
 
     Args:
       step: its folder.
-      state: by part ("params", "opt_state"): trees of abstract arrays with shardings, on whatever mesh; a dtype that is
-        not the stored one is cast to.
+      state: by part ("params", "opt_state"): trees of abstract arrays with shardings, on any mesh; arrays are
+        cast to their dtypes.
 
     Returns:
-      The arrays, laid out so, and this process's shares of the sums of what is stored.
+      The arrays in that layout, and this process's shares of the sums of what is stored.
 
     Raises:
       ValueError: one is damaged.
@@ -66,7 +65,7 @@ def _restore(step: pathlib.Path, name: str, wanted: jax.ShapeDtypeStruct, contex
         total = checksums.sum_of(value) if counted else 0
 
     def put(box: Box, device: jax.Device) -> jax.Array:
-        # A CPU's devices share this memory, of which jax writes over nothing, also where it is given away.
+        # CPU devices share this memory; jax does not overwrite it, even where it is donated.
         place = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
         return jax.device_put(held[box], place, may_alias=True)
 
@@ -75,9 +74,9 @@ def _restore(step: pathlib.Path, name: str, wanted: jax.ShapeDtypeStruct, contex
 
 
 def read_together(boxes: list[Box], chunk: tuple[int, ...]) -> list[list[Box]]:
-    """Which boxes of an array to read at once: each by itself, or all, where that takes fewer whole chunks.
+    """Groups boxes of an array to read together: each by itself, or all, whichever reads fewer chunks.
 
-    A checkpoint of the same mesh has a chunk for each device; of another mesh several devices want parts of one.
+    A checkpoint of the same mesh has a chunk per device; with another mesh several devices need parts of one.
     """
 
     def chunks(box: Box) -> int:
@@ -91,7 +90,7 @@ def _hull(boxes: Iterable[Box]) -> Box:
 
 
 def _fill(array: Any, held: dict[Box, np.ndarray], counted: set[Box]) -> Iterator[int]:
-    """Reads what lies in some boxes of an array; the sums of the parts of it that are `counted`."""
+    """Reads some boxes of an array; yields the sums of those that are `counted`."""
     hull, stored = _hull(held), array.dtype.numpy_dtype
     direct = len(held) == 1 and held[hull].dtype == stored
     for rows in _row_blocks(array, hull):
@@ -115,14 +114,14 @@ def _within(part: slice, whole: slice) -> slice:
 
 
 def _move(part: np.ndarray, place: np.ndarray) -> None:
-    if part.dtype == place.dtype:  # as integers, which numpy moves faster than a bfloat16
+    if part.dtype == place.dtype:  # as integers, which numpy copies faster than bfloat16
         part, place = (x.view(f"u{x.itemsize}") for x in (part, place))
-    with np.errstate(over="ignore"):  # float16 has no room for what float32 has: it becomes inf
+    with np.errstate(over="ignore"):  # values out of float16's range become inf
         place[...] = part
 
 
 def _row_blocks(array: Any, hull: Box) -> Iterator[slice]:
-    """Rows of the leading axis to read at a time: whole chunks, of about `_BLOCK_BYTES` at least."""
+    """Yields rows of the leading axis to read at a time: full chunks, of about `_BLOCK_BYTES` at least."""
     row_bytes = max(1, math.prod(s.stop - s.start for s in hull[1:]) * array.dtype.numpy_dtype.itemsize)
     chunk = array.chunk_layout.read_chunk.shape[0]
     rows = max(1, _BLOCK_BYTES // (row_bytes * chunk)) * chunk
@@ -142,7 +141,7 @@ def _box(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Box:
 
 
 def _counted_here(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> set[Box]:
-    """The boxes that this process adds up: each is one process's, the first that holds it."""
+    """Returns the boxes that this process sums: each belongs to the first process that holds it."""
     first: dict[Box, int] = {}
     for device, index in sharding.devices_indices_map(shape).items():
         box = _box(index, shape)

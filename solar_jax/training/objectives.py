@@ -65,16 +65,16 @@ def head_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """`next_token_loss` of the logits x @ head, a chunk of each row's tokens at a time.
 
-    No more than a chunk's logits are in memory. Their gradient is taken along with the loss, so that the backward
-    pass computes no logits again; a gradient with respect to `weights` is not given.
+    Only a chunk's logits are in memory. Their gradient is computed along with the loss, so that the backward pass does
+    not recompute logits; there is no gradient with respect to `weights`.
 
     Args:
       x: [B, T, D], the final norm's output.
       head: [D, V], the output projection, in x's dtype.
       targets: [B, T] integers.
       weights: [B, T] float32, 0 where a target does not count.
-      chunks: how many; T has to be a multiple.
-      shards: over how many devices B is split; each sums its own gradient of the head, and they are added once.
+      chunks: number of chunks, which must divide T.
+      shards: devices that B is sharded over; each sums its own gradient of the head, and they are added once.
       constrain: lays arrays out on a mesh.
       trains_head: False computes no gradient of the head, which the caller must not ask for.
     """
@@ -110,7 +110,7 @@ def head_loss(
             loss, d_logits = jax.value_and_grad(loss_of)(unembed(x, head), *labels)
             d_logits = constrain(d_logits.astype(x.dtype), "BTV")
             dx = constrain(product("btv,dv->btd", d_logits, head), "BTD").astype(x.dtype)
-            # Rows of one device under an axis of their own: a sum over them is local until that axis is summed.
+            # Rows of one device have their own axis: a sum over them is local until that axis is summed.
             if trains_head:
                 groups = (a.reshape(shards, B // shards, *a.shape[1:]) for a in (x, d_logits))
                 d_head = constrain(d_head + product("gbtd,gbtv->gdv", *groups), "BDV")
@@ -127,7 +127,7 @@ def head_loss(
         dx, d_head = saved
         if trains_head:
             d_head = (g * jnp.sum(d_head.astype(dx.dtype), axis=0)).astype(dx.dtype)
-        else:  # the projection is stopped, so nobody asks for it
+        else:  # not asked for: the projection is frozen
             d_head = jnp.zeros(head.shape, head.dtype)
         return (g * dx).astype(dx.dtype), d_head, None, None
 

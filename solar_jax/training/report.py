@@ -61,11 +61,11 @@ def announce(
         say(f"held out  {source.path}: {rows.tokens:,} tokens")
     batch, length, steps = config.train.batch_size, config.data.sequence_length, config.train.steps
     say(
-        f"training  {steps} steps of {batch} x {length} = {batch * length:,} tokens, {steps * batch * length:,} in all"
+        f"training  {steps} steps of {batch} x {length} = {batch * length:,} tokens, {steps * batch * length:,} total"
         f"{', and the control the same' if config.train.control else ''}; held-out loss on {windows} rows"
     )
     if padded > batch:
-        say(f"padding   {batch} rows a step do not divide over the mesh: {padded - batch} empty rows are added")
+        say(f"padding   {batch} rows a step do not divide over the mesh: {padded - batch} rows of padding are added")
     kind = jax.devices()[0].device_kind
     say(f"devices   {jax.device_count()} x {kind}, {jax.process_count()} process(es)")
     say(mesh)
@@ -75,7 +75,7 @@ def announce(
 
 
 def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, windows: int) -> float:
-    """A first guess: the run's model FLOPs at half of what one matmul reaches here, or at 40 % of the chip's peak."""
+    """Estimates the run's time: model FLOPs at half of a matmul's measured rate, or at 40 % of the chip's peak."""
     length = config.data.sequence_length
     train_tokens = config.train.steps * config.train.batch_size * length
     per_arm = 2 + (config.train.steps // config.evaluation.every - 1 if config.evaluation.every else 0)
@@ -89,7 +89,7 @@ def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, window
 
 
 def summarise(run: Run, seconds: float) -> dict[str, Any]:
-    """The content of summary.json; losses are held-out means in nats a token."""
+    """Returns the content of summary.json; losses are held-out means in nats per token."""
     config, base, layer_map, cfg = run.config, run.checkpoint.cfg, run.grown.layer_map, run.grown.cfg
     loss = {(r["arm"], r["step"]): r["loss"] for r in run.evals.read()}
     lines = metrics.JsonLines(run.workdir / "metrics.jsonl").read()
@@ -124,7 +124,7 @@ def summarise(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def draw(run: Run, summary: dict[str, Any]) -> None:
-    """loss.png: the healing curve against the base's line and the control's."""
+    """Draws loss.png: the healing curve with the base's line and the control's curve."""
     arms = {}
     for name, folder in (("healed", run.workdir), ("control", run.workdir / "control")):
         heldout = [(r["step"], r["loss"]) for r in run.evals.read() if r["arm"] == name]
@@ -137,7 +137,7 @@ def draw(run: Run, summary: dict[str, Any]) -> None:
 
 
 def result_table(s: dict[str, Any]) -> str:
-    """The result in four lines."""
+    """Formats the result in four lines."""
     rows = [
         ("base", s["base_layers"], s["base_params"], 0, s["base_loss"]),
         (f"grown, {s['operator']}", s["layers"], s["params"], 0, s["zero_token_loss"]),

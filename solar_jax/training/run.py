@@ -28,7 +28,7 @@ class Run:
 
     config: Config
     workdir: pathlib.Path
-    local_folder: pathlib.Path  # for what only a disk can hold: profiles, stalls, TensorBoard's and W&B's files
+    local_folder: pathlib.Path  # for what needs a disk: profiles, stalls, TensorBoard's and W&B's files
     checkpoint: Checkpoint  # the base
     grown: Checkpoint  # the view of it that is trained
     mesh: jax.sharding.Mesh
@@ -65,7 +65,7 @@ def say(text: str = "") -> None:
 
 
 def warn(text: str) -> None:
-    """Prints on any process."""
+    """Prints a warning, on any process."""
     sys.stderr.write(f"warning: {text}\n")
 
 
@@ -76,7 +76,7 @@ def first_params(run: Run, c: Checkpoint) -> Params:
 
 
 def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) -> float:
-    """Held-out loss, recorded once; a resumed run reads it instead of computing it again."""
+    """Returns the held-out loss, recorded once; a resumed run reads it instead of computing it again."""
     for record in run.evals.read():
         if record["arm"] == arm and record["step"] == step:
             return record["loss"]
@@ -89,5 +89,5 @@ def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) ->
 
 
 def heldout_losses(run: Run, arm: Arm) -> dict[int, float]:
-    """By step."""
+    """Held-out losses of an arm by step."""
     return {r["step"]: r["loss"] for r in run.evals.read() if r["arm"] == arm.name}
