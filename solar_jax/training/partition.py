@@ -40,16 +40,12 @@ class Partition:
     others: tuple[str, ...] = OTHERS  # names of arrays outside the layers
 
     @property
-    def is_all(self) -> bool:
-        return all(self.layers) and self.others == OTHERS
-
-    @property
     def count(self) -> int:
         """Layers that train."""
         return sum(self.layers)
 
     def trains_head(self, cfg: ModelConfig) -> bool:
-        """Whether the output projection trains, which is the embedding where they are tied."""
+        """True if the output projection trains, which is the embedding where they are tied."""
         return ("embed" if cfg.tie_word_embeddings else "lm_head") in self.others
 
     def parameter_count(self, cfg: ModelConfig) -> int:
