@@ -81,11 +81,13 @@ class GrowthConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    # Each entry is "PATH[?text=COLUMN&epochs=N&limit=TOKENS][:weight]": a file of text, JSONL (.gz and .zst too),
-    # Parquet, Arrow or ArrayRecord, a folder or glob of them, local, in a bucket or on the hub (hf://datasets/...), or
-    # "pydoc-topics", the documentation topics that every CPython carries. Weights are shares of the tokens.
+    # Each entry is "PATH[?text=COLUMN&epochs=N&limit=TOKENS&as=text][:weight]": a file of text, JSONL or JSON (.gz and
+    # .zst too), Parquet, Arrow or ArrayRecord, a folder or glob of them, local, in a bucket or on the hub
+    # (hf://datasets/...), or "pydoc-topics", the documentation topics that every CPython carries. Weights are shares of
+    # the tokens. ?as=text reads a file of any kind as plain text.
     sources: tuple[str, ...] = ("pydoc-topics",)
     text_key: str = "text"  # the JSON key or column of the text, where a source does not say ?text=
+    skip_empty: bool = True  # documents whose text is empty or null are skipped and counted; False refuses them
     sequence_length: int = 4096  # T, tokens a row
     holdout_every: int = 8  # one document in so many of each source is held out for evaluation
     holdout: str = "hash"  # which: by the hash of its text, or "position": documents 0, k, 2k, ...

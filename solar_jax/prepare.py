@@ -64,6 +64,7 @@ import tokenizers
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.cli.progress import byte_bar, duration
+from solar_jax.data.doubts import tokens_of_text
 from solar_jax.data.packing import block_characters
 from solar_jax.data.prepared import manifest, records
 from solar_jax.data.prepared.blocks import Work
@@ -71,7 +72,7 @@ from solar_jax.data.prepared.build import SHARDS, write_shards
 from solar_jax.data.prepared.decontamination import Index, make_index
 from solar_jax.data.prepared.rows import MANIFEST, is_prepared
 from solar_jax.data.prepared.shards import BLOCKS_A_SHARD
-from solar_jax.data.sources import EMBEDDED, Source, parse_sources
+from solar_jax.data.sources import EMBEDDED, Source, choice, parse_sources
 from solar_jax.storage.atomic_folder import check_space, check_target, new_folder, partial
 from solar_jax.storage.json_files import read_json
 
@@ -107,7 +108,7 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
     """
     begin = time.perf_counter()
     check_target(out)
-    sources = parse_sources(config.data.sources, config.data.text_key)
+    sources = parse_sources(config.data.sources, config.data.text_key, config.data.skip_empty)
     expected = sum(_expected_bytes(source) for source in sources)
     check_space(out, int(_DISK * expected))
     checkpoint = open_checkpoint(config.source)
@@ -116,11 +117,12 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
         if options.decontaminate else None  # fmt: skip
     about = _about(config, tokenizer, eos, checkpoint.where)
     work = Work(
-        tokenizer.to_str(), eos, config.data.sequence_length, config.data.packing, about["token_dtype"], index
+        tokenizer.to_str(), eos, config.data.sequence_length, config.data.packing, about["token_dtype"], index,
+        checkpoint.cfg.vocab_size,
     )  # fmt: skip
-    _announce(config, out, options, sources, expected, about, index)
+    _announce(config, out, options, sources, expected, about, index, tokenizer)
     job = about | {
-        "sources": [dataclasses.asdict(source) | {"weight": 0} for source in sources], "dedup": options.dedup,
+        "sources": [_job(source) for source in sources], "dedup": options.dedup,
         "decontamination": _identity(index), "blocks": [block_characters(config.data.sequence_length), BLOCKS_A_SHARD],
     }  # fmt: skip
     with new_folder(out, job=job, keep=True) as folder:
@@ -132,7 +134,8 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
                     config.data, work, folder, dedup=options.dedup, engine=options.engine, workers=workers,
                     progress=progress,
                 )  # fmt: skip
-            write_manifest(folder, found, index, about)
+            tokens = min(checkpoint.cfg.vocab_size, max(tokenizer.get_vocab().values()) + 1)
+            write_manifest(folder, found, index, about | {"tokens_below": tokens})
         manifest.name_shards(folder)
     made = read_json(out / MANIFEST)
     print(_summary(made, out, time.perf_counter() - begin), flush=True)
@@ -157,6 +160,14 @@ def _about(config: Config, tokenizer: tokenizers.Tokenizer, eos: int, where: str
     }  # fmt: skip
 
 
+def _job(source: Source) -> dict[str, Any]:
+    """Returns what of a source decides its rows; options at their defaults are left out, as jobs may have begun before
+    an option existed."""
+    absent = dataclasses.asdict(Source(source.path))
+    job = dataclasses.asdict(source) | {"weight": 0}
+    return {key: value for key, value in job.items() if key not in ("plain", "skip_empty") or value != absent[key]}
+
+
 def _expected_bytes(source: Source) -> int:
     """Estimates how much text there is, from the sizes of local files.
 
@@ -171,7 +182,7 @@ def _expected_bytes(source: Source) -> int:
     if path == EMBEDDED:
         return 1 << 19
     total = 0
-    for file in find_files(path):
+    for file in find_files(path, source.plain).files:
         if not is_local(file.name):
             continue
         size = pathlib.Path(file.name).stat().st_size
@@ -194,14 +205,15 @@ def _identity(index: Index | None) -> str | None:
 
 def _announce(
     config: Config, out: pathlib.Path, options: Options, sources: list[Source], expected: int, about: dict[str, Any],
-    index: Index | None,
+    index: Index | None, tokenizer: tokenizers.Tokenizer,
 ) -> None:  # fmt: skip
     """Prints everything that is about to happen."""
     data = config.data
     goes_on = (partial(out) / SHARDS).exists()
     print(f"{'Resuming' if goes_on else 'Preparing'} {out}")
     for source in sources:
-        print(f"source    {source.path}")
+        print(f"source    {choice(source)}")
+        print(f"          {tokens_of_text(source, tokenizer)}")
     print(f"text      about {expected / 1e6:,.1f} MB in total")
     print(f"tokenizer {about['tokenizer']['source']}, {about['tokenizer']['vocabulary']:,} tokens")
     rule = f"one document in {data.holdout_every} is held out by {data.holdout}"
@@ -223,7 +235,8 @@ def _summary(made: dict[str, Any], out: pathlib.Path, seconds: float) -> str:
         train, heldout = source["train"], source["heldout"]
         lines.append(
             f"{source['path']}: {source['documents']:,} documents ({source['duplicates']:,} duplicates, "
-            f"{source['contaminated']:,} contaminated), {train['rows']:,} training rows of {train['tokens']:,} tokens, "
+            f"{source['contaminated']:,} contaminated, {source['empty']:,} without text skipped), "
+            f"{train['rows']:,} training rows of {train['tokens']:,} tokens, "
             f"{heldout['rows']:,} held-out rows of {heldout['tokens']:,}"
         )
     both = [made["totals"][part] for part in ("train", "heldout")]

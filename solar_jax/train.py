@@ -128,7 +128,7 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     if summary := read_json(folder / "summary.json"):
         say(f"{folder}: this run is complete.\n{result_table(summary)}")
         return summary
-    corpus = load_corpus(config.data, tokenizer, eos)
+    corpus = load_corpus(config.data, tokenizer, eos, checkpoint.cfg.vocab_size)
     text = run_folder.text_record(checkpoint, corpus)
     if goes_on:
         run_folder.check_text(folder, text, allowed)

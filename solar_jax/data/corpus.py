@@ -7,9 +7,10 @@ from typing import SupportsIndex
 import tokenizers
 
 from solar_jax.config import DataConfig
+from solar_jax.data.doubts import tokens_of_text
 from solar_jax.data.packing import Row, Rows, pack
 from solar_jax.data.prepared.rows import PreparedRows, is_prepared, open_prepared
-from solar_jax.data.sources import Document, Source, parse_sources, part, split
+from solar_jax.data.sources import Document, Source, choice, parse_sources, part, split
 from solar_jax.errors import UserError
 
 _CHARACTERS_A_TOKEN = 32  # more than any token of running text has
@@ -46,20 +47,31 @@ class Corpus:
 
     train: list[tuple[Source, AnyRows]]
     heldout: list[tuple[Source, AnyRows]]
+    notes: list[str] = dataclasses.field(default_factory=list)  # what was read, and what looks wrong with it
 
 
-def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int) -> Corpus:
+def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, vocab_size: int = 0) -> Corpus:
     """Opens every source: prepared folders directly; the documents of others are split, tokenised and packed.
 
+    Args:
+      cfg: the sources and the format of their rows.
+      tokenizer: of the model.
+      eos: the end-of-sequence token.
+      vocab_size: V of the model, which no token may exceed; 0 if unknown.
+
     Raises:
-      UserError: a source cannot be read, or is too small for one row of each part.
+      UserError: a source cannot be read, is too small for one row of each part, or has a token that the model lacks.
     """
     corpus = Corpus([], [])
-    for source in parse_sources(cfg.sources, cfg.text_key):
+    for source in parse_sources(cfg.sources, cfg.text_key, cfg.skip_empty):
         # The limit counts training tokens; the held-out part keeps its proportion.
         limits = (source.limit, source.limit // (cfg.holdout_every - 1))
-        load = _prepared if is_prepared(source.path) else _packed
-        parts = load(source, cfg, tokenizer, eos, limits)
+        if is_prepared(source.path):
+            parts = _prepared(source, cfg, tokenizer, eos, limits, vocab_size)
+        else:
+            parts, empty = _packed(source, cfg, tokenizer, eos, limits, vocab_size)
+            corpus.notes.append(choice(source) + (f"; {empty:,} document(s) without text skipped" if empty else ""))
+            corpus.notes.append(f"{source.path}: {tokens_of_text(source, tokenizer)}")
         for rows, name, into in zip(parts, ("training", "held-out"), (corpus.train, corpus.heldout), strict=True):
             if not len(rows):
                 within = f" within its limit of {source.limit}" if source.limit else ""
@@ -76,9 +88,10 @@ def _tokens(rows: AnyRows) -> int:
 
 
 def _prepared(
-    source: Source, cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, limits: tuple[int, int]
-) -> list[AnyRows]:
-    found = open_prepared(source.path, tokenizer, eos, cfg)
+    source: Source, cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, limits: tuple[int, int],
+    vocab_size: int,
+) -> list[AnyRows]:  # fmt: skip
+    found = open_prepared(source.path, tokenizer, eos, cfg, vocab_size)
     parts: list[AnyRows] = []
     for rows, limit in zip((found.train, found.heldout), limits, strict=True):
         count = min(len(rows), limit * len(rows) // max(1, rows.tokens)) if source.limit else len(rows)
@@ -87,17 +100,25 @@ def _prepared(
 
 
 def _packed(
-    source: Source, cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, limits: tuple[int, int]
-) -> list[AnyRows]:
+    source: Source, cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, limits: tuple[int, int],
+    vocab_size: int,
+) -> tuple[list[AnyRows], int]:  # fmt: skip
+    """Returns the rows of both parts, and how many documents without text the training part's reading met."""
     how = split(source, cfg.holdout_every, cfg.holdout)
     parts: list[AnyRows] = []
+    empty: list[None] = []
     for held_out, limit in zip((False, True), limits, strict=True):
-        chosen: Iterable[Document] = part(source, how, held_out)
+        on_empty = (lambda: None) if held_out else (lambda: empty.append(None))
+        chosen: Iterable[Document] = part(source, how, held_out, on_empty)
         if source.limit:
             chosen = _within(chosen, tokenizer, limit)
         length, masks = cfg.sequence_length, cfg.mask_documents
-        parts.append(pack(chosen, tokenizer, eos, length, packing=cfg.packing, mask_documents=masks))
-    return parts
+        parts.append(
+            pack(
+                chosen, tokenizer, eos, length, packing=cfg.packing, mask_documents=masks, vocab_size=vocab_size
+            )
+        )  # fmt: skip
+    return parts, len(empty)
 
 
 def _within(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, limit: int) -> Iterator[Document]:

@@ -14,13 +14,11 @@ from typing import Any, BinaryIO
 
 import fsspec.core
 
+from solar_jax.data.kinds import ABOUT, COMPRESSED, RECORDS, REFUSED, TEXT
 from solar_jax.errors import UserError
 from solar_jax.storage.paths import is_local
 from solar_jax.storage.retry import retry
 
-# A folder with files of one of these kinds is a data set in that format; its other files are not part of the text.
-DATASETS = (".parquet", ".arrow", ".array_record")
-HUB = "hf://"
 _PACKAGES = {"gs": "gcsfs, which comes with the extra `gcs`", "s3": "s3fs, which comes with the extra `s3`"}
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|dev|eval)(?=[/_.-])")
 _AT_A_TIME = 1 << 20  # bytes per read from a bucket
@@ -36,6 +34,12 @@ class File:
     def suffixes(self) -> list[str]:
         """Suffixes of the name in lower case, last first."""
         return [s.lower() for s in reversed(pathlib.PurePosixPath(self.name).suffixes)]
+
+    @property
+    def ending(self) -> str:
+        """The suffix that tells what the file holds: the last, or the one before .gz or .zst; "" if none."""
+        last, before = [*self.suffixes, "", ""][:2]
+        return before if last in COMPRESSED else last
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -60,11 +64,24 @@ class File:
             yield copy.name
 
 
-def find_files(path: str) -> list[File]:
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Files of a source, in the order in which they are read, and what lies beside them."""
+
+    files: list[File]
+    left_out: list[str]  # names within the folder
+    guessed: bool = False  # read as plain text, although their names do not say that they are
+
+
+def find_files(path: str, plain: bool = False) -> Found:
     """Lists the files of a local or remote file, folder or pattern by name; hidden files only if the path names them.
 
-    In a folder written by Hugging Face's `datasets`, only its data files count; in a folder with Parquet, Arrow or
-    ArrayRecord files, only those; on the hub, where a README sits next to the data, the same holds for JSONL.
+    A folder is read as one kind of file, the first of `RECORDS` that it has, or else as plain text. In a folder written
+    by Hugging Face's `datasets`, only its data files count.
+
+    Args:
+      path: the source.
+      plain: take every file as plain text.
 
     Raises:
       UserError: there are no files, or a folder holds several splits of a data set and the path does not name one.
@@ -76,18 +93,26 @@ def find_files(path: str) -> list[File]:
             if is_folder
             else f"config.data.sources: {path}: no such file, folder or pattern."
         )
-    return [File(name) for name in (_of_folder(path, names) if is_folder else names)]
+    if not is_folder or plain:
+        known = {*TEXT, *REFUSED, *(ending for kind in RECORDS for ending in kind)}
+        files = [File(name) for name in names]
+        return Found(files, [], not plain and any(file.ending not in known for file in files))
+    return _of_folder(path, names)
 
 
 def _local(path: str) -> tuple[list[str], bool]:
     root = pathlib.Path(path).expanduser()
     if root.is_dir():
         saved = _saved_by_datasets(root)
-        files = saved or [p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        files = saved or [p for p in root.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(root))]
         return [str(p) for p in (saved or sorted(files))], True
     if root.is_file():
         return [str(root)], False
     return sorted(p for p in glob.glob(str(root), recursive=True) if pathlib.Path(p).is_file()), False
+
+
+def _is_hidden(path: pathlib.PurePath) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _saved_by_datasets(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -122,10 +147,12 @@ def _remote(url: str) -> tuple[list[str], bool]:
     def listed() -> tuple[list[str], bool]:
         try:
             if glob.has_magic(path):
-                return [p for p in files.glob(path) if files.isfile(p)], False
+                named = "/." in path  # as in a local pattern, which finds hidden files only then
+                return [p for p in files.glob(path) if files.isfile(p) and (named or "/." not in p)], False
             if files.isfile(path):
                 return [path], False
-            found = [p for p in files.find(path) if not pathlib.PurePosixPath(p).name.startswith(".")]
+            root = path.rstrip("/")
+            found = [p for p in files.find(path) if not _is_hidden(pathlib.PurePosixPath(p.removeprefix(root)))]
             return found, files.isdir(path)
         except FileNotFoundError:
             return [], False
@@ -149,22 +176,32 @@ def file_system(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {kind}:// is not a supported protocol.") from e
 
 
-def _of_folder(path: str, names: list[str]) -> list[str]:
+def _of_folder(path: str, names: list[str]) -> Found:
     """Selects the files of a folder that hold its text."""
-    kinds = (*DATASETS, ".jsonl") if path.startswith(HUB) else DATASETS
-    for kind in kinds:
-        if chosen := [name for name in names if kind in File(name).suffixes[:2]]:
+    begin = 1 + len(str(pathlib.Path(path).expanduser()) if is_local(path) else path.rstrip("/"))
+    files = [File(name) for name in names]
+    guessed = False
+    for kind in RECORDS:
+        if chosen := [file for file in files if file.ending in kind]:
             break
     else:
-        return names
-    begin = 1 + len(str(pathlib.Path(path).expanduser()) if is_local(path) else path.rstrip("/"))
-    splits = sorted({m[1] for name in chosen if (m := _SPLIT.search(name[begin:]))})
+        texts = [file for file in files if file.ending in TEXT]
+        chosen = texts or [file for file in files if file.ending not in REFUSED]
+        if not chosen:
+            raise UserError(f"config.data.sources: {files[0].name}: {REFUSED[files[0].ending]}.")
+        chosen, guessed = [file for file in chosen if _stem(file) not in ABOUT] or chosen, not texts
+    splits = sorted({m[1] for file in chosen if (m := _SPLIT.search(file.name[begin:]))})
     if len(splits) > 1:
         raise UserError(
             f"config.data.sources: {path}: holds the splits {', '.join(splits)}; name one by a pattern, as in "
             f"{path.rstrip('/')}/**/*{'train' if 'train' in splits else splits[0]}*."
         )
-    return chosen
+    taken = {file.name for file in chosen}
+    return Found(chosen, [name[begin:] for name in names if name not in taken], guessed)
+
+
+def _stem(file: File) -> str:
+    return pathlib.PurePosixPath(file.name).name.split(".")[0].lower()
 
 
 class _Object(io.RawIOBase):

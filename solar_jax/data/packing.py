@@ -19,6 +19,7 @@ from typing import SupportsIndex
 import numpy as np
 import tokenizers
 
+from solar_jax.data.doubts import check_ids
 from solar_jax.data.sources import Document
 
 Row = dict[str, np.ndarray]  # "tokens", "targets", "positions", "segment_ids" [T] int32 and "weights" [T] float32
@@ -72,7 +73,7 @@ class Rows:
 
 def pack(
     documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, eos: int, length: int, *,
-    packing: str = "best_fit", mask_documents: bool = True,
+    packing: str = "best_fit", mask_documents: bool = True, vocab_size: int = 0,
 ) -> Rows:  # fmt: skip
     """Packs documents into rows of T = `length` tokens.
 
@@ -83,10 +84,16 @@ def pack(
       length: T.
       packing: a name of `PACKINGS`; best_fit requires mask_documents.
       mask_documents: False lets a token attend to all tokens before it in its row.
+      vocab_size: V of the model; 0 if unknown.
+
+    Raises:
+      UserError: a document has a token beyond the model's embedding.
     """
     ids, groups, streams = [], [0], []
     for block in blocks(documents, length):
-        streams += tokenise([d.text for d in block], tokenizer, eos)
+        runs = tokenise([d.text for d in block], tokenizer, eos)
+        check_ids([d.id for d in block], runs, tokenizer, vocab_size)
+        streams += runs
         ids += [d.id for d in block]
         groups.append(len(ids))
     starts = np.cumsum([0, *map(len, streams)], dtype=np.int64)

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from solar_jax.data.files import File
+from solar_jax.data.kinds import REFUSED
 from solar_jax.errors import UserError
 
-Record = tuple[int | None, str]  # number and text; None: the file is one document
+Record = tuple[int | None, str]  # number and text, "" for null; None: the file is one document
 _LONGEST_LINE = 1 << 30  # bytes; a file with a longer line is not JSONL
 _AT_A_TIME = 1 << 20  # bytes of a decompressed stream
 _ROWS_AT_A_TIME = 128
@@ -26,14 +27,21 @@ _DAMAGE = (OSError, EOFError, ValueError, RuntimeError, zlib.error)
 _MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
-def read_documents(file: File, text_key: str) -> Iterator[Record]:
-    """Yields the records of a file, whose suffix selects the reader.
+def read_documents(file: File, text_key: str, plain: bool = False) -> Iterator[Record]:
+    """Yields the records of a file, whose ending selects the reader.
+
+    Args:
+      file: local or remote.
+      text_key: key or column of the text.
+      plain: read any file as one document of plain text.
 
     Raises:
-      UserError: the file is damaged or lacks text where expected; the message names file, record and column.
+      UserError: the file is damaged, is known to be no text, or lacks text where expected; the message names file,
+        record and column.
     """
-    kind = file.suffixes[1:2] if file.suffixes[:1] in ([".gz"], [".zst"]) else file.suffixes[:1]
-    reader = READERS.get("".join(kind), _text)
+    if not plain and file.ending in REFUSED:
+        raise UserError(f"{file.name}: {REFUSED[file.ending]}.")
+    reader = _text if plain else READERS.get(file.ending, _text)
     last: int | None = None
     try:
         for last, text in reader(file, text_key):
@@ -96,6 +104,48 @@ def _jsonl(file: File, text_key: str) -> Iterator[Record]:
                 yield number, _from_json(_decode(line, where, first=number == 1), text_key, where)
 
 
+def _json(file: File, text_key: str) -> Iterator[Record]:
+    """Reads one array of records, or records one after another, on lines or not; the first character decides which."""
+    with _decompressed(file) as f:
+        for number, value in enumerate(_json_values(f, file.name)):
+            yield number, _field(value, text_key, f"{file.name}:{number}")
+
+
+def _json_values(f: BinaryIO, name: str) -> Iterator[Any]:
+    """Yields the elements of an array, or consecutive values, holding one at a time in memory."""
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    text, size, number, end = "", _AT_A_TIME, 0, ""
+    while True:
+        data = f.read(size)
+        try:
+            text += utf8.decode(data, not data)
+        except UnicodeDecodeError as e:
+            why = f"it starts with a {_MARKS[data[:2]]} BOM" if data[:2] in _MARKS else e.reason
+            raise UserError(f"{name}: is not UTF-8 text: {why}.") from e
+        while text := text.lstrip(" \t\r\n," if end == "]" else " \t\r\n"):
+            if not number and not end and text[0] == "[":
+                end, text = "]", text[1:]
+                continue
+            if end == "]" and text[0] == "]":
+                end, text = "ended", text[1:]
+                continue
+            if end == "ended":
+                raise UserError(f"{name}: is not JSON: something follows its array.")
+            try:
+                value, used = decoder.raw_decode(text)
+            except (ValueError, RecursionError) as e:
+                if data and len(text) < _LONGEST_LINE:
+                    break  # the value may go on
+                raise UserError(f"{name}:{number}: is not JSON: {e}.") from e
+            yield value
+            number, text = number + 1, text[used:]
+        size = max(_AT_A_TIME, len(text))  # a long value is not tried again too often
+        if not data:
+            break
+    if end == "]":
+        raise UserError(f"{name}: is not JSON: its array is cut short after {number} records.")
+
+
 def _decode(data: bytes, where: str, first: bool = False) -> str:
     """Decodes UTF-8 text, with CRLF turned into LF and without a leading byte order mark."""
     if first:
@@ -120,6 +170,8 @@ def _from_json(line: str, text_key: str, where: str) -> str:
 
 
 def _field(record: Any, text_key: str, where: str) -> str:
+    if isinstance(record, dict) and record.get(text_key, 0) is None:
+        return ""
     if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
         found = type(record).__name__
         if isinstance(record, dict):
@@ -164,9 +216,16 @@ def _check_column(schema: Any, text_key: str, file: File) -> None:
         raise UserError(
             f"{file.name}: must have a column {text_key!r} (config.data.text_key or ?text=), found {schema.names}."
         )
-    kind = str(schema.field(text_key).type)
-    if not any(word in kind for word in ("string", "utf8")) or kind.startswith(("list", "large_list", "struct")):
+    kind = schema.field(text_key).type
+    if not _is_text(kind):
         raise UserError(f"{file.name}: the column {text_key!r} must hold text, found {kind}.")
+
+
+def _is_text(kind: Any) -> bool:
+    types = pyarrow(".types", "")
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _is_text(kind.value_type)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _rows(batches: Iterator[Any], text_key: str, file: File) -> Iterator[Record]:
@@ -179,9 +238,7 @@ def _rows(batches: Iterator[Any], text_key: str, file: File) -> Iterator[Record]
                 text = value.as_py()
             except UnicodeDecodeError as e:
                 raise UserError(f"{where}: the text under {text_key!r} is not UTF-8: {e.reason}.") from e
-            if text is None:
-                raise UserError(f"{where}: must hold text under {text_key!r}, found null.")
-            yield number, text
+            yield number, text or ""
             number += 1
 
 
@@ -223,10 +280,11 @@ def _is_object(text: str) -> bool:
         return False
 
 
-# Suffix of a file, before .gz or .zst -> its reader; any other file is one document of text.
+# Ending of a file's name -> its reader; any other file is one document of text.
 READERS: dict[str, Callable[[File, str], Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
+    ".json": _json,
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".array_record": _array_record,

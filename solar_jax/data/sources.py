@@ -18,6 +18,7 @@ from solar_jax.errors import UserError
 from solar_jax.storage.paths import is_local
 
 EMBEDDED = "pydoc-topics"
+_NAMED = 4  # files or kinds that a message names
 _SMALL = 8  # a source with fewer than this times `every` documents is split by rank, so that neither part is empty
 
 
@@ -28,6 +29,8 @@ class Source:
     text_key: str = "text"  # the column or JSON key that holds the text
     epochs: float = math.inf  # most passes that a run may make
     limit: int = 0  # training tokens to use; 0: all
+    plain: bool = False  # every file is one document of plain text
+    skip_empty: bool = True  # documents without text are skipped, not refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Document:
 _OPTION = r"\w+=[^&=?]*?"
 
 
-def parse_sources(entries: tuple[str, ...], text_key: str = "text") -> list[Source]:
-    """Parses entries of the form `PATH[?text=COLUMN&epochs=N&limit=TOKENS][:weight]`.
+def parse_sources(entries: tuple[str, ...], text_key: str = "text", skip_empty: bool = True) -> list[Source]:
+    """Parses entries of the form `PATH[?text=COLUMN&epochs=N&limit=TOKENS&as=text][:weight]`.
 
     Raises:
       UserError: a weight, epochs or limit is not positive, an option is unknown, or a source is listed twice.
@@ -54,7 +57,8 @@ def parse_sources(entries: tuple[str, ...], text_key: str = "text") -> list[Sour
         if weight <= 0:
             raise UserError(f"config.data.sources: the weight of {path} must be above 0, found {match[3]}.")
         options = dict(part.split("=") for part in match[2].split("&")) if match[2] else {}
-        source = dataclasses.replace(Source(path, weight, text_key), **_options(path, options))
+        source = Source(path, weight, text_key, skip_empty=skip_empty)
+        source = dataclasses.replace(source, **_options(path, options))
         if any((s.path, s.text_key) == (source.path, source.text_key) for s in sources):
             raise UserError(f"config.data.sources: {path} is listed twice; list it once, with the sum of the weights.")
         sources.append(source)
@@ -63,7 +67,7 @@ def parse_sources(entries: tuple[str, ...], text_key: str = "text") -> list[Sour
 
 def check_sources(cfg: DataConfig) -> None:
     """Raises a UserError for an entry that is malformed or a local path that does not exist."""
-    for source in parse_sources(cfg.sources, cfg.text_key):
+    for source in parse_sources(cfg.sources, cfg.text_key, cfg.skip_empty):
         path = source.path
         if (
             path != EMBEDDED
@@ -92,6 +96,12 @@ def _options(path: str, given: dict[str, str]) -> dict[str, Any]:
     return fields
 
 
+def _plain(text: str) -> bool:
+    if text != "text":
+        raise ValueError(text)
+    return True
+
+
 def _count(text: str) -> int:
     """Parses 1000000, 1_000_000 or 1e6."""
     return int(text) if text.replace("_", "").isdigit() else int(float(text))
@@ -102,26 +112,54 @@ _FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "text": ("text_key", str, "the name of a column"),
     "epochs": ("epochs", float, "a number above 0"),
     "limit": ("limit", _count, "a number of tokens above 0"),
+    "as": ("plain", _plain, "text"),
 }
 
 
-def documents(source: Source) -> Iterator[Document]:
+def documents(source: Source, on_empty: Callable[[], None] = lambda: None) -> Iterator[Document]:
     """Yields the documents of a source in a fixed order: files sorted by name, records in file order.
 
-    Documents without text are skipped.
+    Args:
+      source: where the documents are.
+      on_empty: called for each document without text, empty or null, that is skipped.
 
     Raises:
-      UserError: the source is missing or damaged; the message names file, record and column.
+      UserError: the source is missing or damaged, or a document has no text and such are not skipped; the message
+        names file, record and column.
     """
     if source.path == EMBEDDED:
         from pydoc_data.topics import topics
 
         yield from (Document(f"{EMBEDDED}:{name}", topics[name]) for name in sorted(topics) if topics[name])
         return
-    for file in find_files(source.path):
-        for record, text in read_documents(file, source.text_key):
+    for file in find_files(source.path, source.plain).files:
+        for record, text in read_documents(file, source.text_key, source.plain):
+            name = file.name if record is None else f"{file.name}:{record}"
             if text:
-                yield Document(file.name if record is None else f"{file.name}:{record}", text)
+                yield Document(name, text)
+            elif source.skip_empty:
+                on_empty()
+            else:
+                raise UserError(f"{name}: has no text; config.data.skip_empty=True skips such documents.")
+
+
+def choice(source: Source) -> str:
+    """Describes which files of a source are read, and what lies beside them: the line that a run announces.
+
+    Raises:
+      UserError: as `documents`.
+    """
+    if source.path == EMBEDDED:
+        return f"{EMBEDDED}, the documentation topics of this Python"
+    found = find_files(source.path, source.plain)
+    kinds = sorted({file.ending or "no ending" for file in found.files})
+    said = f"{source.path}: {len(found.files):,} file(s) of {', '.join(kinds[:_NAMED])}"
+    if found.guessed:
+        said += ", taken as plain text, although not all endings say so"
+    if found.left_out:
+        more = f" and {len(found.left_out) - _NAMED:,} more" if len(found.left_out) > _NAMED else ""
+        said += f"; left out: {', '.join(found.left_out[:_NAMED])}{more}"
+    return said
 
 
 # ---- Held-out split --------------------------------------------------------------------------------------------------
@@ -178,9 +216,9 @@ def split(source: Source, every: int, rule: str) -> Split:
     return Split(every, rule, heapq.nsmallest(-(-len(first) // every), first)[-1] + 1)
 
 
-def part(source: Source, how: Split, held_out: bool) -> Iterator[Document]:
-    """Yields the training or the held-out documents of a source."""
-    for index, document in enumerate(documents(source)):
+def part(source: Source, how: Split, held_out: bool, on_empty: Callable[[], None] = lambda: None) -> Iterator[Document]:
+    """Yields the training or the held-out documents of a source; `on_empty` as in `documents`."""
+    for index, document in enumerate(documents(source, on_empty)):
         found = how.parts(index, document)[held_out]
         if found is not None:
             yield found

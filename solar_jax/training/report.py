@@ -51,6 +51,8 @@ def announce(
     say(f"base      {checkpoint.where}: {base.num_hidden_layers} layers, stored as {checkpoint.dtype}")
     say(f"growth    {picture(deeper.layer_map, parameter_count(base), parameter_count(cfg))}")
     say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(partition.layers) if t])}")
+    for note in corpus.notes:
+        say(f"text      {note}")
     readings = passes(corpus, config.train.steps * config.train.batch_size)
     for (source, rows), times in zip(corpus.train, readings, strict=True):
         say(

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
+import transformers
 
 from solar_jax.checkpoints.checkpoint import numpy_dtype
 from solar_jax.checkpoints.hf_folder import INDEX
@@ -275,12 +277,36 @@ def test_an_empty_tokenizer_is_refused(folder):
     assert "tokenizer.json" in tokenizer_refusal(folder)
 
 
-def test_a_tokenizer_fits_an_embedding_of_its_size_and_no_smaller_one(tmp_path):
+def test_a_tokenizer_fits_an_embedding_of_its_size_and_one_without_any_of_its_ids_is_refused(tmp_path):
     fits = save_hf(hf_model(vocab_size=259, num_hidden_layers=1), tmp_path / "fits")
     assert load_tokenizer(open_checkpoint(str(fits))).get_vocab_size() == 259
-    text = tokenizer_refusal(save_hf(hf_model(vocab_size=258, num_hidden_layers=1), tmp_path / "small"))
-    assert "up to 258" in text
-    assert "vocab_size is 258" in text
+    edit_json(fits / "tokenizer.json", lambda t: t.update(added_tokens=[], model={"type": "BPE", "vocab": {"a": 300},
+                                                                                  "merges": []}))  # fmt: skip
+    assert "has ids from 300 up, but config.json's vocab_size is 259." in tokenizer_refusal(fits)
+
+
+@pytest.mark.parametrize("left", ["truncation", "padding", "both", "dropout"])
+def test_what_an_earlier_call_left_in_a_tokenizer_changes_no_count(folder, left):
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    expected = tokenizer.encode("depth up " * 50, add_special_tokens=False).ids
+    if left in ("truncation", "both"):
+        tokenizer.enable_truncation(64)
+    if left in ("padding", "both"):
+        tokenizer.enable_padding(length=2048)
+    if left == "dropout":
+        tokenizer.model = tokenizers.models.BPE(
+            vocab=tokenizer.get_vocab(with_added_tokens=False) | {"ep": 259}, merges=[("e", "p")], dropout=0.5
+        )
+        expected = None
+    tokenizer.save(str(folder / "tokenizer.json"))
+    loaded, texts = load_tokenizer(open_checkpoint(str(folder))), ["depth up " * 50, "depth"]
+    found = [e.ids for e in loaded.encode_batch_fast(texts, add_special_tokens=False)]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    if left != "dropout":  # which transformers leaves on: every call gives other tokens
+        assert found == theirs(texts, add_special_tokens=False)["input_ids"]
+        assert found[0] == expected
+    assert all(loaded.encode(t, add_special_tokens=False).ids == ids for t, ids in zip(texts, found, strict=True))
+    assert json.loads(loaded.to_str())["truncation"] is None  # so that its hash is that of the clean file
 
 
 @pytest.mark.parametrize(("value", "expected"), [(2, 2), ([7, 2], 7), (319, 319)])
@@ -289,10 +315,37 @@ def test_the_end_of_a_document_is_the_first_eos_token(folder, value, expected):
     assert eos_id(open_checkpoint(str(folder))) == expected
 
 
+def end_of_document(folder: pathlib.Path, config, generation, token) -> int:
+    edit_json(folder / "config.json", lambda c: c.update(eos_token_id=config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    edit_json(folder / "tokenizer_config.json", lambda c: c.update(eos_token=token))
+    return eos_id(open_checkpoint(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "token", "expected", "said"),
+    [
+        (None, 2, None, 2, ""),
+        (None, None, "</s>", 2, ""),
+        (None, None, {"content": "<s>", "lstrip": False}, 1, ""),  # as transformers 4 wrote it
+        ([7, 2], [2, 7], "</s>", 7, ""),  # a chat model's: all are known
+        (None, [2, 7], "</s>", 2, ""),
+        (7, 2, "</s>", 7, "eos_token_id is 7 in config.json, 2 in generation_config.json, 2 in tokenizer_config.json"),
+        (None, 7, "</s>", 7, "eos_token_id is 7 in generation_config.json, 2 in tokenizer_config.json"),
+    ],
+)
+def test_eos_is_looked_for_in_three_files_and_a_contradiction_is_told(
+    folder, capsys, config, generation, token, expected, said
+):
+    assert end_of_document(folder, config, generation, token) == expected
+    out = capsys.readouterr().out
+    assert said in out
+    assert bool(said) == ("documents end with" in out)
+
+
 @pytest.mark.parametrize("value", [None, [], 320, -1, "2", True])
 def test_an_eos_token_outside_the_vocabulary_is_refused(folder, value):
-    edit_json(folder / "config.json", lambda c: c.update(eos_token_id=value))
     with pytest.raises(UserError) as e:
-        eos_id(open_checkpoint(str(folder)))
+        end_of_document(folder, value, None, None)
     assert "eos_token_id" in str(e.value)
     assert str(e.value).endswith(f"found {value!r}.")

@@ -30,10 +30,11 @@ def table(texts: list[str]) -> pa.Table:
     return pa.table({"id": range(len(texts)), "text": texts})
 
 
-def write_arrow(file: pathlib.Path, as_file: bool) -> None:
+def write_arrow(file: pathlib.Path, as_file: bool, column: pa.Array | None = None) -> None:
     new = pa.ipc.new_file if as_file else pa.ipc.new_stream
-    with pa.OSFile(str(file), "wb") as f, new(f, table(TEXTS).schema) as writer:
-        writer.write_table(table(TEXTS), max_chunksize=7)
+    made = table(TEXTS) if column is None else table(TEXTS).set_column(1, "text", column)
+    with pa.OSFile(str(file), "wb") as f, new(f, made.schema) as writer:
+        writer.write_table(made, max_chunksize=7 if column is None else None)
 
 
 def write_records(file: pathlib.Path, texts: list[str], as_json: bool) -> None:
@@ -54,6 +55,15 @@ FORMATS = {
     ),
     "a.parquet": lambda f: pq.write_table(table(TEXTS), f, row_group_size=100),
     "large.parquet": lambda f: pq.write_table(table(TEXTS).cast(pa.schema({"id": "int64", "text": "large_utf8"})), f),
+    "view.parquet": lambda f: pq.write_table(
+        table(TEXTS).cast(pa.schema({"id": "int64", "text": pa.string_view()})), f
+    ),
+    "large codes.arrow": lambda f: write_arrow(f, True, pa.array(TEXTS, pa.large_string()).dictionary_encode()),
+    "lines.json": lambda f: f.write_bytes(JSONL),
+    "array.json": lambda f: f.write_text(json.dumps([{"id": i, "text": text} for i, text in enumerate(TEXTS)])),
+    "indented array.json.gz": lambda f: f.write_bytes(
+        gzip.compress(json.dumps([{"text": t} for t in TEXTS], indent=2).encode())
+    ),
     "codes.parquet": lambda f: pq.write_table(
         table(TEXTS).set_column(1, "text", pa.array(TEXTS).dictionary_encode()), f, use_dictionary=True
     ),
@@ -69,7 +79,7 @@ def test_every_format_gives_its_records_in_order_with_their_place_as_id(tmp_path
     FORMATS[name](tmp_path / name)
     found = list(documents(Source(str(tmp_path / name))))
     assert [d.text for d in found] == TEXTS
-    first = 1 if "json" in name and "array" not in name else 0  # lines count from 1, rows from 0
+    first = 1 if ".jsonl" in name or ".ndjson" in name else 0  # lines count from 1, rows from 0
     assert [d.id for d in found] == [f"{tmp_path / name}:{first + i}" for i in range(len(TEXTS))]
 
 
@@ -150,9 +160,9 @@ def memory(monkeypatch):
 
 
 def test_a_folder_and_a_pattern_elsewhere_are_read_by_name(memory):
-    for name in ("b.txt", "c/a.jsonl", "a.txt", ".hidden"):
+    for name in ("b.txt", "c/a.jsonl", "a.txt", ".hidden", ".git/a.jsonl"):
         memory.pipe(f"/bucket/{name}", b'{"text": "from a"}' if "jsonl" in name else name.encode())
-    assert read("memory://bucket") == ["a.txt", "b.txt", "from a"]
+    assert read("memory://bucket") == ["from a"]
     assert read("memory://bucket/*.txt") == ["a.txt", "b.txt"]
     assert read("memory://bucket/**/*.jsonl") == ["from a"]
     for nowhere in ("memory://bucket/no.txt", "memory://bucket/*.md", "memory://other"):

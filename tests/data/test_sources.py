@@ -8,7 +8,17 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from solar_jax.data.sources import EMBEDDED, Document, Source, documents, is_held_out, parse_sources, part, split
+from solar_jax.data.sources import (
+    EMBEDDED,
+    Document,
+    Source,
+    choice,
+    documents,
+    is_held_out,
+    parse_sources,
+    part,
+    split,
+)
 from solar_jax.errors import UserError
 
 
@@ -45,9 +55,9 @@ def test_jsonl_text_is_taken_from_the_named_field(tmp_path):
 
 
 def test_a_folder_is_read_by_name_without_hidden_files(tmp_path):
-    for name in ("b.txt", "a.jsonl", "c/d.txt.gz", ".hidden"):
-        write(tmp_path / name, jsonl("from a") if name == "a.jsonl" else f"from {name}")
-    assert read(tmp_path) == ["from a", "from b.txt", "from c/d.txt.gz"]
+    for name in ("b.txt", "a.md", "c/d.txt.gz", ".hidden", ".git/e.txt"):
+        write(tmp_path / name, f"from {name}")
+    assert read(tmp_path) == ["from a.md", "from b.txt", "from c/d.txt.gz"]
 
 
 def test_a_pattern_is_read_by_name(tmp_path):
@@ -166,7 +176,7 @@ def test_a_missing_field_is_told_by_file_line_key_and_what_is_there(tmp_path):
     assert "['body', 'id']" in found
 
 
-@pytest.mark.parametrize(("line", "found"), [('["x"]', "list"), ('{"text": 3}', "text"), ('{"text": null}', "text")])
+@pytest.mark.parametrize(("line", "found"), [('["x"]', "list"), ('{"text": 3}', "text"), ('{"text": [null]}', "text")])
 def test_a_record_that_holds_no_text_is_told_by_file_and_line(tmp_path, line, found):
     file = write(tmp_path / "a.jsonl", jsonl("x") + line + "\n")
     message = refusal(file)
@@ -219,3 +229,27 @@ def test_a_file_that_only_claims_to_be_gz_is_told_by_file(tmp_path):
     file = tmp_path / "a.txt.gz"
     file.write_text("plain text")
     assert refusal(file).startswith(f"{file}: cannot be read: ")
+
+
+def test_what_is_read_of_a_folder_and_what_is_left_out_is_said(tmp_path):
+    for name in ("train-0.jsonl", "train-1.jsonl.gz", "README.md", "LICENSE", "notes/a.txt"):
+        write(tmp_path / name, jsonl("x") if "json" in name else "x")
+    expected = f"{tmp_path}: 2 file(s) of .jsonl; left out: LICENSE, README.md, notes/a.txt"
+    assert choice(Source(str(tmp_path))) == expected
+    unnamed = write(tmp_path / "b" / "wiki_00", "x").parent
+    assert choice(Source(str(unnamed))).endswith(
+        "1 file(s) of no ending, taken as plain text, although not all endings say so"
+    )
+    assert "taken" not in choice(Source(str(tmp_path / "notes")))
+
+
+@pytest.mark.parametrize("line", ['{"text": ""}', '{"text": null}'])
+def test_documents_without_text_are_counted_or_refused_by_key(tmp_path, line):
+    file = write(tmp_path / "a.jsonl", jsonl("x") + line + "\n" + jsonl("y"))
+    skipped: list[None] = []
+    found = documents(Source(str(file)), lambda: skipped.append(None))
+    assert [d.text for d in found] == ["x", "y"]
+    assert len(skipped) == 1
+    with pytest.raises(UserError) as e:
+        list(documents(parse_sources((str(file),), skip_empty=False)[0]))
+    assert str(e.value) == f"{file}:2: has no text; config.data.skip_empty=True skips such documents."

@@ -9,6 +9,7 @@ import functools
 import numpy as np
 import tokenizers
 
+from solar_jax.data.doubts import check_ids
 from solar_jax.data.packing import cut_rows, pack, tokenise
 from solar_jax.data.prepared import records
 from solar_jax.data.prepared.decontamination import Index, Match
@@ -25,6 +26,7 @@ class Work:
     packing: str
     dtype: str  # of stored tokens
     evaluations: Index | None  # evaluation sets that no training document may share words with
+    vocab_size: int = 0  # V of the model, which no token may exceed; 0 if unknown
 
     def __call__(self, block: "DocumentBlock") -> "Packed":
         return _packed(self, block)
@@ -64,11 +66,12 @@ def _packed(work: Work, block: DocumentBlock) -> Packed:
     tokenizer = _tokenizer(work.tokenizer)
     if work.packing == "concat":
         runs = tokenise([d.text for d in documents], tokenizer, work.eos)
+        check_ids([d.id for d in documents], runs, tokenizer, work.vocab_size)
         sizes = np.array([len(run) for run in runs], np.int64)
         tokens = np.concatenate(runs).astype(work.dtype) if runs else np.empty(0, work.dtype)
         stream = tokens, sizes, places
         return Packed(block.name, block.read, len(documents), len(tokens), 0, [], stream, matches)
-    rows = pack(documents, tokenizer, work.eos, work.length, packing=work.packing)
+    rows = pack(documents, tokenizer, work.eos, work.length, packing=work.packing, vocab_size=work.vocab_size)
     made = []
     for i in range(len(rows)):
         tokens, sizes, owners = rows.pieces(i)

@@ -37,6 +37,7 @@ class SourceFacts:
     documents: int = 0
     bytes: int = 0  # of UTF-8 text
     duplicates: int = 0
+    empty: int = 0  # documents without text, which are skipped
     shards: dict[str, Shards] = dataclasses.field(default_factory=dict)  # by part
 
 
@@ -66,7 +67,7 @@ def write_shards(
         seen = _Seen(report) if dedup else None
 
         def jobs() -> Iterator[DocumentBlock]:
-            for index, source in enumerate(parse_sources(cfg.sources, cfg.text_key)):
+            for index, source in enumerate(parse_sources(cfg.sources, cfg.text_key, cfg.skip_empty)):
                 facts = SourceFacts(source, "")
                 found.append(facts)
                 for part in PARTS:
@@ -135,7 +136,11 @@ def _blocks(
     how = split(source, cfg.holdout_every, cfg.holdout)
     facts.holdout = how.rule
     enough, blocks = block_characters(cfg.sequence_length), {part: _Open() for part in PARTS}
-    for number, document in enumerate(documents(source)):
+
+    def on_empty() -> None:
+        facts.empty += 1
+
+    for number, document in enumerate(documents(source, on_empty)):
         data = document.text.encode()
         digest = hashlib.blake2b(data, digest_size=16).digest()
         facts.documents += 1

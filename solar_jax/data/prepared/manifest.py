@@ -93,6 +93,7 @@ def _source(i: int, facts: SourceFacts, shards: list[dict[str, Any]]) -> dict[st
         "held_out_by": facts.holdout,
         "documents": facts.documents,
         "text_bytes": facts.bytes,
+        "empty": facts.empty,
         "duplicates": facts.duplicates,
         "contaminated": sum(len(s["matches"]) for part in PARTS for s in facts.shards[part].finished),
         **{part: {key: sum(s[key] for s in its[part]) for key in _COUNTS} for part in PARTS},

@@ -112,11 +112,14 @@ def is_prepared(path: str) -> bool:
     return retry(exists, path)
 
 
-def open_prepared(path: str, tokenizer: tokenizers.Tokenizer, eos: int, cfg: DataConfig) -> Prepared:
+def open_prepared(
+    path: str, tokenizer: tokenizers.Tokenizer, eos: int, cfg: DataConfig, vocab_size: int = 0
+) -> Prepared:
     """Opens the rows of a prepared folder, whose held-out split was fixed when it was prepared.
 
     Raises:
-      UserError: the folder is damaged, or was prepared with another tokenizer, sequence length or packing.
+      UserError: the folder is damaged, was prepared with another tokenizer, sequence length or packing, or for a model
+        with more than `vocab_size` tokens, if given.
     """
     file = _manifest(path)
     text, manifest = _read(file)
@@ -134,6 +137,9 @@ def open_prepared(path: str, tokenizer: tokenizers.Tokenizer, eos: int, cfg: Dat
             f"{manifest['tokenizer']['hash'][:12]}, tokenizers {manifest['tokenizer']['version']}), but this run's "
             f"has hash {ours[:12]} (tokenizers {tokenizers.__version__})."
         )
+    tokens = manifest.get("tokens_below", 0)  # absent in folders of earlier versions
+    if vocab_size and tokens > vocab_size:
+        raise UserError(f"{path}: was prepared for tokens below {tokens}, but this model's vocab_size is {vocab_size}.")
     parts = {}
     for part in ("train", "heldout"):
         shards = [s for s in manifest["shards"] if s["part"] == part]
