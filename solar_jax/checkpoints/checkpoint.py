@@ -9,9 +9,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from solar_jax.checkpoints.tensor_table import DERIVED, TENSORS, hf_shape, hf_tensors, pick, to_hf
+from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors, pick, to_hf
 from solar_jax.config import ModelConfig
-from solar_jax.errors import UserError
 from solar_jax.formats.safetensors import Entry
 from solar_jax.growth.operators import LayerMap, identity
 from solar_jax.model.shapes import Params, sizes
@@ -53,6 +52,7 @@ class Checkpoint:
     read: Read
     entry_of: dict[str, Entry] = dataclasses.field(default_factory=dict)  # tensors stored as plain bytes in a file
     files: tuple[pathlib.Path, ...] = ()  # the files that hold the weights
+    unread: tuple[str, ...] = ()  # weight files beside `files` that were not chosen
     lineage: dict[str, Any] | None = None  # the content of lineage.json
     origins: dict[str, Origin] = dataclasses.field(default_factory=dict)  # for a view's tensors
     view: View | None = None  # None: opened, not computed
@@ -87,7 +87,7 @@ class Checkpoint:
     @property
     def common_dtype(self) -> str | None:
         """The dtype shared by all tensors; None if they differ, e.g. bfloat16 weights with float32 norms."""
-        found = {dtype.name for name, dtype in self.dtype_of.items() if not name.endswith(DERIVED)}
+        found = {dtype.name for dtype in self.dtype_of.values()}
         return found.pop() if len(found) == 1 else None
 
     @property
@@ -121,29 +121,6 @@ def some(names: set[str]) -> str:
     """Lists the first names of a set and how many more there are."""
     first = sorted(names)[:4]
     return ", ".join(first) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def check_tensors(c: Checkpoint) -> None:
-    """Checks that a checkpoint has exactly the tensors of its config, with their shapes."""
-    layers, found = c.cfg.num_hidden_layers, len(c.shape_of)
-    if layers > found:  # before listing any: a config may claim a billion layers
-        raise UserError(f"{c.where}: num_hidden_layers={layers} needs more tensors than the {found} found.")
-    expected = {name: hf_shape(path, c.cfg) for name, path, _ in hf_tensors(c.cfg)}
-    missing = set(expected) - set(c.shape_of)
-    if missing:
-        raise UserError(f"{c.where}: tensors of its config are missing: {some(missing)}.")
-    for name, shape in expected.items():
-        if c.shape_of[name] != shape:
-            raise UserError(f"{c.where}: {name} must have shape {shape} as in its config, found {c.shape_of[name]}.")
-    unused = {name for name in set(c.shape_of) - set(expected) if not name.endswith(DERIVED)}
-    head, embed = TENSORS["lm_head"].hf, TENSORS["embed"].hf
-    if c.cfg.tie_word_embeddings and head in unused and c.shape_of[head] == c.shape_of[embed]:
-        blocks = row_blocks(c.shape_of[embed])
-        if not all(np.array_equal(c.read(head, rows), c.read(embed, rows), equal_nan=True) for rows in blocks):
-            raise UserError(f"{c.where}: tie_word_embeddings is true, but {head} differs from {embed}.")
-        unused.remove(head)
-    if unused:
-        raise UserError(f"{c.where}: must hold only tensors of its model, found {some(unused)}.")
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -1,5 +1,6 @@
 """Small files of a checkpoint folder: which ones are copied with a model, and a check that none lies elsewhere."""
 
+import glob
 import pathlib
 from collections.abc import Iterator
 
@@ -42,7 +43,8 @@ def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the path of a file in a folder and rejects symlinks that leave the folder.
 
-    Only the hub's cache may link outside: its snapshots consist of links into `blobs` of the same repository.
+    Only the hub's cache may be linked to: its snapshots consist of links into `blobs` of the same repository, and a
+    folder that was downloaded with links has links to those.
 
     Raises:
       UserError: the file lies elsewhere or is not a regular file.
@@ -55,9 +57,38 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
         odd = path.exists() and not path.is_file()  # reading a pipe would block
     except (OSError, RuntimeError) as e:  # name too long, or a symlink loop
         raise UserError(f"{path}: cannot be read: {e}.") from e
-    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-    if not any(real.is_relative_to(a) for a in allowed):
-        raise UserError(f"{path}: must lie in its folder, found a link to {real}.")
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    is_own = real.is_relative_to(root) or (blobs is not None and real.is_relative_to(blobs))
+    if not is_own and snapshot_of(real, name) is None:
+        raise UserError(
+            f"{path}: must lie in its folder, found a link to {real}; replace it by a copy "
+            f"(cp --remove-destination {real} {path}), or give the folder that it links to."
+        )
     if odd:
         raise UserError(f"{path}: must be a file.")
     return path
+
+
+def snapshot_of(real: pathlib.Path, name: str) -> pathlib.Path | None:
+    """Returns the snapshot in a hub cache that has `real` under a name, or None: models--*/snapshots/REVISION.
+
+    Args:
+      real: a resolved path, in a snapshot or in the `blobs` that snapshots link to.
+      name: the file's name in the checkpoint's folder.
+    """
+    for repository in real.parents:
+        if repository.name.startswith("models--"):
+            links = sorted(repository.glob(f"snapshots/*/{glob.escape(name)}"))
+            return next((link.parents[name.count("/")] for link in links if link.resolve() == real), None)
+    return None
+
+
+def one_snapshot(files: list[pathlib.Path]) -> None:
+    """Raises a UserError if files of a folder are links into the hub's cache, but not into one repository."""
+    found = {}
+    for file in files:
+        if is_local(file) and (snapshot := snapshot_of(file.resolve(), file.name)):
+            found.setdefault(snapshot.parent.parent.name, file)
+    if len(found) > 1:
+        (one, file), (other, second) = list(found.items())[:2]
+        raise UserError(f"{file}: is linked to {one}, but {second.name} to {other}; both must be of one repository.")

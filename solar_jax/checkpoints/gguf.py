@@ -1,8 +1,8 @@
 """GGUF files of Llama and Qwen architectures, presented as a Hugging Face checkpoint: config, tokenizer, tensors.
 
-Quantised tensors are dequantised to float32. In files of architecture `llama`, which includes Mistral and SOLAR,
-llama.cpp stores q_proj and k_proj with the two halves of each rotary pair interleaved; they are returned in Hugging
-Face's half-split order.
+Tensors of float32, bfloat16 and float16 keep their dtype; a file with quantised tensors is dequantised to float32. In
+files of architecture `llama`, which includes Mistral and SOLAR, llama.cpp stores q_proj and k_proj with the two halves
+of each rotary pair interleaved; they are returned in Hugging Face's half-split order.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import gguf
+import ml_dtypes
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -48,6 +49,9 @@ _OTHER_KEYS = {"rope.scaling.type", "rope.scaling.factor", "rope.dimension_count
 _OTHER_KEYS |= {"rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout"}
 _FIXED = {"attention.causal": True}  # keys that change the maths -> the only supported value
 
+# Types that are plain dtypes; others are quantised.
+PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
 ROPE_FREQS = "rope_freqs.weight"
 # Values of Llama 3.1, 3.2 and 3.3; their files hold the resulting frequency factors, not these numbers.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -76,7 +80,7 @@ class GGUF:
         return self.tensors[name].shape
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Reads the tensor, or only some rows of its first axis, as float32 in HF layout.
+        """Reads the tensor, or only some rows of its first axis, in HF layout; quantised ones as float32.
 
         Raises:
           UserError: the file has been truncated.
@@ -111,6 +115,8 @@ def _dequantised(name: str, entry: Entry, start: int, stop: int, shape: tuple[in
         raise UserError(f"{entry.file}: {name} cannot be read: {e.strerror}.") from e
     if len(data) != stop - start:
         raise UserError(f"{entry.file}: ends before byte {stop} of {name}; was it modified meanwhile?")
+    if entry.code in PLAIN:
+        return np.frombuffer(data, PLAIN[entry.code]).reshape(shape)
     if 0 in shape:
         return np.zeros(shape, np.float32)
     packed = np.frombuffer(data, np.uint8).reshape(math.prod(shape[:-1]), -1)
@@ -178,6 +184,29 @@ def _heads(path: pathlib.Path, fields: dict[str, Any], kind: str, row: str) -> i
     return fields[key]
 
 
+def dtypes(file: GGUF) -> dict[str, np.dtype]:
+    """Returns the dtype of each tensor by HF name.
+
+    llama.cpp stores vectors as float32 beside matrices of 16 bits. They have the matrices' dtype if it represents each
+    of their values, as in a file that was converted from it.
+    """
+    kinds = {entry.code for entry in file.tensors.values()}
+    if not kinds <= PLAIN.keys():
+        return dict.fromkeys(file.tensors, PLAIN["F32"])
+    found = {name: PLAIN[entry.code] for name, entry in file.tensors.items()}
+    vectors = [name for name, entry in file.tensors.items() if len(entry.shape) == 1]
+    matrices = {found[name] for name in found.keys() - set(vectors)}
+    if len(matrices) == 1 and all(_fits(file.read(name), *matrices) for name in vectors):
+        return dict.fromkeys(found, matrices.pop())
+    return found
+
+
+def _fits(x: np.ndarray, dtype: np.dtype) -> bool:
+    """Returns whether each value of `x` is one of `dtype`."""
+    with np.errstate(over="ignore"):
+        return np.array_equal(x.astype(dtype).astype(np.float32), x.astype(np.float32))
+
+
 def hf_config(file: GGUF) -> dict[str, Any]:
     """Builds the config.json content equivalent to the file's metadata.
 
@@ -204,7 +233,7 @@ def hf_config(file: GGUF) -> dict[str, Any]:
             f"{file.path}: {kind}.block_count must fit the file's {len(file.tensors)} tensors, "
             f"found {config['num_hidden_layers']}."
         )
-    config["tie_word_embeddings"] = TENSORS["lm_head"].hf not in file.tensors
+    config["tie_word_embeddings"] = not {TENSORS["lm_head"].hf, TENSORS["embed"].hf} <= file.tensors.keys()
     for name, hf_name in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
         if type(value := file.fields.get(f"tokenizer.ggml.{name}_token_id")) is int:
             config[f"{hf_name}_token_id"] = value
@@ -221,10 +250,10 @@ def _complete(file: GGUF, config: dict[str, Any]) -> None:
             raise UserError(f"{file.path}: {heads} heads must divide the embedding length {hidden}.")
         config["head_dim"] = hidden // heads
     if config["vocab_size"] is None:
-        embed = TENSORS["embed"].hf
-        if embed not in file.tensors:
+        embed, head = TENSORS["embed"].hf, TENSORS["lm_head"].hf
+        if embed not in file.tensors and head not in file.tensors:
             raise UserError(f"{file.path}: the tensor {TENSORS['embed'].gguf} is missing.")
-        config["vocab_size"] = file.shape(embed)[0]
+        config["vocab_size"] = file.shape(embed if embed in file.tensors else head)[0]
 
 
 def _check_keys(file: GGUF, config: dict[str, Any]) -> None:

@@ -90,7 +90,10 @@ HARMLESS = {
     "cls_token_id", "mask_token_id", "decoder_start_token_id",
     # training; we never apply dropout
     "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range",
-    "pretraining_tp",
+    "pretraining_tp", "gradient_checkpointing", "gradient_checkpointing_kwargs", "neftune_noise_alpha", "loss_type",
+    "use_flash_attention", "use_flash_attention_2", "use_flash_attn", "use_sdpa", "use_memory_efficient_attention",
+    "attention_probs_dropout_prob", "classifier_dropout", "layerdrop", "keys_to_ignore_at_inference",
+    "deepspeed", "zero3", "fsdp", "fp16", "bf16", "low_cpu_mem_usage", "device_map", "trust_remote_code", "cache_dir",
     # generation, as configs carried it before generation_config.json
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "do_sample", "early_stopping", "num_beams",
     "num_beam_groups", "num_return_sequences", "temperature", "top_k", "top_p", "min_p", "typical_p",

@@ -30,7 +30,7 @@ def fingerprint(c: Checkpoint) -> dict[str, Any]:
         "where": c.where,
         "config_sha256": hashlib.sha256(json.dumps(c.hf_config, sort_keys=True).encode()).hexdigest(),
         "files": [{"name": f.name, "bytes": byte_size(f), "sample_sha256": sample_sha256(f)} for f in c.files],
-    }
+    } | ({"not_read": list(c.unread)} if c.unread else {})
 
 
 def sample_sha256(file: pathlib.Path) -> str:

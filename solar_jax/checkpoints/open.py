@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from solar_jax.checkpoints.checkpoint import Checkpoint, check_tensors, row_unit
+from solar_jax.checkpoints.checkpoint import Checkpoint, row_unit
 from solar_jax.checkpoints.companions import companions, inside
 from solar_jax.checkpoints.find import find_checkpoint
 from solar_jax.checkpoints.hf_config import model_config
 from solar_jax.checkpoints.hf_folder import lineage, open_folder
+from solar_jax.checkpoints.resolve import check_tensors, resolved
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors, to_hf
 from solar_jax.errors import UserError
 from solar_jax.model.shapes import param_shapes
@@ -36,6 +37,7 @@ def open_checkpoint(source: str) -> Checkpoint:
         checkpoint = _open_own(path)
     else:
         checkpoint = open_folder(path)
+    checkpoint = resolved(checkpoint)
     check_tensors(checkpoint)
     return checkpoint
 
@@ -94,15 +96,18 @@ def _open_gguf(path: pathlib.Path) -> Checkpoint:
     from solar_jax.checkpoints import gguf  # imported here: slow, and only GGUF files need it
 
     file = gguf.open_gguf(path)
+    dtypes = gguf.dtypes(file)
     hf_config = gguf.hf_config(file)
+    if len(kinds := {dtype.name for dtype in dtypes.values()}) == 1:
+        hf_config |= {"dtype": kinds.pop()}
     return Checkpoint(
         where=str(path),
         hf_config=hf_config,
         cfg=model_config(hf_config, str(path)),
         companions=gguf.tokenizer_files(file) | {"generation_config.json": _generation_config(hf_config)},
         shape_of={name: file.shape(name) for name in file.tensors},
-        dtype_of=dict.fromkeys(file.tensors, np.dtype(np.float32)),
-        read=file.read,
+        dtype_of=dtypes,
+        read=lambda name, rows=slice(None): file.read(name, rows).astype(dtypes[name], copy=False),
         files=(path,),
     )
 

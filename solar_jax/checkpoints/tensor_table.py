@@ -45,9 +45,6 @@ TENSORS = {
 }
 assert {f"layers/{name}" for name in LAYER_AXES} == {path for path in TENSORS if "/" in path}
 
-# Buffers in old checkpoints that are fully determined by config.json.
-DERIVED = (".self_attn.rotary_emb.inv_freq", ".self_attn.rotary_emb.cos_cached", ".self_attn.rotary_emb.sin_cached")
-
 
 def paths(cfg: ModelConfig) -> list[str]:
     """Returns the table rows that a model of `cfg` has."""

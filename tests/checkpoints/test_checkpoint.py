@@ -122,11 +122,6 @@ def test_a_tensor_that_the_model_has_no_place_for_is_named(folder, name):
     assert "must hold only tensors of its model" in text
 
 
-def test_the_rotary_buffers_of_old_checkpoints_are_ignored(folder, tiny):
-    edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(12)}))
-    assert_same(load_params(open_checkpoint(str(folder))), load_params(open_checkpoint(str(tiny))))
-
-
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder):
     edit_tensors(folder, lambda t: t.update({Q2: t[Q2].T.contiguous()}))
     text = refusal(folder)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from solar_jax.checkpoints.convert import Target
 from solar_jax.checkpoints.hf_folder import INDEX
@@ -268,3 +269,93 @@ def test_special_numbers_in_two_equal_copies_of_a_tied_embedding_are_equal(tmp_p
     tensors["lm_head.weight"][0, 2] += 1
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     assert "tie_word_embeddings" in refusal(folder)
+
+
+# ---- weights twice
+def transformers_tensors(folder: pathlib.Path) -> dict[str, bytes]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {name: x.detach().numpy().tobytes() for name, x in model.state_dict().items()}
+
+
+@pytest.fixture
+def other(tmp_path) -> pathlib.Path:
+    """A model with the shapes of `several`'s and other weights, in one file."""
+    return save_hf(hf_model(num_hidden_layers=2, seed=1), tmp_path / "other") / "model.safetensors"
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "adapter_model.safetensors", "consolidated.safetensors",
+                                  "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "optimizer.bin",
+                                  "model-00001-of-00002.safetensors", "x.gguf"])  # fmt: skip
+def test_of_weights_that_are_there_twice_transformers_choice_is_read_and_told(folder, tiny, other, name, capsys):
+    shutil.copy(other, folder / name)
+    assert weights(folder) == weights(tiny) == transformers_tensors(folder)
+    assert f"{folder}: reads model.safetensors; not read: {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_model_in_one_file_beside_another_in_an_index_is_refused_with_both_names(several, other, tmp_path, form):
+    folder = shutil.copytree(several[form], tmp_path / "m")
+    if form == "safetensors":
+        shutil.copy(other, folder / "model.safetensors")
+    else:
+        torch.save(safetensors.torch.load_file(other), folder / "pytorch_model.bin")
+    index = {"safetensors": INDEX, "bin": "pytorch_model.bin.index.json"}[form]
+    single = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[form]
+    assert f": holds two models, {single} and the files that {index} lists; " in refusal(folder)
+
+
+def test_a_model_beside_an_adapter_that_transformers_would_apply_is_refused(folder, other):
+    shutil.copy(other, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    expected = ": holds a model, model.safetensors, and an adapter, adapter_model.safetensors; merge the adapter first"
+    assert refusal(folder).startswith(expected)
+
+
+def test_safetensors_are_read_before_bin_files_and_leftover_shards_are_not(several, other, tmp_path):
+    folder = shutil.copytree(several["safetensors"], tmp_path / "m")
+    torch.save(safetensors.torch.load_file(other), folder / "pytorch_model.bin")
+    shutil.copy(other, folder / "model-00001-of-00099.safetensors")
+    assert weights(folder) == weights(several["safetensors"]) == transformers_tensors(folder)
+
+
+def test_a_certificate_states_which_file_was_chosen(folder, other, tmp_path):
+    shutil.copy(other, folder / "model.fp16.safetensors")
+    convert(str(folder), Target(tmp_path / "out"), verify=True)
+    source = json.loads((tmp_path / "out" / "certificate.json").read_text())["source"]
+    assert [file["name"] for file in source["files"]] == ["model.safetensors"]
+    assert source["not_read"] == ["model.fp16.safetensors"]
+
+
+# ---- links into the hub's cache
+def linked(snapshot: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """A local folder of links, as `local_dir` downloads were, or as made by hand."""
+    folder.mkdir()
+    for file in snapshot.iterdir():
+        (folder / file.name).symlink_to(file.resolve() if file.suffix == ".json" else file)
+    return folder
+
+
+def test_a_folder_of_links_into_one_repository_of_the_hub_s_cache_is_read(tiny, tmp_path):
+    snapshot = hub_cache(tiny, tmp_path / "cache")
+    assert weights(linked(snapshot, tmp_path / "local")) == weights(tiny)
+
+
+def test_a_folder_of_links_into_two_repositories_is_refused(tiny, tmp_path):
+    folder = linked(hub_cache(tiny, tmp_path / "cache"), tmp_path / "local")
+    second = tmp_path / "cache" / "models--c--d"
+    shutil.copytree(tmp_path / "cache" / "models--a--b", second, symlinks=True)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(second / "snapshots" / "0123abc" / "model.safetensors")
+    expected = "/config.json: is linked to models--a--b, but model.safetensors to models--c--d; both must be of one "
+    assert refusal(folder) == f"{expected}repository."
+
+
+def test_a_link_to_a_blob_of_another_file_and_a_link_elsewhere_say_what_to_do(tiny, tmp_path):
+    snapshot = hub_cache(tiny, tmp_path / "cache")
+    folder = linked(snapshot, tmp_path / "local")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to((snapshot / "tokenizer.json").resolve())
+    assert "replace it by a copy (cp --remove-destination " in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tiny / "model.safetensors")
+    assert f"found a link to {tiny / 'model.safetensors'}; replace it by a copy" in refusal(folder)

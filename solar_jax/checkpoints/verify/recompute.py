@@ -88,7 +88,9 @@ class Stored:
             reader = gguf.GGUFReader(c.files[0])
             by_name = {t.name: t for t in reader.tensors}
             for name, path, layer in hf_tensors(c.cfg):
-                self._gguf[name] = by_name[TENSORS[path].gguf.format("" if layer is None else layer)]
+                row = TENSORS[path].gguf.format("" if layer is None else layer)
+                tied = row == TENSORS["embed"].gguf and row not in by_name
+                self._gguf[name] = by_name[TENSORS["lm_head"].gguf if tied else row]
             if reader.fields["general.architecture"].contents() == "llama":
                 self._interleaved = tuple(name for name in self._gguf if re.search(r"\.self_attn\.[qk]_proj\.", name))
 

@@ -1,0 +1,140 @@
+"""Resolves what a file calls its tensors, once and for every format, when a checkpoint is opened.
+
+Names lose what a training program put around them, a tied head is the embedding whichever of the two is stored, and
+buffers that follow from config.json are compared with it and dropped.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from solar_jax.checkpoints.checkpoint import Checkpoint, row_blocks, some
+from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors
+from solar_jax.errors import UserError
+from solar_jax.model.rope import rope_frequencies
+
+# Modules that wrap others: torch.compile, FSDP, activation checkpointing. They occur anywhere within a name.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_PREFIXES = ("module.", "base_model.model.")  # DistributedDataParallel and DeepSpeed; PEFT
+_MODEL = "model."  # absent in checkpoints of a model without its head
+_LAYER = re.compile(r"(.*?)layers\.0\.input_layernorm\.weight")
+
+_FREQUENCIES = re.compile(r"(^|\.)((original_)?inv_freq|rope\.freqs)$")
+# Buffers of attention and rope that hold no weights, in any generation of transformers and of Meta's code.
+_DERIVED = re.compile(
+    r"(^|\.)((original_)?inv_freq|rope\.freqs|freqs_cis|freqs_c(os|is)|freqs_sin|(cos|sin)_cached|"
+    r"rotary_emb\.\w+|masked_bias|(self_attn|attn|attention)\.bias|causal_mask|position_ids)$"
+)
+# dtype of a stored frequency -> (relative, absolute) rounding error that it may have
+_ROUNDING = {"float32": (1e-4, 0.0), "bfloat16": (1e-2, 0.0), "float16": (2e-3, 6e-8)}
+
+
+def is_derived(name: str) -> bool:
+    """Returns whether a tensor is a buffer that follows from config.json."""
+    return bool(_DERIVED.search(name))
+
+
+def resolved(c: Checkpoint) -> Checkpoint:
+    """Returns the checkpoint under HF's names and without derived buffers.
+
+    Raises:
+      UserError: two tensors have the same name without what is around them, or a buffer contradicts config.json.
+    """
+    name_of = hf_names(c.shape_of)
+    if len(set(name_of.values())) < len(name_of):
+        twice = {found for found, name in name_of.items() if list(name_of.values()).count(name) > 1}
+        raise UserError(f"{c.where}: must hold each tensor once, found {some(twice)}.")
+    renamed = sum(found != name for found, name in name_of.items())
+    if renamed:
+        found, name = next((found, name) for found, name in name_of.items() if found != name)
+        print(f"{c.where}: reads {found} as {name}, and {renamed - 1} more in the same way", flush=True)
+    stored = {name: found for found, name in name_of.items() if not is_derived(name)}
+    for found, name in name_of.items():
+        if _FREQUENCIES.search(name):
+            _check_frequencies(c, found)
+    head, embed = TENSORS["lm_head"].hf, TENSORS["embed"].hf
+    if c.cfg.tie_word_embeddings and embed not in stored and head in stored:
+        stored[embed] = stored.pop(head)
+    if all(name == found for name, found in stored.items()) and len(stored) == len(c.shape_of):
+        return c
+    return dataclasses.replace(
+        c,
+        shape_of={name: c.shape_of[found] for name, found in stored.items()},
+        dtype_of={name: c.dtype_of[found] for name, found in stored.items()},
+        read=lambda name, rows=slice(None): c.read(stored[name], rows),
+        entry_of={name: c.entry_of[found] for name, found in stored.items() if found in c.entry_of},
+    )
+
+
+def hf_names(found: Iterable[str]) -> dict[str, str]:
+    """Maps names as they are stored to names of Hugging Face's classes with a language model head."""
+    names = {name: _unwrapped(name) for name in found}
+    if not any(name.startswith(_MODEL) for name in names.values()):
+        bare = [row.hf.removeprefix(_MODEL).split(".")[0] + "." for row in TENSORS.values() if row.hf[:6] == _MODEL]
+        names = {f: _MODEL + name if name.startswith(tuple(bare)) else name for f, name in names.items()}
+    return names
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def check_tensors(c: Checkpoint) -> None:
+    """Checks that a checkpoint has exactly the tensors of its config, with their shapes."""
+    layers, count = c.cfg.num_hidden_layers, len(c.shape_of)
+    if layers > count:  # before listing any: a config may claim a billion layers
+        raise UserError(f"{c.where}: num_hidden_layers={layers} needs more tensors than the {count} found.")
+    expected = {name: hf_shape(path, c.cfg) for name, path, _ in hf_tensors(c.cfg)}
+    missing, unused = set(expected) - set(c.shape_of), set(c.shape_of) - set(expected)
+    if missing:
+        there = f"; instead it holds {strange(unused)}" if unused else ""
+        raise UserError(f"{c.where}: tensors of its config are missing: {some(missing)}{there}.")
+    for name, shape in expected.items():
+        if c.shape_of[name] != shape:
+            raise UserError(f"{c.where}: {name} must have shape {shape} as in its config, found {c.shape_of[name]}.")
+    head, embed = TENSORS["lm_head"].hf, TENSORS["embed"].hf
+    if c.cfg.tie_word_embeddings and head in unused and c.shape_of[head] == c.shape_of[embed]:
+        blocks = row_blocks(c.shape_of[embed])
+        if not all(np.array_equal(c.read(head, rows), c.read(embed, rows), equal_nan=True) for rows in blocks):
+            raise UserError(f"{c.where}: tie_word_embeddings is true, but {head} differs from {embed}.")
+        unused.remove(head)
+    if unused:
+        raise UserError(f"{c.where}: must hold only tensors of its model, found {strange(unused)}.")
+
+
+def strange(names: set[str]) -> str:
+    """Describes tensors that do not belong to the model: what they seem to be, and the first names."""
+    if any("lora_" in name for name in names):
+        return f"{some(names)}; that is an adapter, so merge it into its base first (PEFT's merge_and_unload)"
+    if any(name.endswith((".qweight", ".weight_scale", ".absmax", ".qzeros", ".scales")) for name in names):
+        return f"{some(names)}; these are quantised weights, so convert them to bfloat16 first"
+    prefixes = {m[1] for name in names if (m := _LAYER.match(name))}
+    if len(prefixes) == 1:
+        return f"{some(names)}; their names begin with {prefixes.pop()!r} where {_MODEL!r} is expected"
+    return some(names)
+
+
+def _check_frequencies(c: Checkpoint, name: str) -> None:
+    """Raises a UserError if stored rotary frequencies are not those of config.json, with or without its scaling."""
+    if name not in c.dtype_of:
+        return
+    x = np.asarray(c.read(name), np.float64)
+    plain = dataclasses.replace(c.cfg, rope_scaling="")
+    relative, absolute = _ROUNDING[c.dtype_of[name].name]
+    for cfg in (c.cfg, plain):
+        expected = rope_frequencies(cfg)
+        if x.shape == expected.shape and np.allclose(x, expected, rtol=relative, atol=absolute):
+            return
+    found = f"found {x.shape}"
+    if x.shape == (c.cfg.head_dim // 2,) and x.size > 1 and x[0] == 1 and x[1] > 0:
+        found = f"found those of rope_theta={x[1] ** (-x.size):.6g}"
+    raise UserError(
+        f"{c.where}: {name} must be the {c.cfg.head_dim // 2} rotary frequencies of config.json, of "
+        f"rope_theta={c.cfg.rope_theta:g}, {found}."
+    )
