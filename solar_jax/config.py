@@ -56,14 +56,26 @@ class ModelConfig:
     sliding_window: int = 0  # tokens that a query sees, itself included; 0: all before it
     attention_bias: str = ""  # projections with a bias: "", "qkv" or "qkvo"
     qk_norm: bool = False  # queries and keys pass an RMSNorm over H before they are rotated
-    rope_scaling: str = ""  # a name of model.rope.SCALINGS; the four below are its numbers (HF `rope_parameters`)
-    rope_factor: float = 0.0  # linear, llama3: `factor`
+    no_rope_layers: tuple[int, ...] = ()  # layers whose queries and keys are not rotated
+    mlp_bias: bool = False  # gate, up and down projections have a bias
+    post_norm: bool = False  # what attention and MLP add passes an RMSNorm (HF `use_post_norm`)
+    embedding_multiplier: float = 0.0  # of the embeddings; here and in the next three, 0 stands for none
+    attention_multiplier: float = 0.0  # of the scores, in place of H ** -0.5
+    residual_multiplier: float = 0.0  # of what attention and MLP add
+    logits_multiplier: float = 0.0  # of the logits
+    rope_scaling: str = ""  # a name of model.rope.SCALINGS; those below are its numbers (HF `rope_parameters`)
+    rope_factor: float = 0.0  # linear, dynamic, llama3, yarn: `factor`
     rope_low_freq_factor: float = 0.0  # llama3
     rope_high_freq_factor: float = 0.0  # llama3
-    rope_original_positions: int = 0  # llama3: `original_max_position_embeddings`
+    rope_original_positions: int = 0  # llama3, yarn: `original_max_position_embeddings`
+    rope_attention_factor: float = 0.0  # yarn: of cosines and sines
+    rope_beta_fast: float = 0.0  # yarn: turns from which a frequency is kept
+    rope_beta_slow: float = 0.0  # yarn: turns up to which it is divided by the factor
+    rope_untruncated: bool = False  # yarn: the borders between them are not rounded to whole pairs
 
     def __post_init__(self) -> None:
-        for key, known in (("attention_bias", ("", "qkv", "qkvo")), ("rope_scaling", ("", "linear", "llama3"))):
+        scalings = ("", "linear", "dynamic", "llama3", "yarn")
+        for key, known in (("attention_bias", ("", "qkv", "qkvo")), ("rope_scaling", scalings)):
             if (value := getattr(self, key)) not in known:
                 raise UserError(f"config.model.{key} must be one of {', '.join(map(repr, known))}, found {value!r}.")
 
@@ -335,9 +347,9 @@ def _typed(cls: type, values: Any, path: str) -> Any:
             continue
         if expected is float and type(value) is int:
             value = float(value)
-        if expected == tuple[str, ...]:
+        if of := typing.get_args(expected):  # a tuple of one type
             value = tuple(value) if isinstance(value, (list, tuple)) else value
-            fits = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+            fits = isinstance(value, tuple) and all(type(v) is of[0] for v in value)
         else:
             fits = type(value) is expected
         if not fits:

@@ -228,6 +228,8 @@ def hf_config(file: GGUF) -> dict[str, Any]:
         config["rope_scaling"] = scaling
     if len(family.bias) > 1:  # the family allows both; only the tensors tell which
         config["attention_bias"] = TENSORS["layers/q_bias"].hf.format(0) in file.tensors
+    if "mlp_bias" not in family.fixed:
+        config["mlp_bias"] = TENSORS["layers/gate_bias"].hf.format(0) in file.tensors
     if config["num_hidden_layers"] > len(file.tensors):  # before anything loops over it
         raise UserError(
             f"{file.path}: {kind}.block_count must fit the file's {len(file.tensors)} tensors, "

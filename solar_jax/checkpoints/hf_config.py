@@ -5,14 +5,15 @@ a value is rejected: ignoring it would give a different model from the one that 
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from solar_jax.checkpoints.hf_keys import one_of, positive, shown, shown_key
+from solar_jax.checkpoints.hf_rope import rope_keys
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 
-_LARGEST = (1 << 63) - 1
+MOST_LAYERS = 1 << 20  # a config may claim a billion
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -26,6 +27,11 @@ class Family:
     qk_norm: bool = False
     fixed: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)  # like `FIXED`, for this family
     ignored: frozenset[str] = frozenset()  # keys that change the maths of other families, not of this one
+    architectures: tuple[str, ...] = ()  # further names of the architecture in released checkpoints
+    aliases: dict[str, str] = dataclasses.field(default_factory=dict)  # its name of a key -> the usual one
+    # config.json key -> (field of ModelConfig, power that the value is raised to)
+    multipliers: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
+    tensors: tuple[tuple[str, str], ...] = ()  # (part of a tensor's name, what is usual in its place), in order
 
 
 _COMMON = {
@@ -40,8 +46,17 @@ _COMMON = {
     "use_sliding_window": True,
     "max_window_layers": 0,  # layers below it have no window, unless `layer_types` is set
     "layer_types": None,
+    "mlp_bias": False,
 }
+_NO_BIAS = {"mlp_bias": (False,)}
+_MULTIPLIERS = {
+    "embedding_multiplier": ("embedding_multiplier", 1),
+    "attention_multiplier": ("attention_multiplier", 1),
+    "residual_multiplier": ("residual_multiplier", 1),
+}
+_GRANITE = (*_MULTIPLIERS, "logits_scaling")
 _WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers")
+_WINDOWS = frozenset(_WINDOW_KEYS)  # of a family without windows
 _QWEN = _COMMON | {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
@@ -56,22 +71,84 @@ FAMILIES: dict[str, Family] = {
         "LlamaForCausalLM",
         _COMMON | {"num_key_value_heads": None, "max_position_embeddings": 2048},  # None: number of heads
         bias={False: "", True: "qkvo"},
-        ignored=frozenset(_WINDOW_KEYS),
+        ignored=_WINDOWS,
     ),
     "mistral": Family(
         "MistralForCausalLM",
         _COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         bias={False: ""},
-        fixed={"use_sliding_window": (True,), "max_window_layers": (0,)},
+        fixed={"use_sliding_window": (True,), "max_window_layers": (0,)} | _NO_BIAS,
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN | {"attention_bias": True}, bias={True: "qkv"}),
-    "qwen3": Family("Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, bias={False: "", True: "qkvo"}, qk_norm=True),
-}
+    "ministral": Family(
+        "MinistralForCausalLM",
+        _COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        bias={False: ""},
+        fixed={"use_sliding_window": (True,), "max_window_layers": (0,)} | _NO_BIAS,
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN | {"attention_bias": True}, bias={True: "qkv"}, fixed=_NO_BIAS),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", _QWEN | {"head_dim": 128}, bias={False: "", True: "qkvo"}, qk_norm=True, fixed=_NO_BIAS
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        _COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 524288, "attention_bias": True,
+                   "attention_out_bias": False, "head_dim": 128},
+        bias={True: "qkv", False: ""},
+        ignored=_WINDOWS,
+    ),
+    "internlm3": Family(
+        "LlamaForCausalLM",
+        _COMMON | {"num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "head_dim": 128},
+        bias={False: "", True: "qkvo"},
+        ignored=_WINDOWS,
+        architectures=("InternLM3ForCausalLM",),
+        aliases={"qkv_bias": "attention_bias", "bias": "mlp_bias"},
+    ),
+    "exaone": Family(
+        "LlamaForCausalLM",
+        _COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+                   "rope_theta": 500000.0},
+        bias={False: "", True: "qkvo"},
+        ignored=_WINDOWS,
+        architectures=("ExaoneForCausalLM",),
+        aliases={"num_layers": "num_hidden_layers", "layer_norm_epsilon": "rms_norm_eps",
+                 "activation_function": "hidden_act"},
+        tensors=(
+            ("transformer.wte.", "model.embed_tokens."), ("transformer.h.", "model.layers."),
+            ("transformer.ln_f.", "model.norm."), (".attn.attention.out_proj.", ".self_attn.o_proj."),
+            (".attn.attention.", ".self_attn."), (".ln_1.", ".input_layernorm."),
+            (".ln_2.", ".post_attention_layernorm."), (".mlp.c_fc_0.", ".mlp.gate_proj."),
+            (".mlp.c_fc_1.", ".mlp.up_proj."), (".mlp.c_proj.", ".mlp.down_proj."),
+        ),
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        _COMMON | {"num_key_value_heads": 4, "max_position_embeddings": 32768, "tie_word_embeddings": True,
+                   "rope_theta": 2000000.0, "no_rope_layers": None, "no_rope_layer_interval": 4},
+        bias={False: "", True: "qkvo"},
+        fixed={"use_sliding_window": (False,)},
+        ignored=_WINDOWS - {"use_sliding_window"},
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        _COMMON | {"num_key_value_heads": None, "max_position_embeddings": 2048} | dict.fromkeys(_GRANITE, 1.0),
+        bias={False: "", True: "qkvo"},
+        ignored=_WINDOWS,
+        multipliers=_MULTIPLIERS | {"logits_scaling": ("logits_multiplier", -1)},
+    ),
+    "hyperclovax": Family(
+        "HyperCLOVAXForCausalLM",
+        _COMMON | {"num_key_value_heads": None, "max_position_embeddings": 2048, "use_post_norm": True}
+        | dict.fromkeys(_GRANITE, 1.0) | {"attention_multiplier": None},
+        bias={False: "", True: "qkvo"},
+        ignored=_WINDOWS,
+        multipliers=_MULTIPLIERS | {"logits_scaling": ("logits_multiplier", 1)},
+    ),
+}  # fmt: skip
 
 # Keys that change the maths -> the only supported values; null or absent counts as the first.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "mlp_bias": (False,),
     "partial_rotary_factor": (1.0,),
     "rope_interleaved": (False,),
     "is_encoder_decoder": (False,),
@@ -89,8 +166,9 @@ HARMLESS = {
     "_flash_attn_2_enabled", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
     "cls_token_id", "mask_token_id", "decoder_start_token_id",
     # training; we never apply dropout
-    "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range",
-    "pretraining_tp", "gradient_checkpointing", "gradient_checkpointing_kwargs", "neftune_noise_alpha", "loss_type",
+    "attention_dropout", "residual_dropout", "embed_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop",
+    "attn_pdrop", "initializer_range", "pretraining_tp", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "neftune_noise_alpha", "loss_type",
     "use_flash_attention", "use_flash_attention_2", "use_flash_attn", "use_sdpa", "use_memory_efficient_attention",
     "attention_probs_dropout_prob", "classifier_dropout", "layerdrop", "keys_to_ignore_at_inference",
     "deepspeed", "zero3", "fsdp", "fp16", "bf16", "low_cpu_mem_usage", "device_map", "trust_remote_code", "cache_dir",
@@ -107,14 +185,7 @@ HARMLESS = {
     "max_sequence_length", "model_max_length", "custom_pipelines", "license", "language",
 }  # fmt: skip
 
-# rope type -> its parameters; other types, and other keys with a value, are rejected
-ROPE_TYPES: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-PER_LAYER = ("layer_types",)  # keys that list one value per layer
+PER_LAYER = ("layer_types", "no_rope_layers")  # keys that list one value per layer
 
 
 def model_config(hf: dict[str, Any], where: str) -> ModelConfig:
@@ -129,72 +200,91 @@ def model_config(hf: dict[str, Any], where: str) -> ModelConfig:
     """
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, found {_short(kind)}.")
+        raise UserError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, found {shown(kind)}.")
     family = FAMILIES[kind]
+    hf = _usual(hf, family, where)
     _check_keys(hf, family, where)
     read = set(family.defaults) - set(family.fixed) - family.ignored
     known = family.defaults | {key: value for key, value in hf.items() if key in read}
-    size = {key: _positive(hf.get(key), int, key, where) for key in SIZES}
+    size = {key: positive(hf.get(key), int, key, where) for key in SIZES}
     heads = size["num_attention_heads"]
     kv_heads = known["num_key_value_heads"]
-    kv_heads = heads if kv_heads is None else _positive(kv_heads, int, "num_key_value_heads", where)
+    kv_heads = heads if kv_heads is None else positive(kv_heads, int, "num_key_value_heads", where)
     if heads % kv_heads:
         raise UserError(f"{where}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}.")
-    positions = _positive(known["max_position_embeddings"], int, "max_position_embeddings", where)
+    attention_bias = family.bias[one_of(known["attention_bias"], tuple(family.bias), "attention_bias", where)]
+    if one_of(known.get("attention_out_bias"), (False, True), "attention_out_bias", where):
+        attention_bias += "o"
+    mlp_bias = one_of(known["mlp_bias"], (False, True), "mlp_bias", where)
+    if kind == "internlm3" and mlp_bias != bool(attention_bias):
+        raise UserError(f"{where}: bias must equal qkv_bias={bool(attention_bias)}, found {mlp_bias}.")
+    positions = positive(known["max_position_embeddings"], int, "max_position_embeddings", where)
     return ModelConfig(
         **size,
         num_key_value_heads=kv_heads,
         head_dim=_head_dim(known["head_dim"], family, size["hidden_size"], heads, where),
         max_position_embeddings=positions,
-        rms_norm_eps=_positive(known["rms_norm_eps"], float, "rms_norm_eps", where),
-        tie_word_embeddings=_one_of(known["tie_word_embeddings"], (False, True), "tie_word_embeddings", where),
+        rms_norm_eps=positive(known["rms_norm_eps"], float, "rms_norm_eps", where),
+        tie_word_embeddings=one_of(known["tie_word_embeddings"], (False, True), "tie_word_embeddings", where),
         sliding_window=_window(known, size["num_hidden_layers"], where),
-        attention_bias=family.bias[_one_of(known["attention_bias"], tuple(family.bias), "attention_bias", where)],
+        attention_bias=attention_bias,
         qk_norm=family.qk_norm,
-        **_rope(known, hf.get("rope_theta") is not None, positions, where),
+        no_rope_layers=tuple(i for i, rotates in enumerate(_rotates(known, size, where)) if not rotates),
+        mlp_bias=mlp_bias,
+        post_norm=one_of(known.get("use_post_norm", False), (False, True), "use_post_norm", where),
+        **(_multipliers(known, family, where) | rope_keys(known, hf.get("rope_theta") is not None, positions, where)),
     )
+
+
+def _usual(hf: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """Returns config.json under the usual keys, where a family has names of its own for some."""
+    usual = {key: value for key, value in hf.items() if key not in family.aliases}
+    for own, key in family.aliases.items():
+        if own in hf and usual.setdefault(key, hf[own]) != hf[own]:
+            raise UserError(f"{where}: {own}={shown(hf[own])} contradicts {key}={shown(usual[key])}.")
+    return usual
+
+
+def _rotates(known: dict[str, Any], size: dict[str, int], where: str) -> list[int]:
+    """Returns for each layer 1 if it rotates queries and keys, else 0 (HF `no_rope_layers`, in spite of its name)."""
+    layers = size["num_hidden_layers"]
+    if "no_rope_layers" not in known:
+        return []
+    found = known["no_rope_layers"]
+    if found is None:
+        every = positive(known["no_rope_layer_interval"], int, "no_rope_layer_interval", where)
+        return [int((i + 1) % every != 0) for i in range(min(layers, MOST_LAYERS))]
+    if not isinstance(found, list) or len(found) < layers or any(x not in (0, 1) for x in found):
+        raise UserError(f"{where}: no_rope_layers must list 0 or 1 for {layers} layers, found {shown(found)}.")
+    return found[:layers]
+
+
+def _multipliers(known: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """Returns ModelConfig's multipliers; one that changes nothing is 0."""
+    found = {}
+    for key, (field, power) in family.multipliers.items():
+        if known[key] is not None:
+            value = positive(known[key], float, key, where) ** power
+            found[field] = 0.0 if value == 1.0 and field != "attention_multiplier" else value
+    return found
 
 
 def _check_keys(hf: dict[str, Any], family: Family, where: str) -> None:
     """Raises a UserError for a key that asks for something the model does not compute."""
-    found = hf.get("architectures")
-    if found and found != [family.architecture]:
-        raise UserError(f"{where}: architectures must be [{family.architecture!r}], found {_short(found)}.")
+    found, names = hf.get("architectures"), (family.architecture, *family.architectures)
+    if found and found not in [[name] for name in names]:
+        expected = " or ".join(f"[{name!r}]" for name in names)
+        raise UserError(f"{where}: architectures must be {expected}, found {shown(found)}.")
+    if quantised := hf.get("quantization_config"):
+        raise UserError(f"{where}: quantization_config must be absent, found {shown(quantised)}; dequantise it first.")
     fixed = FIXED | family.fixed
     known = {*SIZES, *family.defaults, *family.ignored, *HARMLESS}
     for key, value in hf.items():
         if key in fixed:
             if value is not None and value not in fixed[key]:
-                raise UserError(f"{where}: {key} must be {fixed[key][0]!r}, found {_short(value)}.")
+                raise UserError(f"{where}: {key} must be {fixed[key][0]!r}, found {shown(value)}.")
         elif key not in known and value is not None and value is not False and value != {} and value != []:
-            raise UserError(f"{where}: the key {_name(key)} is not supported, found {_short(value)}.")
-
-
-def _name(key: str) -> str:
-    """Returns a key as is, or quoted and shortened if it would break a message."""
-    return key if key.isprintable() and len(key) <= 80 else _short(key)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _one_of(value: Any, allowed: tuple[Any, ...], key: str, where: str) -> Any:
-    """Returns `value` if allowed; null counts as the first allowed value."""
-    if value is None:
-        return allowed[0]
-    if value not in allowed or type(value) is not type(allowed[0]):
-        raise UserError(f"{where}: {key} must be {' or '.join(map(repr, allowed))}, found {_short(value)}.")
-    return value
-
-
-def _positive(value: Any, kind: type, key: str, where: str) -> Any:
-    """Returns `value` as a positive, finite int or float; ints must fit 64 bits, as other programs require."""
-    if type(value) not in (int, kind) or not 0 < value <= (_LARGEST if kind is int else sys.float_info.max):
-        name = "integer" if kind is int else "number"
-        raise UserError(f"{where}: {key} must be a positive {name}, found {_short(value)}.")
-    return kind(value)
+            raise UserError(f"{where}: the key {shown_key(key)} is not supported, found {shown(value)}.")
 
 
 def _head_dim(found: Any, family: Family, hidden_size: int, heads: int, where: str) -> int:
@@ -204,7 +294,7 @@ def _head_dim(found: Any, family: Family, hidden_size: int, heads: int, where: s
             raise UserError(f"{where}: num_attention_heads={heads} must divide hidden_size={hidden_size}.")
         head_dim = hidden_size // heads
     else:
-        head_dim = _positive(found, int, "head_dim", where)
+        head_dim = positive(found, int, "head_dim", where)
     if head_dim % 2:
         raise UserError(f"{where}: head_dim must be even for rotary embeddings, found {head_dim}.")
     return head_dim
@@ -212,90 +302,65 @@ def _head_dim(found: Any, family: Family, hidden_size: int, heads: int, where: s
 
 def _window(known: dict[str, Any], layers: int, where: str) -> int:
     """Returns the sliding window of all layers, 0 for none; a window on only some layers is rejected."""
-    used = _one_of(known["use_sliding_window"], (False, True), "use_sliding_window", where)
+    used = one_of(known["use_sliding_window"], (False, True), "use_sliding_window", where)
     window = known["sliding_window"] if used else None
-    window = 0 if window is None else _positive(window, int, "sliding_window", where)
+    window = 0 if window is None else positive(window, int, "sliding_window", where)
     expected, types = "sliding_attention" if window else "full_attention", known["layer_types"]
     if types is None:
         first = known["max_window_layers"]
         if window and first != 0:
             raise UserError(
                 f"{where}: max_window_layers must be 0, so that sliding_window={window} applies to every layer, "
-                f"found {_short(first)}."
+                f"found {shown(first)}."
             )
     elif not isinstance(types, list) or len(types) != layers:
-        found = f"{len(types)} entries" if isinstance(types, list) else _short(types)
+        found = f"{len(types)} entries" if isinstance(types, list) else shown(types)
         raise UserError(f"{where}: layer_types must list num_hidden_layers={layers} entries, found {found}.")
     elif other := [(i, t) for i, t in enumerate(types) if t != expected]:
         i, found = other[0]
         raise UserError(
             f"{where}: layer_types must be {expected!r} for every layer where the sliding_window in use is "
-            f"{window or None}, found {_short(found)} for layer {i}."
+            f"{window or None}, found {shown(found)} for layer {i}."
         )
     return window
 
 
-def _rope(known: dict[str, Any], theta_given: bool, positions: int, where: str) -> dict[str, Any]:
-    """ModelConfig's rope keys; older files have `rope_theta` and `rope_scaling`, newer ones `rope_parameters`."""
-    found = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        if known[key]:
-            found[key] = _rope_dict(known[key], known["rope_theta"], theta_given, positions, key, where)
-    if len({tuple(sorted(rope.items())) for rope in found.values()}) > 1:
-        raise UserError(
-            f"{where}: rope_scaling and rope_parameters must agree, found {_short(known['rope_scaling'])} "
-            f"and {_short(known['rope_parameters'])}."
-        )
-    for rope in found.values():
-        return rope
-    return {"rope_theta": _positive(known["rope_theta"], float, "rope_theta", where)}
+def depth_keys(hf: dict[str, Any]) -> list[str]:
+    """Returns the keys of config.json that hold the number of layers."""
+    family = FAMILIES.get(str(hf.get("model_type")))
+    names = [own for own, key in (family.aliases if family else {}).items() if key == "num_hidden_layers"]
+    return [key for key in ("num_hidden_layers", *names) if key in hf] or ["num_hidden_layers"]
 
 
-def _rope_dict(rope: Any, theta: Any, theta_given: bool, positions: int, key: str, where: str) -> dict[str, Any]:
-    """Returns ModelConfig's rope keys from one `rope_scaling` or `rope_parameters`."""
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: {key} must be a JSON object, found {_short(rope)}.")
-    kinds = {name: rope[name] for name in ("rope_type", "type") if rope.get(name) is not None} or {"": "default"}
-    for name, kind in kinds.items():
-        if not isinstance(kind, str) or kind not in ROPE_TYPES:
-            known = ", ".join(map(repr, ROPE_TYPES))
-            raise UserError(f"{where}: {key}.{name} must be one of {known}, found {_short(kind)}.")
-    if len(set(kinds.values())) > 1:
-        raise UserError(f"{where}: {key}.type={kinds['type']!r} contradicts {key}.rope_type={kinds['rope_type']!r}.")
-    kind = next(iter(kinds.values()))
-    for name, value in rope.items():
-        if name == "partial_rotary_factor" and value in FIXED[name]:
-            continue
-        if name not in ("rope_type", "type", "rope_theta", *ROPE_TYPES[kind]) and value is not None:
-            raise UserError(
-                f"{where}: {key}.{_name(name)} is not supported for rope type {kind!r}, found {_short(value)}."
-            )
-    inner = rope.get("rope_theta")
-    if inner is not None and theta_given and inner != theta:
-        raise UserError(f"{where}: {key}.rope_theta={_short(inner)} contradicts rope_theta={_short(theta)}.")
-    numbers: dict[str, Any] = {name: rope.get(name) for name in ROPE_TYPES[kind]}
-    if numbers.get("original_max_position_embeddings", 1) is None:  # then transformers uses max_position_embeddings
-        numbers["original_max_position_embeddings"] = positions
-    for name, value in numbers.items():
-        numbers[name] = _positive(value, int if name.startswith("original") else float, f"{key}.{name}", where)
-    if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
-        raise UserError(
-            f"{where}: {key}.high_freq_factor must exceed low_freq_factor={numbers['low_freq_factor']}, "
-            f"found {numbers['high_freq_factor']}."
-        )
-    renamed = {"original_max_position_embeddings": "rope_original_positions"}
-    return {
-        "rope_theta": _positive(theta if inner is None else inner, float, "rope_theta", where),
-        "rope_scaling": "" if kind == "default" else kind,
-    } | {renamed.get(name, f"rope_{name}"): value for name, value in numbers.items()}
+def stored_name(name: str, hf: dict[str, Any]) -> str:
+    """Returns what the family of a config.json calls the tensor of a usual name, in its files."""
+    for own, usual in _tensors(hf):
+        if usual in name:
+            name = name.replace(usual, own)
+    return name
+
+
+def usual_name(name: str, hf: dict[str, Any]) -> str:
+    """Inverts `stored_name`; usual names stay."""
+    for own, usual in _tensors(hf):
+        name = name.replace(own, usual)
+    return name
+
+
+def _tensors(hf: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    family = FAMILIES.get(hf.get("model_type", ""))
+    return family.tensors if family else ()
 
 
 def grown_hf_config(hf: dict[str, Any], source: Sequence[int]) -> dict[str, Any]:
     """HF config keys of a model whose layer i is the base's layer source[i]; every other key as in `hf`."""
-    grown = hf | {"num_hidden_layers": len(source)}
+    grown = hf | dict.fromkeys(depth_keys(hf), len(source))
     for key in PER_LAYER:
         if isinstance(values := hf.get(key), list):
             grown[key] = [values[i] for i in source]
+    if hf.get("model_type") == "smollm3" and not hf.get("no_rope_layers"):
+        every = hf.get("no_rope_layer_interval") or FAMILIES["smollm3"].defaults["no_rope_layer_interval"]
+        grown["no_rope_layers"] = [int((i + 1) % every != 0) for i in source]
     return grown
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, row_blocks, some
+from solar_jax.checkpoints.hf_config import usual_name
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors
 from solar_jax.errors import UserError
 from solar_jax.model.rope import rope_frequencies
@@ -42,13 +43,13 @@ def resolved(c: Checkpoint) -> Checkpoint:
     Raises:
       UserError: two tensors have the same name without what is around them, or a buffer contradicts config.json.
     """
-    name_of = hf_names(c.shape_of)
+    name_of = {found: usual_name(name, c.hf_config) for found, name in hf_names(c.shape_of).items()}
     if len(set(name_of.values())) < len(name_of):
         twice = {found for found, name in name_of.items() if list(name_of.values()).count(name) > 1}
         raise UserError(f"{c.where}: must hold each tensor once, found {some(twice)}.")
-    renamed = sum(found != name for found, name in name_of.items())
-    if renamed:
-        found, name = next((found, name) for found, name in name_of.items() if found != name)
+    others = [(found, name) for found, name in name_of.items() if usual_name(found, c.hf_config) != name]
+    if renamed := len(others):
+        found, name = others[0]
         print(f"{c.where}: reads {found} as {name}, and {renamed - 1} more in the same way", flush=True)
     stored = {name: found for found, name in name_of.items() if not is_derived(name)}
     for found, name in name_of.items():

@@ -36,10 +36,17 @@ TENSORS = {
     "layers/q_norm": Tensor("H", ("H",), "model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
     "layers/k_norm": Tensor("H", ("H",), "model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
     "layers/gate_proj": Tensor("DF", ("F", "D"), "model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
+    "layers/gate_bias": Tensor("F", ("F",), "model.layers.{}.mlp.gate_proj.bias", "blk.{}.ffn_gate.bias"),
     "layers/up_proj": Tensor("DF", ("F", "D"), "model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
+    "layers/up_bias": Tensor("F", ("F",), "model.layers.{}.mlp.up_proj.bias", "blk.{}.ffn_up.bias"),
     "layers/down_proj": Tensor("FD", ("D", "F"), "model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+    "layers/down_bias": Tensor("D", ("D",), "model.layers.{}.mlp.down_proj.bias", "blk.{}.ffn_down.bias"),
     "layers/attn_norm": Tensor("D", ("D",), "model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
     "layers/mlp_norm": Tensor("D", ("D",), "model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    "layers/attn_out_norm": Tensor(
+        "D", ("D",), "model.layers.{}.post_norm1.weight", "blk.{}.post_attention_norm.weight"
+    ),
+    "layers/mlp_out_norm": Tensor("D", ("D",), "model.layers.{}.post_norm2.weight", "blk.{}.post_ffw_norm.weight"),
     "final_norm": Tensor("D", ("D",), "model.norm.weight", "output_norm.weight"),
     "lm_head": Tensor("DV", ("V", "D"), "lm_head.weight", "output.weight"),
 }

@@ -7,7 +7,8 @@ import numpy as np
 from solar_jax.checkpoints.checkpoint import Checkpoint, Origin, View, numpy_dtype
 from solar_jax.checkpoints.hf_config import grown_hf_config, with_dtype
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_tensors
-from solar_jax.growth.apply import SCALED, grown_config
+from solar_jax.config import ModelConfig
+from solar_jax.growth.apply import grown_config, is_scaled
 from solar_jax.growth.operators import LayerMap
 
 
@@ -24,11 +25,11 @@ class _Made:
         return self.partner == self.source and self.scale == 1.0
 
 
-def _made(path: str, layer: int | None, layer_map: LayerMap) -> _Made:
+def _made(path: str, layer: int | None, layer_map: LayerMap, cfg: ModelConfig) -> _Made:
     if layer is None:
         return _Made(TENSORS[path].hf, TENSORS[path].hf, 1.0)
     source, partner = (TENSORS[path].hf.format(of[layer]) for of in (layer_map.source, layer_map.partner))
-    return _Made(source, partner, layer_map.scale[layer] if path.rpartition("/")[2] in SCALED else 1.0)
+    return _Made(source, partner, layer_map.scale[layer] if is_scaled(path.rpartition("/")[2], cfg) else 1.0)
 
 
 def grown(c: Checkpoint, layer_map: LayerMap) -> Checkpoint:
@@ -43,7 +44,7 @@ def grown(c: Checkpoint, layer_map: LayerMap) -> Checkpoint:
     if layer_map.is_identity:
         return c
     cfg = grown_config(c.cfg, layer_map)
-    made = {name: _made(path, layer, layer_map) for name, path, layer in hf_tensors(cfg)}
+    made = {name: _made(path, layer, layer_map, cfg) for name, path, layer in hf_tensors(cfg)}
 
     def origin(m: _Made) -> Origin:
         source = c.origin(m.source)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, row_blocks, row_unit
-from solar_jax.checkpoints.hf_config import with_dtype
+from solar_jax.checkpoints.hf_config import stored_name, with_dtype
 from solar_jax.checkpoints.hf_folder import INDEX
 from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
 from solar_jax.errors import UserError
@@ -41,11 +41,11 @@ def pieces(c: Checkpoint) -> list[Piece]:
 
 
 def _piece(c: Checkpoint, name: str, path: str) -> Piece:
-    shape, entry = hf_shape(path, c.cfg), c.entry_of.get(name)
+    shape, entry, stored = hf_shape(path, c.cfg), c.entry_of.get(name), stored_name(name, c.hf_config)
     if entry is not None and is_local(entry.file):
-        return Piece(name, shape, c.dtype_of[name], entry)
+        return Piece(stored, shape, c.dtype_of[name], entry)
     blocks = functools.partial(map, functools.partial(c.read, name))
-    return Piece(name, shape, c.dtype_of[name], lambda: blocks(row_blocks(shape, row_unit(path, c.cfg))))
+    return Piece(stored, shape, c.dtype_of[name], lambda: blocks(row_blocks(shape, row_unit(path, c.cfg))))
 
 
 def shards(tensors: list[Piece], max_shard_size: int) -> dict[str, list[Piece]]:

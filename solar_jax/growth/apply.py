@@ -10,7 +10,13 @@ from solar_jax.growth.operators import LayerMap
 from solar_jax.model.shapes import Params
 
 # The arrays through which a layer adds to the residual stream; scaled to 0, the layer passes its input through.
-SCALED = ("o_proj", "o_bias", "down_proj")
+SCALED = ("o_proj", "o_bias", "down_proj", "down_bias")
+SCALED_NORMS = ("attn_out_norm", "mlp_out_norm")  # instead, where a norm follows, which undoes a scale before it
+
+
+def is_scaled(name: str, cfg: ModelConfig) -> bool:
+    """Returns whether a layer map's scale applies to a layer's array."""
+    return name in (SCALED_NORMS if cfg.post_norm else SCALED)
 
 
 def grow(params: Params, layer_map: LayerMap) -> Params:
@@ -28,6 +34,7 @@ def grow(params: Params, layer_map: LayerMap) -> Params:
     """
     source, partner = jnp.array(layer_map.source), jnp.array(layer_map.partner)
     scale = jnp.array(layer_map.scale, jnp.float32)
+    scaled = SCALED_NORMS if SCALED_NORMS[0] in params["layers"] else SCALED
 
     def one(name: str, x: jax.Array) -> jax.Array:
         if x.shape[0] != layer_map.base_layers:
@@ -36,7 +43,7 @@ def grow(params: Params, layer_map: LayerMap) -> Params:
         if layer_map.partner != layer_map.source:
             mean = (grown.astype(jnp.float32) + jnp.take(x, partner, axis=0).astype(jnp.float32)) / 2
             grown = jnp.where(_per_layer(source == partner, x), grown, mean.astype(x.dtype))
-        if name in SCALED and set(layer_map.scale) != {1.0}:
+        if name in scaled and set(layer_map.scale) != {1.0}:
             grown = grown * _per_layer(scale, x).astype(x.dtype)
         return grown
 
@@ -49,4 +56,6 @@ def _per_layer(values: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def grown_config(cfg: ModelConfig, layer_map: LayerMap) -> ModelConfig:
-    return dataclasses.replace(cfg, num_hidden_layers=layer_map.layers)
+    """Returns the config of the grown model; what it says of single layers follows the layer map."""
+    still = tuple(i for i, source in enumerate(layer_map.source) if source in cfg.no_rope_layers)
+    return dataclasses.replace(cfg, num_hidden_layers=layer_map.layers, no_rope_layers=still)

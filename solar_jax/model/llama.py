@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -115,6 +116,11 @@ def _down_projection(h: jax.Array, weight: jax.Array, einsum: Einsum) -> jax.Arr
     return _product_in_parts(h, weight) if h.dtype == jnp.float32 else einsum("btf,fd->btd", h, weight)
 
 
+def scaled(x: jax.Array, multiplier: float) -> jax.Array:
+    """Multiplies in float32; returns x unchanged if the multiplier is 0, which stands for none."""
+    return (x.astype(jnp.float32) * multiplier).astype(x.dtype) if multiplier else x
+
+
 def _add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
     """Adds a bias over x's last axes, in float32; returns x unchanged if the architecture has none."""
     return x if bias is None else (x.astype(jnp.float32) + bias[...]).astype(x.dtype)
@@ -128,19 +134,28 @@ class Block(nnx.Module):
     k_proj: nnx.Param  # [D, K, H]
     v_proj: nnx.Param  # [D, K, H]
     o_proj: nnx.Param  # [N, H, D]
-    q_bias: nnx.Param | None  # [N, H]; this and the next five only where `OPTIONAL` says so
+    q_bias: nnx.Param | None  # [N, H]; this and others that may be None only where `OPTIONAL` says so
     k_bias: nnx.Param | None  # [K, H]
     v_bias: nnx.Param | None  # [K, H]
     o_bias: nnx.Param | None  # [D]
     q_norm: nnx.Param | None  # [H]
     k_norm: nnx.Param | None  # [H]
+    attn_out_norm: nnx.Param | None  # [D]
     mlp_norm: nnx.Param  # [D]
     gate_proj: nnx.Param  # [D, F]
     up_proj: nnx.Param  # [D, F]
     down_proj: nnx.Param  # [F, D]
+    gate_bias: nnx.Param | None  # [F]
+    up_bias: nnx.Param | None  # [F]
+    down_bias: nnx.Param | None  # [D]
+    mlp_out_norm: nnx.Param | None  # [D]
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.eps = cfg.rms_norm_eps
+        self.query_scale = cfg.attention_multiplier * cfg.head_dim**0.5  # attention itself scales by H ** -0.5
+        self.residual_scale = cfg.residual_multiplier
+        # Whether this layer rotates queries and keys; absent where all do.
+        self.rotates = nnx.Variable(jnp.ones((), bool)) if cfg.no_rope_layers else None
         present = layer_axes(cfg)
         for name, letters in LAYER_AXES.items():
             setattr(self, name, _initial(rngs, cfg, name, letters) if name in present else None)
@@ -159,25 +174,32 @@ class Block(nnx.Module):
         def weight(name: str) -> jax.Array:
             return constrain(getattr(self, name)[...], LAYER_AXES[name])
 
-        def project(subscripts: str, name: str, letters: str) -> jax.Array:
+        def project(subscripts: str, h: jax.Array, name: str, letters: str) -> jax.Array:
             y = _add_bias(einsum(subscripts, h, weight(name + "_proj")), getattr(self, name + "_bias"))
             return checkpoint_name(constrain(y, letters), name)
 
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attn_norm[...], self.eps)
-            q = project("btd,dnh->btnh", "q", "BTNH")
-            k = project("btd,dkh->btkh", "k", "BTKH")
-            v = project("btd,dkh->btkh", "v", "BTKH")
+            q = project("btd,dnh->btnh", h, "q", "BTNH")
+            k = project("btd,dkh->btkh", h, "k", "BTKH")
+            v = project("btd,dkh->btkh", h, "v", "BTKH")
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = rms_norm(q, self.q_norm[...], self.eps), rms_norm(k, self.k_norm[...], self.eps)
-            h = attend(q, k, v, rope, seen)
-            o = constrain(einsum("btnh,nhd->btd", h, weight("o_proj")), "BTD")
-            x = checkpoint_name(constrain(x + _add_bias(o, self.o_bias), "BTD"), "mid")
+            if self.rotates is not None:
+                cos, sin = rope
+                rope = jnp.where(self.rotates[...], cos, 1.0), jnp.where(self.rotates[...], sin, 0.0)
+            h = attend(scaled(q, self.query_scale), k, v, rope, seen)
+            o = _add_bias(constrain(einsum("btnh,nhd->btd", h, weight("o_proj")), "BTD"), self.o_bias)
+            x = checkpoint_name(constrain(x + self._added(o, self.attn_out_norm), "BTD"), "mid")
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], self.eps)
-            gate = checkpoint_name(constrain(einsum("btd,df->btf", h, weight("gate_proj")), "BTF"), "gate")
-            up = checkpoint_name(constrain(einsum("btd,df->btf", h, weight("up_proj")), "BTF"), "up")
-            return constrain(x + _down_projection(jax.nn.silu(gate) * up, weight("down_proj"), einsum), "BTD")
+            gate, up = (project("btd,df->btf", h, name, "BTF") for name in ("gate", "up"))
+            o = _add_bias(_down_projection(jax.nn.silu(gate) * up, weight("down_proj"), einsum), self.down_bias)
+            return constrain(x + self._added(o, self.mlp_out_norm), "BTD")
+
+    def _added(self, o: jax.Array, norm: nnx.Param | None) -> jax.Array:
+        """Returns what is added to the residual stream: `o`, normalised and scaled where the architecture does that."""
+        return scaled(o if norm is None else rms_norm(o, norm[...], self.eps), self.residual_scale)
 
 
 class Llama(nnx.Module):
@@ -212,6 +234,7 @@ class Llama(nnx.Module):
         # All-gather the table before the look-up: with a table sharded over D and V, XLA falls back to full
         # rematerialisation of the result.
         x = constrain(constrain(self.embed[...].astype(compute_dtype), ".D")[tokens], "BTD")
+        x = scaled(x, self.cfg.embedding_multiplier)
 
         def body(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
             return block(x, rope, seen, constrain, attend, einsum), None
@@ -235,7 +258,7 @@ class Llama(nnx.Module):
 
         for stack in stacks:
             x, _ = run(x, stack)
-        return rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps)
+        return scaled(rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps), self.cfg.logits_multiplier)
 
     def head(self) -> jax.Array:
         """Returns the output projection [D, V]."""
@@ -249,7 +272,29 @@ def graph(cfg: ModelConfig) -> nnx.GraphDef:
 
 def initial_params(cfg: ModelConfig, seed: int) -> Params:
     """Creates random float32 parameters; wrap in `jax.jit(..., out_shardings=...)` to create them sharded."""
-    return nnx.to_pure_dict(nnx.state(Llama(cfg, nnx.Rngs(seed))))
+    return nnx.to_pure_dict(nnx.state(Llama(cfg, nnx.Rngs(seed)), nnx.Param))
+
+
+def rotates(layers: Any, cfg: ModelConfig) -> Any:
+    """Adds to the stacks of layers what `Block.rotates` is of each layer; returns them as they are if all rotate."""
+    if not cfg.no_rope_layers:
+        return layers
+    which = ~np.isin(np.arange(cfg.num_hidden_layers), cfg.no_rope_layers)
+    done = 0
+
+    def taken(*shape: int) -> np.ndarray:
+        nonlocal done
+        done += math.prod(shape)
+        return which[done - math.prod(shape) : done].reshape(shape)
+
+    def filled(stack: Any) -> Any:
+        if isinstance(stack, dict):
+            return stack | {"rotates": jnp.asarray(taken(len(stack["attn_norm"])))}
+        sizes = [part["attn_norm"].shape[1] for part in stack]  # stacks in turns: [repeats, n, ...] each
+        both = np.split(taken(len(stack[0]["attn_norm"]), sum(sizes)), np.cumsum(sizes)[:-1], axis=1)
+        return tuple(part | {"rotates": jnp.asarray(of)} for part, of in zip(stack, both, strict=True))
+
+    return tuple(map(filled, layers)) if isinstance(layers, tuple) else filled(layers)
 
 
 def compute_copy(params: Params, compute_dtype: Any) -> Params:
@@ -293,7 +338,7 @@ def hidden(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     params, whole = compute_copy(params, compute_dtype), graph(cfg)
-    layers = params["layers"]
+    layers = rotates(params["layers"], cfg)
 
     def blocks(stack: Any) -> Any:
         return tuple(map(blocks, stack)) if isinstance(stack, tuple) else merge(stack).layers

@@ -25,10 +25,15 @@ LAYER_AXES = {
     "o_bias": "D",
     "q_norm": "H",
     "k_norm": "H",
+    "attn_out_norm": "D",
     "mlp_norm": "D",
     "gate_proj": "DF",
     "up_proj": "DF",
     "down_proj": "FD",
+    "gate_bias": "F",
+    "up_bias": "F",
+    "down_bias": "D",
+    "mlp_out_norm": "D",
 }
 
 
@@ -40,6 +45,11 @@ OPTIONAL: dict[str, Callable[[ModelConfig], bool]] = {
     "o_bias": lambda cfg: "o" in cfg.attention_bias,
     "q_norm": lambda cfg: cfg.qk_norm,
     "k_norm": lambda cfg: cfg.qk_norm,
+    "attn_out_norm": lambda cfg: cfg.post_norm,
+    "mlp_out_norm": lambda cfg: cfg.post_norm,
+    "gate_bias": lambda cfg: cfg.mlp_bias,
+    "up_bias": lambda cfg: cfg.mlp_bias,
+    "down_bias": lambda cfg: cfg.mlp_bias,
 }
 
 

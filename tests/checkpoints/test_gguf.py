@@ -119,7 +119,9 @@ def whole(tmp_path_factory) -> pathlib.Path:
 def test_the_file_names_of_the_table_are_llama_cpps():
     # The writer above takes them from the table too, so only the package can tell that they are right.
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, LAYERS)
-    for row in TENSORS.values():
+    for path, row in TENSORS.items():
+        if path.endswith("out_norm"):  # of an architecture that is not read from GGUF
+            continue
         assert names.get_name(row.hf.format(1), try_suffixes=(".weight", ".bias")) == row.gguf.format(1)
 
 

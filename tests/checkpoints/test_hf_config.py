@@ -17,6 +17,7 @@ KINDS = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {key: TINY[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
 L = TINY["num_hidden_layers"]
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
@@ -124,15 +125,15 @@ def test_llama3_scaling_without_its_original_length_takes_the_models(tmp_path):
     assert found == expected["original_max_position_embeddings"] == 1024
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_every_key_of_transformers_config_class_is_known(kind):
     config = transformers.AutoConfig.for_model(kind).to_dict()
-    known = {*SIZE_KEYS, *FAMILIES[kind].defaults, *FAMILIES[kind].ignored, *FIXED, *HARMLESS}
+    known = {*SIZE_KEYS, *FAMILIES[kind].defaults, *FAMILIES[kind].fixed, *FAMILIES[kind].ignored, *FIXED, *HARMLESS}
     assert set(config) - known == set()
     model_config(config, "config.json")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_old_generation_keys_and_training_notes_are_let_through(kind):
     generation = transformers.GenerationConfig._get_default_generation_params()
     hf = {"model_type": kind, "num_attention_heads": 64, "hidden_size": 128, "head_dim": 8} | {
@@ -153,19 +154,26 @@ def test_a_llama_has_no_sliding_window_even_if_its_config_names_one(tmp_path):
     assert model_config(written(tmp_path, "llama") | names, "config.json").sliding_window == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_an_absent_key_takes_transformers_default(kind):
     # 16 heads: neither 8 nor 32, the classes' own default numbers of kv heads, so a fixed default shows.
-    heads = 16 if kind in ("llama", "mistral") else 64
+    heads = 64 if kind.startswith("qwen") else 16
     hf = {"model_type": kind, "num_attention_heads": heads} | SIZES | {"hidden_size": 128}
     expected = transformers.AutoConfig.for_model(**hf)
     found = model_config(hf, "config.json")
     keys = ["num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"]
-    if kind == "llama":  # there the class's default is of its default size; the documented rule is "as many as heads"
+    if kind in (
+        "llama",
+        "granite",
+        "hyperclovax",
+    ):  # there the class's default is of its default size; the documented rule is "as many as heads"
         assert found.num_key_value_heads == 16
         keys.remove("num_key_value_heads")
-    if kind == "qwen2":  # the class has no such key, the model divides
-        assert found.head_dim == 2
+    if kind in ("qwen2", "granite", "smollm3"):  # the class has no such key, the model divides
+        assert found.head_dim == 128 // heads
+        keys.remove("head_dim")
+    if kind == "ministral":  # the class says None, the model divides
+        assert found.head_dim == 8
         keys.remove("head_dim")
     assert {key: getattr(found, key) for key in keys} == {key: getattr(expected, key) for key in keys}
     assert found.rope_theta == expected.rope_parameters["rope_theta"]
@@ -223,10 +231,14 @@ MIXED = ["full_attention"] * 2 + ["sliding_attention"] * (L - 2)
 REFUSED = [
     *(
         ("llama", {"rope_parameters": None, "rope_scaling": {style: kind}}, f"rope_scaling.{style}", kind)
-        for kind in ("dynamic", "yarn", "longrope", "su", "mrope", "proportional")
+        for kind in ("longrope", "su", "mrope", "proportional")
         for style in ("type", "rope_type")
     ),
-    ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters.rope_type", "yarn"),
+    ("qwen3", {"rope_parameters": YARN | {"factor": None}}, "rope_parameters.factor", "None"),
+    ("qwen3", {"rope_parameters": YARN | {"beta_fast": "32"}}, "rope_parameters.beta_fast", "'32'"),
+    ("qwen3", {"rope_parameters": YARN | {"truncate": 1}}, "rope_parameters.truncate", "1"),
+    ("qwen3", {"rope_parameters": YARN | {"long_factor": [1.0]}}, "rope_parameters.long_factor", "[1.0]"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0}}, "rope_parameters.alpha", "1000.0"),
     ("llama", {"rope_parameters": LINEAR | {"type": "yarn"}}, "rope_parameters.type", "yarn"),
     ("llama", {"rope_parameters": LINEAR | {"type": "llama3"}}, "rope_parameters.type", "llama3"),
     ("llama", {"rope_parameters": LINEAR | {"rope_theta": 1e4}, "rope_theta": 5e5}, "rope_parameters.rope_theta", "50"),
@@ -251,7 +263,8 @@ REFUSED = [
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor", "0.5"),
     ("llama", {"rope_interleaved": True}, "rope_interleaved", "True"),
     ("llama", {"original_max_position_embeddings": 256}, "original_max_position_embeddings", "256"),
-    ("llama", {"mlp_bias": True}, "mlp_bias", "True"),
+    ("llama", {"mlp_bias": "yes"}, "mlp_bias", "'yes'"),
+    ("mistral", {"mlp_bias": True}, "mlp_bias", "True"),
     ("qwen3", {"mlp_bias": True}, "mlp_bias", "True"),
     ("llama", {"attention_bias": "qkv"}, "attention_bias", "'qkv'"),
     ("llama", {"attention_bias": 1}, "attention_bias", "1"),
@@ -339,7 +352,7 @@ def test_a_long_value_is_shown_in_part(tmp_path):
     assert len(text) < 200
 
 
-@pytest.mark.parametrize(("key", "value"), [("attention_bias", "qv"), ("rope_scaling", "yarn")])
+@pytest.mark.parametrize(("key", "value"), [("attention_bias", "qv"), ("rope_scaling", "longrope")])
 def test_a_run_that_expects_an_unknown_architecture_is_refused(key, value):
     with pytest.raises(UserError, match=f"config.model.{key} .* found '{value}'"):
         ModelConfig(**{key: value})
@@ -372,6 +385,24 @@ def test_a_list_with_an_entry_for_each_layer_goes_through_the_map():
     hf = {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"], "eos_token_id": [1, 2, 3]}
     grown = grown_hf_config(hf, (0, 1, 1, 2, 0))
     assert grown == hf | {"num_hidden_layers": 5, "layer_types": ["a", "b", "b", "c", "a"]}
+
+
+def test_which_layers_rotate_goes_through_the_map_even_where_a_config_leaves_it_to_a_default():
+    hf = {"model_type": "smollm3", "num_hidden_layers": 4}
+    grown = grown_hf_config(hf, (0, 1, 2, 3, 2, 3))
+    assert grown == hf | {"num_hidden_layers": 6, "no_rope_layers": [1, 1, 1, 0, 1, 0]}
+    given = hf | {"no_rope_layers": [0, 1, 1, 1]}
+    assert grown_hf_config(given, (0, 0, 3))["no_rope_layers"] == [0, 0, 1]
+
+
+def test_a_family_s_own_name_of_the_depth_is_grown_and_read():
+    hf = {"model_type": "exaone", "num_layers": 3, "layer_norm_epsilon": 1e-6, "activation_function": "silu"}
+    hf |= {key: value for key, value in SIZES.items() if key != "num_hidden_layers"} | {"num_attention_heads": 8}
+    grown = grown_hf_config(hf, (0, 1, 1, 2))
+    assert grown == hf | {"num_layers": 4}
+    assert model_config(grown, "c").num_hidden_layers == 4
+    assert model_config(grown, "c").rms_norm_eps == 1e-6
+    assert "num_layers=4 contradicts num_hidden_layers=3" in refusal(grown | {"num_hidden_layers": 3})
 
 
 @pytest.mark.parametrize("window", [{}, WINDOW | {"max_window_layers": 0}, WINDOW | {"layer_types": [MIXED[-1]] * L}])

@@ -40,6 +40,10 @@ LINEAR = rope(rope_type="linear", factor=4.0)
 LLAMA3 = rope(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256
 )
+YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=256)
+MUP = {
+    "embedding_multiplier": 6.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4, "logits_scaling": 2.0,
+}  # fmt: skip
 NO_HEAD_DIM = {"head_dim": None}  # hidden_size / num_attention_heads
 
 # name -> (model_type, what its config says apart from TINY)
@@ -62,6 +66,22 @@ MODELS = {
     "Qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
     "Qwen3, biases": ("qwen3", {"attention_bias": True}),
     "Qwen3, window": ("qwen3", QWEN_WINDOW),
+    "Llama, MLP biases": ("llama", {"mlp_bias": True, "attention_bias": True}),
+    "Llama, yarn": ("llama", YARN),
+    "Llama, dynamic rope": ("llama", rope(rope_type="dynamic", factor=4.0) | {"max_position_embeddings": 256}),
+    "Qwen3, yarn": ("qwen3", YARN),
+    "InternLM3": ("internlm3", {"num_key_value_heads": 1} | rope(rope_type="dynamic", factor=6.0, rope_theta=5e7)),
+    "InternLM3, biases": ("internlm3", {"attention_bias": True, "mlp_bias": True}),
+    "Seed-OSS": ("seed_oss", {"attention_bias": True, "attention_out_bias": False} | rope(rope_theta=1e7)),
+    "Seed-OSS, all biases": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
+    "Ministral": ("ministral", WINDOW | {"head_dim": 32}),
+    "EXAONE 3": ("exaone", NO_HEAD_DIM | LLAMA3),
+    "SmolLM3": ("smollm3", NO_HEAD_DIM | rope(rope_theta=5e6)),
+    "SmolLM3, other layers": ("smollm3", NO_HEAD_DIM | {"no_rope_layers": [0, 1, 0, 1], "attention_bias": True}),
+    "Granite 3": ("granite", NO_HEAD_DIM | MUP),
+    "Granite 3, biases": ("granite", NO_HEAD_DIM | MUP | {"attention_bias": True, "mlp_bias": True}),
+    "HyperCLOVAX": ("hyperclovax", NO_HEAD_DIM | MUP | {"logits_scaling": 0.5}),
+    "HyperCLOVAX, no post-norm": ("hyperclovax", NO_HEAD_DIM | {"use_post_norm": False, "attention_multiplier": 0.1}),
 }
 
 
@@ -186,6 +206,22 @@ CONTROLS = [
     *((name, "window ignored", changed(sliding_window=0)) for name in ("Mistral v0.1", "Qwen2, window")),
     *((name, "window off by one", changed(sliding_window=99)) for name in ("Mistral v0.1", "Qwen3, window")),
     ("Mistral v0.3", "a window that is none", changed(sliding_window=100)),
+    *(("Llama, MLP biases", f"{x}_bias dropped", neutral(f"{x}_bias")) for x in ("gate", "up", "down")),
+    *((name, "scaling ignored", changed(rope_scaling="")) for name in ("Llama, yarn", "Llama, dynamic rope")),
+    ("Llama, yarn", "cosines and sines not scaled", changed(rope_attention_factor=0.0)),
+    ("Llama, yarn", "another ramp", changed(rope_beta_fast=16.0)),
+    ("Llama, yarn", "a ramp from other borders", changed(rope_untruncated=True)),
+    ("Llama, dynamic rope", "another factor", changed(rope_factor=4.1)),
+    ("SmolLM3", "all layers rotated", changed(no_rope_layers=())),
+    ("SmolLM3, other layers", "the others rotated", changed(no_rope_layers=(1, 3))),
+    *(
+        (name, f"{key} ignored", changed(**{key: 0.0}))
+        for name in ("Granite 3", "HyperCLOVAX")
+        for key in ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_multiplier")
+    ),
+    ("Granite 3", "logits multiplied", changed(logits_multiplier=2.0)),
+    *(("HyperCLOVAX", f"{x}_out_norm's scale dropped", neutral(f"{x}_out_norm")) for x in ("attn", "mlp")),
+    ("HyperCLOVAX", "no norm after", changed(post_norm=False)),
 ]
 
 
@@ -199,7 +235,7 @@ def test_the_comparison_refuses_a_model_that_leaves_something_out(saved, name, w
 # ---- Growing --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Llama, biases", "Qwen2", "Qwen3, biases"])
+@pytest.mark.parametrize("name", ["Llama, biases", "Qwen2", "Qwen3, biases", "Llama, MLP biases", "HyperCLOVAX"])
 def test_layers_added_with_scale_zero_change_no_logit_of_a_model_with_biases(saved, name):
     folder, expected = saved(name)
     checkpoint, params = opened(folder)
@@ -211,7 +247,11 @@ def test_layers_added_with_scale_zero_change_no_logit_of_a_model_with_biases(sav
         assert distance(grown_config(checkpoint.cfg, layer_map), grown, expected) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["Llama 3.1", "Mistral v0.1", "Qwen2, window", "Qwen3, window"])
+@pytest.mark.parametrize(
+    "name",
+    ["Llama 3.1", "Mistral v0.1", "Qwen2, window", "Qwen3, window", "EXAONE 3", "SmolLM3", "SmolLM3, other layers",
+     "HyperCLOVAX"],
+)  # fmt: skip
 def test_a_grown_model_is_the_same_to_transformers(saved, tmp_path, name):
     checkpoint, params = opened(saved(name)[0])
     layer_map = make_layer_map(4, GrowthConfig("dus", m=1))

@@ -19,9 +19,9 @@ from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 
 PLAIN = ModelConfig(64, 32, 48, 3, 4, 2, 8, 1024, 10000.0, 1e-5)
-FULL = dataclasses.replace(PLAIN, attention_bias="qkvo", qk_norm=True)
+FULL = dataclasses.replace(PLAIN, attention_bias="qkvo", qk_norm=True, mlp_bias=True)
 ADDED = {"q_bias": (3, 4, 8), "k_bias": (3, 2, 8), "v_bias": (3, 2, 8), "o_bias": (3, 32), "q_norm": (3, 8),
-         "k_norm": (3, 8)}  # fmt: skip
+         "k_norm": (3, 8), "gate_bias": (3, 48), "up_bias": (3, 48), "down_bias": (3, 32)}  # fmt: skip
 
 
 def random_params(cfg: ModelConfig) -> Params:
@@ -45,7 +45,8 @@ def logits(cfg: ModelConfig, params: Params, **kwargs) -> np.ndarray:
         ({"attention_bias": "qkv"}, "q_bias k_bias v_bias"),
         ({"attention_bias": "qkvo"}, "q_bias k_bias v_bias o_bias"),
         ({"qk_norm": True}, "q_norm k_norm"),
-        ({"attention_bias": "qkvo", "qk_norm": True}, " ".join(ADDED)),
+        ({"mlp_bias": True}, "gate_bias up_bias down_bias"),
+        ({"attention_bias": "qkvo", "qk_norm": True, "mlp_bias": True}, " ".join(ADDED)),
     ],
 )
 def test_an_architecture_has_the_arrays_that_its_config_says_and_no_others(changes, names):
@@ -100,6 +101,9 @@ def test_they_rest_where_what_they_are_added_to_does():
         "o_bias": PartitionSpec(None, rules.FSDP),
         "q_norm": PartitionSpec(None, None),
         "k_norm": PartitionSpec(None, None),
+        "gate_bias": PartitionSpec(None, "tensor"),
+        "up_bias": PartitionSpec(None, "tensor"),
+        "down_bias": PartitionSpec(None, rules.FSDP),
     }
 
 
@@ -131,6 +135,6 @@ def test_growth_treats_them_as_it_treats_their_layer(operator):
     for name in ADDED:
         x = np.asarray(params["layers"][name])
         for i, (a, b) in enumerate(zip(layer_map.source, layer_map.partner, strict=True)):
-            expected = (x[a] + x[b]) / 2 * (layer_map.scale[i] if name == "o_bias" else 1.0)
+            expected = (x[a] + x[b]) / 2 * (layer_map.scale[i] if name in ("o_bias", "down_bias") else 1.0)
             np.testing.assert_array_equal(np.asarray(grown[name])[i], expected)
     assert operator != "llama_pro" or set(layer_map.scale) == {0.0, 1.0}

@@ -20,6 +20,7 @@ import numpy as np
 from solar_jax.checkpoints import lineage
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.companions import CERTIFICATE
+from solar_jax.checkpoints.hf_config import depth_keys
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_tensors
 from solar_jax.checkpoints.verify.recompute import Stored, compare_tensors, grown_tensor, hashed_bytes
@@ -103,9 +104,13 @@ def _check_config(c: Checkpoint, result: Checkpoint) -> dict[str, Any]:
     """Returns the keys of config.json that differ from the source's; only growth and dtype may change them."""
     source, layer_map, dtype = c.source.hf_config, c.layer_map, c.cast_to
     must: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in source.items()}
-    must["num_hidden_layers"] = (layer_map.layers,)
+    must |= dict.fromkeys(depth_keys(source), (layer_map.layers,))
     if isinstance(types := source.get("layer_types"), list):
         must["layer_types"] = ([types[i] for i in layer_map.source],)
+    if still := c.source.cfg.no_rope_layers:
+        must["no_rope_layers"] = ([int(i not in still) for i in layer_map.source],)
+        if layer_map.is_identity:
+            must["no_rope_layers"] = (source.get("no_rope_layers"),)
     for key in ("dtype", "torch_dtype"):
         stored = dtype or result.common_dtype
         if key in result.hf_config and (stored or key not in source):
@@ -171,9 +176,10 @@ def _logits(stored: Stored, result: Checkpoint, exact: bool) -> dict[str, Any]:
       result: the checkpoint made from it.
       exact: whether casting changed no value, so that logits must not change either.
     """
-    layer_map = stored.layer_map
+    layer_map, still = stored.layer_map, stored.c.cfg.no_rope_layers
+    still = tuple(i for i, source in enumerate(layer_map.source) if source in still)
     grown = Model(
-        dataclasses.replace(stored.c.cfg, num_hidden_layers=layer_map.layers),
+        dataclasses.replace(stored.c.cfg, num_hidden_layers=layer_map.layers, no_rope_layers=still),
         lambda path, layer, rows: grown_tensor(stored, path, layer, rows),
     )
     made = Model(result.cfg, lambda path, layer, rows: result.read(TENSORS[path].hf.format(layer), rows))

@@ -21,7 +21,8 @@ from solar_jax.errors import UserError
 from solar_jax.growth.operators import LayerMap
 
 # Tensors through which a layer adds to the residual stream: those that a layer map scales.
-_ADDING = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
+_ADDING = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
+_NORMS_AFTER = ("post_norm1.weight", "post_norm2.weight")  # in their place where they exist
 _THREADS = 2  # tensors hashed concurrently
 _PIECE = 1 << 20  # elements recomputed at a time
 
@@ -165,15 +166,16 @@ def grown_tensor(stored: Stored, path: str, layer: int | None, rows: slice) -> n
     """Computes rows of a tensor of the grown model from the base alone, float32 in HF's layout."""
     parts = [np.ascontiguousarray(stored.values(name, rows)) for name in source_names(stored.layer_map, path, layer)]
     out = np.empty(parts[0].shape, np.float32)
-    flat, scale = [part.reshape(-1) for part in parts], _scale(stored.layer_map, path, layer)
+    flat, scale = [part.reshape(-1) for part in parts], _scale(stored, path, layer)
     for start in range(0, out.size, _PIECE):  # a mean needs several times its own memory
         piece = slice(start, start + _PIECE)
         out.reshape(-1)[piece] = recomputed([part[piece] for part in flat], scale)
     return out
 
 
-def _scale(layer_map: LayerMap, path: str, layer: int | None) -> float:
-    return layer_map.scale[layer] if layer is not None and TENSORS[path].hf.endswith(_ADDING) else 1.0
+def _scale(stored: Stored, path: str, layer: int | None) -> float:
+    adding = _NORMS_AFTER if any(name.endswith(_NORMS_AFTER) for name in stored.c.shape_of) else _ADDING
+    return stored.layer_map.scale[layer] if layer is not None and TENSORS[path].hf.endswith(adding) else 1.0
 
 
 def hashed_bytes(stored: Stored, result: Checkpoint) -> int:
@@ -234,7 +236,7 @@ def _check(
 ) -> tuple[str, dict[str, Any]]:
     """Checks one tensor and returns (HF name, record)."""
     name, path, layer = tensor
-    c, sources, scale = stored.c, source_names(stored.layer_map, path, layer), _scale(stored.layer_map, path, layer)
+    c, sources, scale = stored.c, source_names(stored.layer_map, path, layer), _scale(stored, path, layer)
     before, after = c.dtype_of[sources[0]], result.dtype_of[name]
     allowed = (
         {numpy_dtype(stored.dtype)} if stored.dtype else {before, np.dtype(np.float32)}

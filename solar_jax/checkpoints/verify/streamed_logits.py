@@ -18,7 +18,7 @@ from solar_jax.checkpoints.checkpoint import row_blocks
 from solar_jax.checkpoints.tensor_table import from_hf, hf_shape
 from solar_jax.config import ModelConfig
 from solar_jax.model.attention import attention_mask
-from solar_jax.model.llama import Block, rms_norm, unconstrained
+from solar_jax.model.llama import Block, rms_norm, scaled, unconstrained
 from solar_jax.model.rope import rope_angles
 from solar_jax.model.shapes import layer_axes
 
@@ -41,15 +41,16 @@ class Model:
             here = (rows.start <= tokens) & (tokens < rows.stop)
             if here.any():
                 out[here] = self.read("embed", None, rows)[tokens[here] - rows.start]
-        return out
+        return out * np.float32(self.cfg.embedding_multiplier or 1.0)
 
     def layer(self, layer: int) -> Layer:
         """Loads one layer in the form that the model takes."""
         plain = dataclasses.replace(self.cfg, num_hidden_layers=1)
-        return {
+        arrays = {
             name: _as_ours(np.ascontiguousarray(self.read(f"layers/{name}", layer, slice(None))), name, plain)
             for name in layer_axes(self.cfg)
         }
+        return arrays | ({"rotates": jnp.asarray(layer not in self.cfg.no_rope_layers)} if plain.no_rope_layers else {})
 
     def head(self, rows: slice) -> np.ndarray:
         """Returns rows [v, D] of the output head."""
@@ -89,7 +90,7 @@ class Pass:
         """Returns the final norm's output [P, D] at all P positions, prompt after prompt."""
         scale = jnp.asarray(self.model.read("final_norm", None, slice(None)).astype(np.float32))
         flat = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in self.x])
-        return rms_norm(flat, scale, self.cfg.rms_norm_eps)
+        return scaled(rms_norm(flat, scale, self.cfg.rms_norm_eps), self.cfg.logits_multiplier)
 
 
 @functools.cache

@@ -169,8 +169,8 @@ def test_norms_of_another_dtype_are_certified_as_they_are(tmp_path):
     ("kind", "made"),
     [
         (Type.F32, ""),
-        (Type.F16, "dequantised F16"),
-        (Type.BF16, "dequantised BF16"),
+        (Type.F16, ""),
+        (Type.BF16, ""),
         (Type.Q8_0, "dequantised Q8_0"),
         (Type.Q4_0, "dequantised Q4_0"),
         (Type.Q4_1, "dequantised Q4_1"),
@@ -185,10 +185,12 @@ def test_a_gguf_source_is_dequantised_a_second_time(tmp_path, kind, made):
     assert record["made"] == ", ".join(filter(None, (made, "rotary pairs reordered")))
     assert (record["bitwise_equal"], record["equals_recomputation"]) == (False, True)
     assert found["tensors"][UP]["made"] == (made or "copied")
-    assert found["tensors"][UP]["bitwise_equal"] == (kind == Type.F32)
+    assert found["tensors"][UP]["bitwise_equal"] == (kind in (Type.F32, Type.F16, Type.BF16))
 
 
-@pytest.mark.parametrize("name", ["Llama, biases", "Llama 3.1", "Mistral v0.1", "Qwen3, biases"])
+@pytest.mark.parametrize(
+    "name", ["Llama, MLP biases", "Llama 3.1", "Mistral v0.1", "Qwen3, biases", "EXAONE 3", "SmolLM3", "HyperCLOVAX"]
+)
 def test_every_kind_of_architecture_is_certified(tmp_path, name):
     source = save_hf(test_parity.hf_model(name), tmp_path / "source")
     found = convert(source, tmp_path / "out", GrowthConfig("llama_pro", every=2))
@@ -196,6 +198,8 @@ def test_every_kind_of_architecture_is_certified(tmp_path, name):
     assert found["logits"]["equals_base"] == 0.0
     scaled = {name.rpartition("layers.2.")[2] for name, r in found["tensors"].items() if r["made"] == "scaled by 0.0"}
     assert ("self_attn.o_proj.bias" in scaled) == ("biases" in name)
+    assert ("mlp.down_proj.bias" in scaled) == ("MLP biases" in name)
+    assert ("post_norm1.weight" in scaled) == (name == "HyperCLOVAX") != ("mlp.down_proj.weight" in scaled)
 
 
 def changed_config(**changes):
