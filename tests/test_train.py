@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from solar_jax import train
+from solar_jax.checkpoints.checkpoint import from_params
 from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import Config, MeshConfig, defaults, resolve
@@ -23,6 +24,8 @@ from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.model.shapes import parameter_count
 from solar_jax.orbax_store.layout import newest
+from solar_jax.parallel.mesh import make_mesh
+from solar_jax.parallel.rules import parameter_shardings
 from solar_jax.training import loop, run_folder, stages
 from tests.conftest import byte_tokenizer, hf_model, save_hf
 
@@ -172,6 +175,24 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_padded_and_gives_the_s
     train.run(tensor, tmp_path / "tensor")
     padded, other = ([r[1] for r in metrics(tmp_path / name)] for name in ("padded", "tensor"))
     np.testing.assert_allclose(padded, other, rtol=1e-5)
+
+
+def test_a_vocabulary_that_no_axis_divides_trains_to_the_same_losses_and_comes_back_whole(text, tmp_path):
+    folder = save_hf(hf_model(vocab_size=323, num_hidden_layers=4), tmp_path / "model")
+    losses = []
+    for name, mesh in (("data", MeshConfig(8, 1)), ("tensor", MeshConfig(2, 2, tensor=2))):
+        config = dataclasses.replace(make_config(folder, text, train_steps=3, growth_m=1), mesh=mesh)
+        train.run(config, tmp_path / name)
+        losses.append([r[1] for r in metrics(tmp_path / name)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    healed = open_checkpoint(str(tmp_path / "tensor" / "hf"))
+    assert healed.shape_of["lm_head.weight"] == healed.shape_of["model.embed_tokens.weight"] == (323, 64)
+    # Loaded onto the mesh and read back, nothing changes.
+    c = open_checkpoint(str(folder))
+    params = load_params(c, parameter_shardings(c.cfg, make_mesh(MeshConfig(2, 2, tensor=2))))
+    back = from_params(params, c.cfg, c.hf_config, {})
+    for name in c.shape_of:
+        assert back.read(name).tobytes() == c.read(name).tobytes(), name
 
 
 def test_the_full_size_recipe_runs_on_a_tiny_base_and_keeps_float32_state(tiny, text, tmp_path):

@@ -1,8 +1,9 @@
 """Sharding rules as tables of axis letters, for parameters at rest and for activations.
 
 Parameters and optimiser state are sharded over fsdp and context on D, and over tensor on heads, MLP and vocabulary;
-they are replicated over `slice` and `data`. Activations are sharded over data and fsdp on the batch, over context on
-tokens, and over tensor where a weight shards them.
+they are replicated over `slice` and `data`. Where tensor does not divide the vocabulary, embedding and head rest with D
+over tensor too, and XLA pads the vocabulary while they are used. Activations are sharded over data and fsdp on the
+batch, over context on tokens, and over tensor where a weight shards them.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ BATCH_AXES = ("slice", "data", "fsdp")
 _HANDFUL = 8  # elements; arrays up to this size need no sharding
 
 _KEY = {
-    "V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "N": "num_attention_heads",
+    "D": "hidden_size", "F": "intermediate_size", "N": "num_attention_heads",
     "K": "num_key_value_heads",
 }  # fmt: skip
 
@@ -62,6 +63,14 @@ def ways(letters: str, table: dict[str, MeshAxes], mesh: Mesh | AbstractMesh) ->
     return axis_size(mesh, *(axis for letter in letters for axis in _names(table[letter])))
 
 
+def at_rest(letters: str, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, MeshAxes]:
+    """Returns the table by which a parameter with these axes is sharded at rest, where shards must be of equal size."""
+    if "V" not in letters or cfg.vocab_size % mesh.shape["tensor"] == 0:
+        return PARAMETERS
+    over = (*FSDP, "tensor")
+    return PARAMETERS | {"V": None, "D": FSDP if cfg.hidden_size % axis_size(mesh, *over) else over}
+
+
 def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """Returns the sharding of every array of the state.
 
@@ -70,11 +79,15 @@ def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """
     size = sizes(cfg)
     for letter, axes_of in PARAMETERS.items():
+        if letter == "V":
+            continue
         over = [a for a in _names(axes_of) if mesh.shape[a] > 1]
         if size[letter] % axis_size(mesh, *over):
             written = " x ".join(f"{a}={mesh.shape[a]}" for a in over)
             raise UserError(f"config.mesh.{written} does not divide the model's {_KEY[letter]}={size[letter]}.")
-    return jax.tree.map(lambda letters: NamedSharding(mesh, spec(letters, PARAMETERS)), param_axes(cfg))
+    return jax.tree.map(
+        lambda letters: NamedSharding(mesh, spec(letters, at_rest(letters, cfg, mesh))), param_axes(cfg)
+    )
 
 
 def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Any:
@@ -92,7 +105,8 @@ def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> A
     def one(path: Any, leaf: Any) -> NamedSharding:
         ends = [jax.tree_util.keystr(path[i:]) for i in range(len(path))]
         letters = next((by_path[end] for end in ends if end in by_path), None)
-        entries = None if letters is None else _follow(leaf.shape, letters, sizes(cfg))
+        table = PARAMETERS if letters is None else at_rest(letters, cfg, mesh)
+        entries = None if letters is None else _follow(leaf.shape, letters, sizes(cfg), table)
         if entries is None and leaf.size > _HANDFUL:
             raise ValueError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} has no sharding rule.")
         return NamedSharding(mesh, PartitionSpec(*(entries or ())))
@@ -100,7 +114,9 @@ def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> A
     return jax.tree.map_with_path(one, tree)
 
 
-def _follow(shape: tuple[int, ...], letters: str, size: dict[str, int]) -> list[MeshAxes] | None:
+def _follow(
+    shape: tuple[int, ...], letters: str, size: dict[str, int], table: dict[str, MeshAxes]
+) -> list[MeshAxes] | None:
     """Returns mesh axes for an array whose axes are an ordered subset of a parameter's, or of size 1; otherwise None.
 
     Of two axes of equal size the first is taken, which affects only placement, not values.
@@ -111,7 +127,7 @@ def _follow(shape: tuple[int, ...], letters: str, size: dict[str, int]) -> list[
         letter = None if n == 1 else next((a for a in left if size[a] == n), "")
         if letter == "":
             return None
-        entries.append(PARAMETERS[letter] if letter else None)
+        entries.append(table[letter] if letter else None)
     return entries
 
 

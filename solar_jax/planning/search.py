@@ -95,13 +95,18 @@ def of_slice(wanted: Slice) -> Devices:
 def meshes(config: Config, devices: Devices) -> Iterator[MeshConfig]:
     """Yields every mesh of the devices that the config allows, with each axis set.
 
-    On anything but a TPU, open axes are resolved to fsdp: the cost of a collective is unknown there.
+    On anything but a TPU the cost of a collective is unknown. There all devices go to fsdp if that is open, or as many
+    as divide the model and the others to data: `options` takes the first that it can.
     """
     axes = [axis for axis in AXES if axis != "slice"]
     given = {axis: getattr(config.mesh, axis) for axis in axes}
     free = [axis for axis in axes if given[axis] == 0]
     if devices.chip is None or not free:
         yield config.mesh
+        if config.mesh.fsdp == 0 and config.mesh.data == 0 and -1 not in given.values():
+            rest = devices.count // devices.slices // math.prod(size for size in given.values() if size > 0)
+            for data in (n for n in range(2, rest + 1) if rest % n == 0):
+                yield dataclasses.replace(config.mesh, data=data, fsdp=rest // data)
         return
     per_slice = devices.count // devices.slices
     divisors = [n for n in range(1, per_slice + 1) if per_slice % n == 0]
@@ -142,12 +147,14 @@ def options(cfg: ModelConfig, config: Config, devices: Devices, partition: Parti
     remats = list(REMAT) if config.train.remat == AUTO else [config.train.remat]
     found: list[Option] = []
     for sizes in meshes(config, devices):
-        mesh = devices.mesh(sizes)
+        if found and devices.chip is None:
+            break
         try:
+            mesh = devices.mesh(sizes)
             parameter_shardings(cfg, mesh)
             attention_choice(cfg, config.train, config.data.sequence_length, mesh)
         except UserError as e:
-            refused = e
+            refused = refused or e  # the first is of the mesh that the config means
             continue
         for remat, count in itertools.product(remats, microbatches(config)):
             train = dataclasses.replace(config.train, remat=remat, accumulation=count)

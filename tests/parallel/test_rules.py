@@ -89,7 +89,6 @@ def test_every_matrix_is_split_over_both_axes():
         ((1, 8, 1), {"hidden_size": 36}, ("config.mesh.fsdp=8", "hidden_size=36")),
         ((1, 4, 1, 2), {"hidden_size": 36}, ("config.mesh.fsdp=4 x context=2 does not", "hidden_size=36")),
         ((1, 1, 4), {}, ("config.mesh.tensor=4", "num_key_value_heads=2")),
-        ((1, 1, 2), {"vocab_size": 65}, ("config.mesh.tensor=2", "vocab_size=65")),
         ((1, 1, 2), {"intermediate_size": 49}, ("config.mesh.tensor=2", "intermediate_size=49")),
         ((1, 1, 2), {"num_attention_heads": 5}, ("config.mesh.tensor=2", "num_attention_heads=5")),
     ],
@@ -99,6 +98,23 @@ def test_a_mesh_axis_that_does_not_divide_is_refused_with_both_numbers(shape, ch
         rules.parameter_shardings(dataclasses.replace(SMALL, **change), mesh_of(*shape))
     for part in named:
         assert part in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "embed", "head"),
+    [
+        ({}, ("tensor", rules.FSDP), (rules.FSDP, "tensor")),
+        ({"vocab_size": 65}, (None, (*rules.FSDP, "tensor")), ((*rules.FSDP, "tensor"), None)),
+        ({"vocab_size": 65, "hidden_size": 36}, (None, rules.FSDP), (rules.FSDP, None)),  # 36 / 8 is no integer
+    ],
+)
+def test_a_vocabulary_that_tensor_does_not_divide_rests_over_the_hidden_axis(change, embed, head):
+    mesh = mesh_of(1, 4, 2)
+    cfg = dataclasses.replace(SMALL, **change)
+    found = rules.parameter_shardings(cfg, mesh)
+    assert (found["embed"].spec, found["lm_head"].spec) == (PartitionSpec(*embed), PartitionSpec(*head))
+    moments = rules.like_parameters({"mu": param_shapes(cfg)}, cfg, mesh)["mu"]
+    assert moments == found
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2), (1, 8, 1), (2, 2, 2), (1, 2, 1, 2, 2)])

@@ -106,6 +106,15 @@ def test_devices_of_unknown_speed_shard_fully_and_compute_again_no_more_than_the
     assert list(REMAT).index(choose(SMALL, run(8), tight)[0].config.train.remat) > 0
 
 
+@pytest.mark.parametrize(("hidden", "fsdp"), [(36, 4), (38, 2), (35, 1)])
+def test_devices_of_unknown_speed_that_do_not_divide_the_model_are_given_to_data(hidden, fsdp):
+    odd = dataclasses.replace(SMALL, hidden_size=hidden)
+    option, _ = choose(odd, run(8), host(2**50, 8))
+    assert (option.mesh.shape["fsdp"], option.mesh.shape["data"]) == (fsdp, 8 // fsdp)
+    with pytest.raises(UserError, match=rf"config.mesh.fsdp=8 does not divide the model's hidden_size={hidden}\."):
+        options(odd, run(8, mesh=MeshConfig(fsdp=8)), host(2**50, 8))
+
+
 @pytest.mark.parametrize(
     ("config", "left"),
     [
