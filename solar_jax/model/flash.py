@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from solar_jax.model.attention import SAVED
 
-LANES = 128  # lanes of a TPU vector; T and H must be multiples
+LANES = 128  # lanes of a TPU vector; T must be a multiple
 BLOCK = 512  # queries and keys per step, at most: 512 x 512 x H matmuls amortise the loop overhead
 MASKED = -1e30  # finite, so that a masked score gives 0 rather than NaN
 SCORES = 16 * 2**20  # bytes of VMEM for score blocks and the values derived from them
@@ -35,9 +35,10 @@ def needed_memory(length: int, width: int, itemsize: int) -> int:
     """VMEM bytes needed by the backward kernel, the larger one, for T = `length`, H = `width`.
 
     Double-buffered: per-query-head arrays (q, do, dq) and outputs (dk, dv). Single-buffered: arrays kept for a group or
-    row (k, v, rotated k; float32 cosines and sines, int32 segment ids). Plus float32 accumulators for dk and dv.
+    row (k, v, rotated k; float32 cosines and sines, int32 segment ids). Plus float32 accumulators for dk and dv. A row
+    of H elements takes full vectors.
     """
-    row = length * width
+    row = length * (-(-width // LANES) * LANES)
     lanes = length * LANES * 4
     return (2 * 5 + 3) * row * itemsize + 2 * row * 4 + lanes + 2 * row * 4 + 2 * 3 * 8 * length * 4 + SCORES
 
@@ -59,7 +60,10 @@ def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Applies RoPE to float32 [T, H]; `sin` carries the sign of each half, and -sin rotates back."""
     from jax.experimental.pallas import tpu as pltpu
 
-    return x * cos + pltpu.roll(x, x.shape[1] // 2, 1) * sin
+    half = x.shape[1] // 2
+    if x.shape[1] % LANES:  # the hardware rolls full vectors only
+        return x * cos + jnp.concatenate((x[:, half:], x[:, :half]), axis=1) * sin
+    return x * cos + pltpu.roll(x, half, 1) * sin
 
 
 def _rotate(source: Any, cos: Any, sin: Any, way: int, target: Any, block: int) -> None:
@@ -285,7 +289,7 @@ def flash_attention(
     """Attention fused with RoPE, without materialising [T, S] scores; angles get no gradient.
 
     Args:
-      q: [B, T, N, H] before RoPE, T and H multiples of `LANES`; the rows of one device.
+      q: [B, T, N, H] before RoPE, T a multiple of `LANES`; the rows of one device.
       k: [B, T, K, H] before RoPE.
       v: [B, T, K, H].
       rope: cosines and sines, float32 [B, T, H/2], from `model.rope.rope_angles`.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from solar_jax.model.attention import SAVED, WHOLE, Shard, chunk_order
-from solar_jax.model.flash import block_size
+from solar_jax.model.flash import LANES, block_size
 from solar_jax.model.rope import apply_rope
 
 # Queries and keys per block. Larger blocks mean fewer partial sums of dq and fewer passes over k and v; the bound is
@@ -44,7 +44,8 @@ def splash_attention(
     mask = masks.LocalMask((S, S), (sliding_window - 1, 0), 0) if sliding_window else masks.CausalMask((S, S))
     if shard.count > 1:
         mask.q_sequence = mask.q_sequence.reshape(2 * shard.count, -1)[chunk_order(shard.count)].reshape(S)
-    forward, backward, compute = (block_size(S, BLOCK[name]) for name in ("forward", "backward", "compute"))
+    smaller = -(-H // LANES)  # where a head takes several vectors
+    forward, backward, compute = (block_size(S, BLOCK[name] // smaller) for name in ("forward", "backward", "compute"))
     queries = forward if shard.count == 1 else block_size(T // 2, forward)  # within one chunk
     kernel: Callable[..., Any] = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * N),

@@ -50,7 +50,7 @@ def attention_choice(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Me
         )
     if wanted != "auto":
         return wanted
-    if platform(mesh) == "tpu" and length % multiple == 0 and cfg.head_dim % LANES == 0:
+    if platform(mesh) == "tpu" and length % multiple == 0:
         return "splash"
     return "cudnn" if platform(mesh) == "gpu" and taken else "xla"
 
@@ -65,7 +65,7 @@ def attention_kernel(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Me
         library = functools.partial(library_attention, sliding_window=cfg.sliding_window, implementation="cudnn")
         return per_device(mesh, library)
     needed = needed_memory(length, cfg.head_dim, compute_dtype(train).itemsize)
-    fits = cfg.head_dim % LANES == 0 and needed <= chips.vector_memory(mesh.devices.flat[0])
+    fits = needed <= chips.vector_memory(mesh.devices.flat[0])
     kernel = functools.partial(
         flash_attention if fits and not split else splash_attention,
         sliding_window=cfg.sliding_window,

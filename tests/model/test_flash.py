@@ -17,9 +17,9 @@ B, T, N, K, H = 2, 256, 4, 2, 128
 TOLERANCE = 2e-5  # absolute, float32: sums of the same terms in blocks
 
 
-def arrays(kv_heads: int = K) -> tuple[jax.Array, ...]:
+def arrays(kv_heads: int = K, width: int = H) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(0)
-    return tuple(jnp.array(rng.standard_normal((B, T, n, H)), jnp.float32) for n in (N, kv_heads, kv_heads))
+    return tuple(jnp.array(rng.standard_normal((B, T, n, width)), jnp.float32) for n in (N, kv_heads, kv_heads))
 
 
 def segments() -> jax.Array:
@@ -28,18 +28,18 @@ def segments() -> jax.Array:
     return jnp.array((place >= 100) + (place >= np.array([[190], [131]])), jnp.int32)
 
 
-def angles() -> tuple[jax.Array, jax.Array]:
+def angles(width: int = H) -> tuple[jax.Array, jax.Array]:
     """Of any size, others in each row, place and pair."""
-    a = np.random.default_rng(1).uniform(0, 6.28, (B, T, H // 2))
+    a = np.random.default_rng(1).uniform(0, 6.28, (B, T, width // 2))
     return jnp.array(np.cos(a), jnp.float32), jnp.array(np.sin(a), jnp.float32)
 
 
 def plain(q, k, v, segment_ids, window):
-    return rotated_attention(q, k, v, angles(), attention_mask(T, segment_ids, window))
+    return rotated_attention(q, k, v, angles(q.shape[-1]), attention_mask(T, segment_ids, window))
 
 
 def kernels(q, k, v, segment_ids, window):
-    return flash.flash_attention(q, k, v, angles(), segment_ids, sliding_window=window, interpret=True)
+    return flash.flash_attention(q, k, v, angles(q.shape[-1]), segment_ids, sliding_window=window, interpret=True)
 
 
 def gradients(attend, q, k, v, segment_ids, window):
@@ -56,10 +56,12 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
-    ("window", "segmented", "kv_heads"), [(0, False, 2), (0, True, 4), (70, True, 2), (70, False, 1), (256, True, 2)]
-)
-def test_kernels_are_plain_attention_forward_and_backward(window, segmented, kv_heads):
-    inputs, ids = arrays(kv_heads), segments() if segmented else None
+    ("window", "segmented", "kv_heads", "width"),
+    [(0, False, 2, H), (0, True, 4, H), (70, True, 2, H), (70, False, 1, H), (256, True, 2, H), (0, True, 2, 64),
+     (70, True, 2, 160), (0, False, 1, 24)],
+)  # fmt: skip
+def test_kernels_are_plain_attention_forward_and_backward(window, segmented, kv_heads, width):
+    inputs, ids = arrays(kv_heads, width), segments() if segmented else None
     np.testing.assert_allclose(kernels(*inputs, ids, window), plain(*inputs, ids, window), atol=TOLERANCE)
     found, expected = (gradients(f, *inputs, ids, window) for f in (kernels, plain))
     for name, a, b in zip("qkv", found, expected, strict=True):

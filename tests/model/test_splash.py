@@ -15,12 +15,15 @@ from tests.parallel.test_mesh import mesh_of
 
 
 def splash(q, k, v, segment_ids, window):
-    return splash_attention(q, k, v, angles(), segment_ids, sliding_window=window, interpret=True)
+    return splash_attention(q, k, v, angles(q.shape[-1]), segment_ids, sliding_window=window, interpret=True)
 
 
-@pytest.mark.parametrize(("window", "segmented", "kv_heads"), [(0, False, 2), (70, True, 4), (0, True, 1)])
-def test_splash_is_plain_attention_forward_and_backward(window, segmented, kv_heads):
-    inputs, ids = arrays(kv_heads), segments() if segmented else None
+@pytest.mark.parametrize(
+    ("window", "segmented", "kv_heads", "width"),
+    [(0, False, 2, 128), (70, True, 4, 128), (0, True, 1, 128), (0, True, 2, 64), (70, False, 2, 160)],
+)
+def test_splash_is_plain_attention_forward_and_backward(window, segmented, kv_heads, width):
+    inputs, ids = arrays(kv_heads, width), segments() if segmented else None
     np.testing.assert_allclose(splash(*inputs, ids, window), plain(*inputs, ids, window), atol=TOLERANCE)
     found, expected = (gradients(f, *inputs, ids, window) for f in (splash, plain))
     for name, a, b in zip("qkv", found, expected, strict=True):
