@@ -7,6 +7,7 @@ keys, wrong types and impossible values before anything is allocated. The datacl
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
 from typing import Any
@@ -259,11 +260,6 @@ class Config:
             raise UserError(
                 "config.source must name a checkpoint (HF folder, hub id, .gguf file or smollm2), found ''."
             )
-        if self.optimizer.warmup_steps > self.train.steps:
-            raise UserError(
-                f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} must not exceed "
-                f"config.train.steps={self.train.steps}."
-            )
         if self.checkpoint.keep_best and not self.evaluation.every:
             raise UserError(
                 f"config.checkpoint.keep_best={self.checkpoint.keep_best} needs held-out losses of checkpoints: a "
@@ -290,7 +286,16 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     """
     resolved = _typed(Config, _renamed(config.to_dict()), "config")
     resolved.check()
+    warmup, steps = resolved.optimizer.warmup_steps, resolved.train.steps
+    if warmup > steps:  # a shorter run than the recipe's, as for a first try
+        _say_once(f"config.optimizer.warmup_steps={warmup} is cut to config.train.steps={steps}")
+        resolved = dataclasses.replace(resolved, optimizer=dataclasses.replace(resolved.optimizer, warmup_steps=steps))
     return resolved
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, flush=True)
 
 
 def check_override(path: str) -> None:

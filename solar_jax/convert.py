@@ -1,7 +1,7 @@
 """Convert SRC to a Hugging Face folder or to one of our own checkpoints, optionally growing it.
 
-python -m solar_jax.convert --source SRC --out DIR --to hf [--dtype bfloat16] [--verify]
-python -m solar_jax.convert --source SRC --out DIR --to orbax [--operator dus --m 8]
+    python -m solar_jax.convert --source SRC --out DIR --to hf [--dtype bfloat16] [--verify]
+    python -m solar_jax.convert --source SRC --out DIR --to orbax [--operator dus --m 8]
 
 Weights are streamed in blocks: memory stays small for any model, in both directions.
 """

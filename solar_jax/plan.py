@@ -52,6 +52,7 @@ from solar_jax.hardware.chips import CHIPS
 from solar_jax.hardware.slices import Slice, described_devices, find_slice
 from solar_jax.model.flops import flops_per_token
 from solar_jax.model.shapes import parameter_count
+from solar_jax.parallel.rules import padded_rows
 from solar_jax.planning import search
 from solar_jax.planning.aot import compile_step
 from solar_jax.planning.memory import GIB, Need
@@ -172,6 +173,12 @@ def estimated(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices,
         f"{len(found):,} options"
     )
     option, need = search.best(cfg, found, devices, partition)
+    rows = padded_rows(config.train.batch_size, option.mesh, option.config.train.accumulation)
+    if rows > config.train.batch_size:
+        show(
+            f"warning: a batch of {config.train.batch_size} rows is too small for this slice: {rows} rows are computed "
+            "per step, the others of padding; raise config.train.batch_size or take fewer chips"
+        )
     show(policies(cfg, option, devices, partition))
     fits = search.fits(need, devices)
     show(f"{'best' if fits else 'does not fit; smallest'}: {option}, {need}")
@@ -249,6 +256,11 @@ def row(cfg: ModelConfig, wanted: Slice, result: Result, tokens: float, price: f
     }
 
 
+def dollars(amount: float) -> str:
+    """Formats dollars, with cents where they matter."""
+    return f"{amount:,.2f}" if amount < 1000 else f"{amount:,.0f}"
+
+
 def mesh_text(r: dict[str, Any]) -> str:
     """Formats a row's mesh and, if there are several, microbatches."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1) or "one device"
@@ -264,11 +276,11 @@ def plan_table(rows: list[dict[str, Any]], tokens: float) -> str:
         f"{'MFU causal, not':>17}{f'hours, {tokens:.3g} t':>18}{'dollars':>14}"
     ]
     for r, mesh in zip(rows, meshes, strict=True):
-        how = "compiled" if r["compiled"] else "estimated" if r["fits"] else "does not fit"
+        how = "by the compiler" if r["compiled"] else "estimated" if r["fits"] else "does not fit (estimated)"
         lines.append(
             f"{r['slice']:<14}{r['chips']:>6}  {mesh:<{wide}}{r['remat']:<11}{r['hbm_gib']:>8.1f}"
             f"{r['step_seconds']:>9.3f}{r['tokens_per_second_per_chip']:>14,.0f}"
-            f"{f'{r["mfu"]:.1%}, {r["mfu_non_causal"]:.1%}':>17}{r['hours']:>18,.1f}{r['dollars']:>14,.0f}  {how}"
+            f"{f'{r["mfu"]:.1%}, {r["mfu_non_causal"]:.1%}':>17}{r['hours']:>18,.1f}{dollars(r['dollars']):>14}  {how}"
         )
     return "\n".join(lines)
 

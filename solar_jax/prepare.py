@@ -1,4 +1,4 @@
-"""Tokenises and packs text once, for runs that read it many times: writes ArrayRecord shards of rows and a manifest.
+"""Tokenise and pack text once, into ArrayRecord shards of rows, for runs that read it many times.
 
     python -m solar_jax.prepare --config configs/dus_48l.py --config.data.sources=/path/to/corpus --out DIR
 

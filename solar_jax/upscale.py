@@ -1,7 +1,7 @@
 """Grow a checkpoint without training it, and write it out as a Hugging Face folder.
 
-python -m solar_jax.upscale --source SRC --out DIR --operator dus --m 8
-python -m solar_jax.upscale --source SRC --out DIR --slices 0:24,8:32 [--dtype bfloat16] [--dry_run] [--verify]
+    python -m solar_jax.upscale --source SRC --out DIR --operator dus --m 8
+    python -m solar_jax.upscale --source SRC --out DIR --slices 0:24,8:32 [--dtype bfloat16] [--dry_run] [--verify]
 
 Weights are streamed: unchanged tensors are copied from file to file in the kernel; memory stays small for any model.
 """
@@ -14,6 +14,14 @@ from solar_jax.checkpoints.find import check_local
 from solar_jax.cli import command
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
+
+# What is printed once a model is written.
+NEXT = """
+load it   from transformers import AutoModelForCausalLM, AutoTokenizer
+          model = AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")
+          tokenizer = AutoTokenizer.from_pretrained("{out}")
+heal it   python -m solar_jax.train --config dus_48l:smollm2 --config.source={out} --config.growth.operator=identity \\
+              --config.train.control=False --config.data.sources=/path/to/text --workdir runs/healed"""
 
 
 def define_flags() -> None:
@@ -64,6 +72,7 @@ def upscale(source: str, growth: GrowthConfig, target: Target | None, *, verify:
         return
     convert_checkpoint(deeper, target, "upscale", verify=verify)
     print(f"{target.out}: {parameter_count(deeper.cfg):,} parameters, source layers {list(deeper.layer_map.source)}")
+    print(NEXT.format(out=target.out))
 
 
 if __name__ == "__main__":

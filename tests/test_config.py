@@ -126,7 +126,6 @@ def test_a_list_is_accepted_for_a_tuple_and_becomes_one():
         ("source", ""),
         ("export.dtype", "int8"),
         ("optimizer.warmup_steps", -1),
-        ("optimizer.warmup_steps", 11),  # of 10 steps
         ("optimizer.weight_decay", -0.1),
         ("optimizer.clip_norm", -1.0),
         ("optimizer.learning_rate", -2e-5),
@@ -216,3 +215,13 @@ def test_the_small_config_grows_the_embedded_model_to_as_many_layers(smollm2):
 def test_a_size_that_the_config_lacks_is_refused_with_those_it_has():
     with pytest.raises(UserError, match="sizes full and smollm2, found 'large'"):
         dus_48l("large")
+
+
+def test_a_run_shorter_than_its_warmup_is_all_warmup_and_says_so(capsys):
+    config = defaults()
+    config.source, config.train.steps, config.optimizer.warmup_steps = "smollm2", 7, 200
+    assert resolve(config).optimizer.warmup_steps == 7
+    assert "config.optimizer.warmup_steps=200 is cut to config.train.steps=7" in capsys.readouterr().out
+    config.optimizer.warmup_steps = 7
+    assert resolve(config).optimizer.warmup_steps == 7
+    assert capsys.readouterr().out == ""

@@ -16,7 +16,7 @@ COMMANDS = ("train", "plan", "upscale", "convert", "prepare")
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
     "errors", "config", "storage", "hardware", "model", "parallel", "growth", "cli", "formats", "orbax_store",
-    "checkpoints", "data", "monitoring", "training", "planning", *COMMANDS,
+    "checkpoints", "data", "monitoring", "training", "planning", *COMMANDS, "__main__",
 )  # fmt: skip
 LONGEST = 400  # lines of a file
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from solar_jax.checkpoints import lineage, write_orbax
@@ -78,7 +78,7 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
     record = lineage.lineage_record(c, made_by, form=target.form, dtype=c.common_dtype, **more)
     with _shared_folder(target, job) as (folder, has, put):
         model = folder if hf else folder / MODEL_FOLDER
-        with byte_bar(total, target.out.name) as progress:
+        with byte_bar(total, target.out.name) as bar, _left_told(target, total, bar) as progress:
             if hf:
                 write_model(
                     folder, c, max_shard_size=limit, progress=progress, process=(index, count), has=has, put=put
@@ -101,6 +101,25 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
         except UserError:
             (model / "config.json").unlink()  # without it the folder is not a checkpoint
             raise
+
+
+@contextlib.contextmanager
+def _left_told(target: Target, total: int, bar: Callable[[int], None]) -> Iterator[Callable[[int], None]]:
+    """Yields a progress callback; Ctrl-C then says what is left and how to go on."""
+    done = 0
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        bar(more)
+
+    try:
+        yield progress
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt(
+            f"{target.out}: interrupted after {done / 1e9:.2f} of {total / 1e9:.2f} GB; the same command goes on from "
+            f"what is complete, and removing {partial(target.out)} gives that up."
+        ) from e
 
 
 def open_grown(source: str, growth: GrowthConfig | None) -> Checkpoint:

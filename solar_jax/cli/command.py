@@ -8,6 +8,7 @@ import errno
 import itertools
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from logging import ERROR, LogRecord
@@ -15,12 +16,15 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from solar_jax.cli.config_files import find_config
+from solar_jax.cli.help import HELP, command_help, version
 from solar_jax.config import DTYPES, GrowthConfig, check_override
 from solar_jax.errors import Interrupted, UserError
 from solar_jax.growth.operators import OPERATORS
 from solar_jax.storage import paths
 
 USAGE_STATUS = 2  # bad flags and bad input
+INTERRUPTED_BY_KEY = 130  # 128 + SIGINT
 INTERRUPTED_STATUS = 75  # a run that was asked to stop, and resumes when it is started again
 _FILE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 GROWTH_NUMBERS = ("m", "a", "b", "every", "copies")  # the operators' numbers, fields of GrowthConfig
@@ -38,15 +42,23 @@ def begin(define_flags: Callable[[], None], check: Callable[[], None]) -> None:
       define_flags: the command's own.
       check: raises a UserError for flags that cannot work; must not import jax.
     """
+    signal.signal(signal.SIGINT, _interrupted)  # a traceback through the imports would say nothing
+    if "--version" in sys.argv[1:]:
+        print(version())
+        sys.exit()
+    before = set(flags.FLAGS)
     define_flags()
-    app.define_help_flags()
+    if any(arg in HELP for arg in sys.argv[1:]):
+        print(command_help(sys.modules["__main__"].__doc__ or "", (f for f in flags.FLAGS if f not in before)))
+        sys.exit()
     logging.set_verbosity(logging.WARNING)  # the libraries note every file they touch; --verbosity=0 shows that
-    _argv[:] = _parse(sys.argv)
+    _argv[:] = _parse(sys.argv[:])
     _guarded(lambda: (_no_rest(_argv), check()))
 
 
 def start(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command that has begun; `UserError` becomes one sentence and status 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.get_absl_handler().addFilter(_is_news)
     app.run(lambda argv: _guarded(lambda: main(argv)), argv=_argv, flags_parser=lambda argv: list(argv))
 
@@ -99,16 +111,19 @@ def folder_from_flag(text: str) -> pathlib.Path:
     return paths.path(text)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _interrupted(*_: object) -> NoReturn:
+    _stop("interrupted.", INTERRUPTED_BY_KEY)
+
+
+def _parse(argv: list[str]) -> list[str]:
     # A config file is read while its flag is parsed, so its own errors appear here too.
     try:
-        for arg, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        for k, (arg, following) in enumerate(itertools.zip_longest(argv[:], argv[1:], fillvalue="")):
             if match := re.fullmatch(r"--?(config(?:\.\w+)+)(?:=.*)?", arg, re.DOTALL):
                 check_override(match[1])
             elif match := re.fullmatch(r"--?config(?:=(.*))?", arg):
-                file = (following if match[1] is None else match[1]).split(":", 1)[0]
-                if not pathlib.Path(file).is_file():
-                    raise UserError(f"--config: {file}: no such file.")
+                at = k if match[1] is not None else k + 1
+                argv[at:] = [("--config=" if at == k else "") + find_config(match[1] or following), *argv[at + 1 :]]
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, UserError) as e:
         text = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
@@ -135,8 +150,8 @@ def _guarded(run: Callable[[], object]) -> None:
         if e.errno not in _FILE_ERRORS:
             raise
         _stop(f"{e.filename or 'a file'}: {e.strerror}; nothing that was complete is lost.")
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command resumes from the last checkpoint.", 130)
+    except KeyboardInterrupt as e:
+        _stop(str(e) or "interrupted; the same command goes on from what is complete.", INTERRUPTED_BY_KEY)
 
 
 def _stop(sentence: str, status: int = USAGE_STATUS) -> NoReturn:

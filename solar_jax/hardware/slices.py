@@ -58,6 +58,8 @@ class Slice:
         return self.chips * self.facts.devices
 
 
+MOST_SLICES = 256  # more than any run has had
+
 # Slice name (chip and number of cores, as Google counts them) -> slice.
 SLICES = {
     s.name: s
@@ -77,6 +79,8 @@ def find_slice(name: str) -> Slice:
     if match:
         count, chip = int(match[1] or 1), _OTHER_NAMES.get(match[2], match[2])
         found = SLICES.get(f"{chip}-{match[3]}")
+        if count > MOST_SLICES:
+            raise UserError(f"--slice: {name!r} names {count:,} slices; at most {MOST_SLICES} can be planned.")
         if found and count > 0:
             prefix = f"{count}x" if count > 1 else ""
             return dataclasses.replace(found, name=f"{prefix}{found.name}", count=count)

@@ -4,6 +4,7 @@ A config leaves to the planner the axes of `config.mesh` set to 0, `train.remat=
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -11,12 +12,12 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from solar_jax.config import Config, MeshConfig, ModelConfig
+from solar_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from solar_jax.errors import UserError
 from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice
 from solar_jax.model.llama import REMAT
-from solar_jax.model.precision import precision
+from solar_jax.model.precision import Precision, precision
 from solar_jax.model.shapes import parameter_count
 from solar_jax.parallel import processes
 from solar_jax.parallel.attention import attention_choice
@@ -26,7 +27,7 @@ from solar_jax.planning.memory import GIB, Need, estimate
 from solar_jax.planning.step_time import StepTime, step_time
 from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.partition import Partition
-from solar_jax.training.state import abstract_state, state_shardings
+from solar_jax.training.state import State, abstract_state, state_shardings
 
 AUTO = "auto"  # config.train.remat
 SPARE = 0.05  # fraction of a device's memory that stays free
@@ -184,12 +185,19 @@ def _rank(option: Option) -> tuple[float, ...]:
 
 def need(cfg: ModelConfig, option: Option, partition: Partition | None = None) -> Need:
     """Estimates the device memory that an option needs."""
-    optimizer = make_optimizer(
-        option.config.optimizer, option.config.train.steps, precision(option.config.train), seed=option.config.seed
-    )
-    shardings = state_shardings(cfg, optimizer, option.mesh, partition)
-    state = abstract_state(cfg, precision(option.config.train).weights, optimizer, shardings, partition)
+    policy, config = precision(option.config.train), option.config
+    state = _state(cfg, config.optimizer, config.train.steps, policy, config.seed, option.mesh, partition)
     return estimate(cfg, option.config.train, option.config.data.sequence_length, state, option.mesh, partition)
+
+
+@functools.lru_cache(maxsize=1024)  # options differ in what is saved and in microbatches, for one state
+def _state(
+    cfg: ModelConfig, optimizer: OptimizerConfig, steps: int, policy: Precision, seed: int, mesh: AbstractMesh,
+    partition: Partition | None,
+) -> State:  # fmt: skip
+    """Returns the abstract training state on a mesh."""
+    update = make_optimizer(optimizer, steps, policy, seed=seed)
+    return abstract_state(cfg, policy.weights, update, state_shardings(cfg, update, mesh, partition), partition)
 
 
 def fits(wanted: Need, devices: Devices) -> bool:

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, which is also how a machine announces that it is about to be preempted.
+"""Stop requests: Ctrl-C, and SIGTERM, which is also how a machine announces that it is about to be preempted.
 
 A single process records the signal and stops after the current step. With several, jax notifies all others that one
 received it and gives all of them the same step to stop at, which every process must query after every step.
@@ -7,6 +7,7 @@ received it and gives all of them the same step to stop at, which every process 
 import contextlib
 import itertools
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -21,22 +22,31 @@ _points = itertools.count(1)  # sync points where all processes queried, over al
 
 @contextlib.contextmanager
 def listen_for_preemption() -> Iterator[None]:
-    """Makes SIGTERM stop a run cleanly; only the main thread can. Several processes use jax's own handler."""
+    """Makes SIGTERM and a first Ctrl-C stop a run cleanly, a second Ctrl-C at once; only the main thread can.
+
+    Several processes use jax's own handler, for SIGTERM.
+    """
     if threading.current_thread() is not threading.main_thread() or processes.index_and_count()[1] > 1:
         yield
         return
     _told.clear()
-    before = signal.signal(signal.SIGTERM, _handle)
+    before = {number: signal.signal(number, _handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _handle(*_: Any) -> None:
+def _handle(number: int, _: Any) -> None:
+    by_key = number == signal.SIGINT
+    if by_key and (_told.is_set() or not _in_steps.is_set()):
+        raise KeyboardInterrupt
     _told.set()
     if not _in_steps.is_set():
         raise Interrupted("stopped by SIGTERM outside of training steps")
+    if by_key:
+        sys.stderr.write("\nstopping after this step, which is saved; Ctrl-C again quits at once\n")
 
 
 @contextlib.contextmanager

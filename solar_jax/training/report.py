@@ -132,10 +132,10 @@ def draw(run: Run, summary: dict[str, Any]) -> None:
         heldout = [(r["step"], r["loss"]) for r in run.evals.read() if r["arm"] == name]
         if lines := metrics.JsonLines(folder / "metrics.jsonl").read():
             arms[name] = {"heldout": heldout, "train": [(r["step"], r["loss"]) for r in lines if r["loss"] is not None]}
-    title = (
-        f"{summary['operator']}: {summary['base_layers']} to {summary['layers']} layers, {summary['tokens']:,} tokens"
-    )
-    plot_losses(run.workdir / "loss.png", title, summary["base_loss"], arms)
+    name = pathlib.PurePath(summary["source"]).name
+    title = f"{name}, {summary['operator']}: {summary['base_layers']} to {summary['layers']} layers"
+    a_step = run.config.train.batch_size * run.config.data.sequence_length
+    plot_losses(run.workdir / "loss.png", title, summary["base_loss"], arms, a_step)
 
 
 def result_table(s: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from solar_jax.cli.plots import plot_losses
+from solar_jax.cli.plots import plot_losses, running_mean
 from solar_jax.cli.progress import duration
 from solar_jax.config import ModelConfig
 from solar_jax.model import llama
@@ -144,9 +144,14 @@ def test_the_healing_curve_is_a_picture(tmp_path, arms):
     from matplotlib import image
 
     file = tmp_path / "loss.png"
-    plot_losses(file, "dus(m=8): 32 to 48 layers", 2.82, arms)
+    plot_losses(file, "dus(m=8): 32 to 48 layers", 2.82, arms, 1024)
     pixels = image.imread(file)  # refuses what is no PNG
     assert pixels.shape[0] > 400
     assert pixels.shape[1] > 800
     colours = {tuple(c) for c in pixels.reshape(-1, pixels.shape[-1])[:, :3].round(2)}
     assert len(colours) > 20  # something is drawn
+
+
+def test_a_training_curve_is_smoothed_by_the_values_before():
+    assert running_mean([4.0, 2.0, 6.0, 1.0], 1) == [4.0, 2.0, 6.0, 1.0]
+    assert running_mean([4.0, 2.0, 6.0, 1.0], 3) == [4.0, 3.0, 4.0, 3.0]

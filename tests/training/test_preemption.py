@@ -63,7 +63,7 @@ def interrupt(running: list[subprocess.Popen], step: int) -> tuple[list[str], fl
         if line.startswith(f"healed step {step:>2}/"):
             break
     begin = time.monotonic()
-    running[-1].send_signal(signal.SIGTERM)
+    running[-1].send_signal(number)
     said = ended(running, INTERRUPTED)
     return said, time.monotonic() - begin
 
@@ -106,7 +106,8 @@ def test_sigterm_before_the_steps_ends_at_once(source, tmp_path):
 
 def test_a_run_goes_on_on_another_mesh_and_on_more_processes(source, whole, tmp_path):
     workdir = tmp_path / "run"
-    interrupt(start(source, workdir, devices=4, mesh_fsdp=4, mesh_tensor=1), 2)
+    (said,), _ = interrupt(start(source, workdir, devices=4, mesh_fsdp=4, mesh_tensor=1), 2, signal.SIGINT)
+    assert "stopping after this step, which is saved; Ctrl-C again quits at once" in said
     for processes, devices, fsdp, tensor in ((1, 4, 2, 2), (1, 1, 1, 1), (2, 1, 2, 1), (4, 1, 4, 1)):
         found = newest(workdir)
         assert found is not None
