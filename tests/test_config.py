@@ -219,7 +219,7 @@ def test_a_size_that_the_config_lacks_is_refused_with_those_it_has():
 
 def test_a_run_shorter_than_its_warmup_is_all_warmup_and_says_so(capsys):
     config = defaults()
-    config.source, config.train.steps, config.optimizer.warmup_steps = "smollm2", 7, 200
+    config.source, config.train.steps, config.train.batch_size, config.optimizer.warmup_steps = "smollm2", 7, 1, 200
     assert resolve(config).optimizer.warmup_steps == 7
     assert "config.optimizer.warmup_steps=200 is cut to config.train.steps=7" in capsys.readouterr().out
     config.optimizer.warmup_steps = 7

@@ -1,10 +1,13 @@
 """Resolves SRC to a path: an HF folder, a hub id, a .gguf file, one of our own checkpoints, or "smollm2"."""
 
-import contextlib
 import importlib.metadata
+import logging
+import os
 import pathlib
 import re
+import socket
 import typing
+import urllib.parse
 
 from etils import epath
 
@@ -13,7 +16,8 @@ from solar_jax.errors import UserError
 from solar_jax.storage.json_files import read_json_object
 
 _ADAPTER = "adapter_config.json"
-
+_PATIENCE = 4.0  # seconds to wait for the hub's host
+_MOST = 200  # characters of a message that is passed on
 
 _FOLDERS = ("[!a]*/*", "a[!d]*/*")  # subfolders of a repository, except additional_chat_templates
 
@@ -87,17 +91,51 @@ def _bucket(url: str) -> pathlib.Path:
 
 
 def _from_hub(repo: str) -> pathlib.Path:
+    """Returns the snapshot of a repository in the hub's cache, downloaded if the hub can be reached."""
     import huggingface_hub  # imported here: slow, and only hub ids need it
+    from huggingface_hub import constants, errors
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it notes each failed try, and raises the last
+    other = [p for p in LEFT_BEHIND if p not in ("config.json", "*.index.json", LINEAGE, "*.safetensors", "*.bin")]
+    offline = constants.HF_HUB_OFFLINE or not _reaches(constants.ENDPOINT)
+    ignored = [*other, *_FOLDERS]
     try:
-        weights = "*.safetensors"
-        with contextlib.suppress(Exception):  # offline, use what the cache holds
-            names = [n for n in huggingface_hub.list_repo_files(repo) if not n.startswith("consolidated")]
-            if not any(name.endswith(".safetensors") for name in names):
-                weights = "*.bin"
-        other = [p for p in LEFT_BEHIND if p not in ("config.json", "*.index.json", LINEAGE, weights)]
-        return pathlib.Path(huggingface_hub.snapshot_download(repo, ignore_patterns=[*other, *_FOLDERS]))
-    except Exception as e:  # the hub client raises a dozen unrelated types for "could not get it"
+        if not offline:
+            try:
+                names = [n for n in huggingface_hub.list_repo_files(repo) if not n.startswith("consolidated")]
+                ignored.append("*.bin" if any(name.endswith(".safetensors") for name in names) else "*.safetensors")
+            except (errors.GatedRepoError, errors.RepositoryNotFoundError):
+                raise
+            except Exception:  # the client raises what its transport does; the cache may have a copy
+                offline = True
+        return pathlib.Path(huggingface_hub.snapshot_download(repo, ignore_patterns=ignored, local_files_only=offline))
+    except errors.GatedRepoError as e:
         raise UserError(
-            f"{repo}: no such local folder, and the hub could not be reached or refuses it ({type(e).__name__})."
+            f"{repo}: is gated; accept its terms at {constants.ENDPOINT}/{repo}, then log in with `hf auth login` (or "
+            "set HF_TOKEN), or give the path of a local copy."
         ) from e
+    except errors.RepositoryNotFoundError as e:
+        raise UserError(
+            f"{repo}: no such local folder, and no such repository on the hub, or a private one; log in with `hf auth "
+            "login` (or set HF_TOKEN) for those."
+        ) from e
+    except errors.LocalEntryNotFoundError as e:
+        raise UserError(
+            f"{repo}: no such local folder; the hub at {constants.ENDPOINT} could not be reached, and its cache has no "
+            "copy; give the path of a local one."
+        ) from e
+    except Exception as e:  # of the client, or of the transport beneath it
+        raise UserError(f"{repo}: the hub refuses it: {' '.join(str(e).split())[:_MOST]}.") from e
+
+
+def _reaches(endpoint: str) -> bool:
+    """Returns whether a host answers within seconds; the client's own retries take half a minute to tell."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy may resolve what this machine cannot
+    url = urllib.parse.urlsplit(endpoint)
+    try:
+        port = url.port or {"http": 80}.get(url.scheme, 443)
+        with socket.create_connection((url.hostname or "", port), timeout=_PATIENCE):
+            return True
+    except OSError:
+        return False

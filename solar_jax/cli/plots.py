@@ -4,6 +4,8 @@ import io
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
+
 from solar_jax.storage import paths
 
 SMOOTH = 50  # points of a training curve that are left distinct
@@ -42,7 +44,8 @@ def plot_losses(
             )  # fmt: skip
     ax.set(xlabel="tokens", ylabel="loss (nats per token)")
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    above = ax.secondary_xaxis("top", functions=(lambda x: x / tokens_a_step, lambda x: x * tokens_a_step))
+    steps_of, tokens_of = (lambda x: np.divide(x, tokens_a_step)), (lambda x: np.multiply(x, tokens_a_step))
+    above = ax.secondary_xaxis("top", functions=(steps_of, tokens_of))
     above.xaxis.set_major_locator(MaxNLocator(integer=True))
     above.set_xlabel("step")
     figure.suptitle(title)

@@ -5,12 +5,16 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 
+import httpx
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
+from solar_jax.checkpoints import find
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.find import find_checkpoint
 from solar_jax.checkpoints.load import load_params
@@ -112,9 +116,44 @@ def test_a_source_that_is_not_there_is_named_with_what_it_may_be(tmp_path, monke
     assert "smollm2" in text
 
 
-def test_a_hub_id_that_the_hub_does_not_give_is_named(tmp_path, monkeypatch):
+def test_a_hub_id_is_refused_within_seconds_where_the_hub_cannot_be_reached(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    assert "hub" in refusal("nobody/no-such-model")
+    with socket.socket() as s:  # nobody listens there once it is closed
+        s.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{s.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nowhere)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert refusal("nobody/no-such-model") == (
+        f": no such local folder; the hub at {nowhere} could not be reached, and its cache has no copy; give the path "
+        "of a local one."
+    )
+    assert caplog.text == ""  # none of the client's own lines
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "GatedRepoError",
+            ": is gated; accept its terms at https://huggingface.co/a/b, then log in with `hf auth login`",
+        ),
+        (
+            "RepositoryNotFoundError",
+            ": no such local folder, and no such repository on the hub, or a private one; log in",
+        ),
+    ],
+)
+def test_a_hub_id_that_the_hub_does_not_give_says_how_to_get_it(tmp_path, monkeypatch, error, said):
+    kind = getattr(errors, error)
+
+    def refuse(repo):
+        raise kind("403", response=httpx.Response(403, request=httpx.Request("GET", "https://x/y")))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(find, "_reaches", lambda endpoint: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", refuse)
+    assert refusal("a/b").startswith(said)
 
 
 def test_a_hub_id_is_not_asked_for_where_its_first_part_is_a_folder_here(tmp_path, monkeypatch):
@@ -148,11 +187,14 @@ def test_a_hub_id_is_downloaded_with_its_tokenizer_and_without_other_formats(
 ):
     asked = {}
 
-    def snapshot_download(repo, **patterns):
-        asked[repo] = set(filter_repo_objects(REPO_FILES + there, **patterns))  # as the hub's client picks
+    def snapshot_download(repo, ignore_patterns, local_files_only):
+        assert not local_files_only
+        asked[repo] = set(filter_repo_objects(REPO_FILES + there, ignore_patterns=ignore_patterns))  # as the client
         return str(tiny)
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(find, "_reaches", lambda endpoint: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo: REPO_FILES + there)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert find_checkpoint("upstage/SOLAR-10.7B") == tiny
@@ -162,21 +204,21 @@ def test_a_hub_id_is_downloaded_with_its_tokenizer_and_without_other_formats(
     assert wanted[-1] in asked["upstage/SOLAR-10.7B"]
 
 
-def test_a_hub_id_whose_files_cannot_be_listed_is_asked_for_as_safetensors(tmp_path, tiny, monkeypatch):
-    asked = {}
-
+def test_a_hub_id_whose_files_cannot_be_listed_is_looked_for_in_the_cache(tmp_path, tiny, monkeypatch):
     def list_repo_files(repo):
         raise ConnectionError
 
-    def snapshot_download(repo, **patterns):  # what the cache holds
-        asked[repo] = set(filter_repo_objects(SAFE + BIN, **patterns))
+    def snapshot_download(repo, ignore_patterns, local_files_only):
+        assert local_files_only
+        assert not {"*.bin", "*.safetensors"} & set(ignore_patterns)
         return str(tiny)
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(find, "_reaches", lambda endpoint: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert find_checkpoint("upstage/SOLAR-10.7B") == tiny
-    assert asked["upstage/SOLAR-10.7B"] == {*SAFE, BIN[-1]}
 
 
 def test_of_an_adapter_the_base_is_taken_and_that_is_said(tmp_path, tiny, capsys):

@@ -56,8 +56,10 @@ def ended(running: list[subprocess.Popen], status: int = 0) -> list[str]:
     return said
 
 
-def interrupt(running: list[subprocess.Popen], step: int) -> tuple[list[str], float]:
-    """SIGTERM to the last process after the first has told of a step; what they said and how long they took to end."""
+def interrupt(
+    running: list[subprocess.Popen], step: int, number: signal.Signals = signal.SIGTERM
+) -> tuple[list[str], float]:
+    """A signal to the last process after the first has told of a step; what they said and how long they took to end."""
     assert running[0].stdout is not None
     for line in running[0].stdout:
         if line.startswith(f"healed step {step:>2}/"):
