@@ -28,6 +28,9 @@ def check() -> None:
         raise UserError("convert needs --source SRC, --out DIR and --to hf|orbax.")
     command.growth_from_flags()
     command.folder_from_flag(f.out)
+    command.check_push_flag(f.out)
+    if f.push_to_hub and f.to != "hf":
+        raise UserError(f"--push_to_hub needs --to hf, found {f.to}.")
     check_local(f.source)
 
 
@@ -35,6 +38,7 @@ if __name__ == "__main__":
     command.begin(define_flags, check)  # before the slow imports
 
 from solar_jax.checkpoints.convert import Target, convert_checkpoint, open_grown
+from solar_jax.checkpoints.push import push
 from solar_jax.parallel import processes
 
 
@@ -44,6 +48,8 @@ def main(argv: Sequence[str]) -> None:
     processes.join()
     target = Target(command.folder_from_flag(f.out), f.to, f.dtype, f.max_shard_size, f.overwrite)
     convert(f.source, target, command.growth_from_flags(), verify=f.verify)
+    if f.push_to_hub:
+        print(f"uploaded to {push(target.out, f.push_to_hub)}")
 
 
 def convert(source: str, target: Target, growth: GrowthConfig | None = None, *, verify: bool = False) -> None:

@@ -38,6 +38,7 @@ def check() -> None:
         raise UserError("upscale needs --operator NAME or --slices RANGES.")
     if f.out:
         command.folder_from_flag(f.out)
+    command.check_push_flag(f.out)
     check_local(f.source)
 
 
@@ -45,6 +46,7 @@ if __name__ == "__main__":
     command.begin(define_flags, check)  # before the slow imports
 
 from solar_jax.checkpoints.convert import Target, convert_checkpoint, open_grown
+from solar_jax.checkpoints.push import push
 from solar_jax.model.shapes import parameter_count
 from solar_jax.parallel import processes
 
@@ -59,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
         None if f.dry_run else Target(command.folder_from_flag(f.out), "hf", f.dtype, f.max_shard_size, f.overwrite)
     )
     upscale(f.source, growth, target, verify=f.verify)
+    if f.push_to_hub and target:
+        print(f"uploaded to {push(target.out, f.push_to_hub)}")
 
 
 def upscale(source: str, growth: GrowthConfig, target: Target | None, *, verify: bool = False) -> None:

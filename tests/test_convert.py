@@ -36,7 +36,7 @@ def assert_same_files(found, expected) -> None:
     assert set(a) == set(b)
     assert {k: bits(x) for k, x in a.items()} == {k: bits(x) for k, x in b.items()}
     assert json.loads((found / "config.json").read_text()) == json.loads((expected / "config.json").read_text())
-    assert {f.name for f in found.iterdir()} == {f.name for f in expected.iterdir()} | {"lineage.json"}
+    assert {f.name for f in found.iterdir()} == {f.name for f in expected.iterdir()} | {"lineage.json", "README.md"}
     for file in expected.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             assert (found / file.name).read_bytes() == file.read_bytes()

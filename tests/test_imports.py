@@ -146,6 +146,6 @@ def test_the_floors_are_checked_at_all():
 def test_the_names_for_a_notebook_are_there_and_cost_nothing_until_used():
     assert loaded("import solar_jax") & SLOW == set()
     for name in solar_jax.__all__:
-        assert getattr(solar_jax, name).__name__ == name
+        assert getattr(solar_jax, name).__name__.removeprefix("solar_jax.") == name
     with pytest.raises(AttributeError, match="has no attribute 'grow'; it has open_checkpoint, grown"):
         _ = solar_jax.grow  # a room, which nothing has imported as an attribute

@@ -104,7 +104,7 @@ def test_the_lineage_leads_from_the_healed_model_to_the_base(finished, tiny):
     assert (healed["made_by"], healed["operator"], healed["steps"]) == ("train", "identity", config.train.steps)
     assert (run["made_by"], run["operator"], run["name"]) == ("train", "dus(m=2)", "test")
     assert run["source_layers"] == [0, 1, 2, 3, 2, 3, 4, 5]
-    assert (run["source"]["where"], run["parents"]) == (str(tiny), [])
+    assert (run["source"]["where"], run["parents"]) == (tiny.name, [])
     assert not (folder / ".hf.partial").exists()
 
 

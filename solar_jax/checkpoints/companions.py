@@ -9,6 +9,7 @@ from solar_jax.storage.paths import is_local, read_small
 
 LINEAGE = "lineage.json"
 CERTIFICATE = "certificate.json"
+CARD, BASE_CARD = "README.md", "README.base.md"  # the model's own card, and that of the model that it was made from
 # Not copied to checkpoints made from this one: weights in any format, and files that describe only those weights.
 LEFT_BEHIND = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.index.json",
@@ -26,6 +27,9 @@ def companions(folder: pathlib.Path) -> dict[str, bytes]:
             if any(pathlib.PurePath(path.name).match(pattern) for pattern in LEFT_BEHIND):
                 continue
             found[name] = read_small(inside(folder, name))
+        # A card beside a lineage is ours, of that model alone.
+        if BASE_CARD not in found and not (folder / LINEAGE).exists() and (folder / CARD).is_file():
+            found[BASE_CARD] = read_small(inside(folder, CARD))
     except OSError as e:
         raise UserError(f"{e.filename or folder}: cannot be read: {e.strerror}.") from e
     return found

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from solar_jax.checkpoints import lineage, write_orbax
 from solar_jax.checkpoints.checkpoint import Checkpoint
-from solar_jax.checkpoints.companions import LINEAGE
+from solar_jax.checkpoints.companions import CARD, LINEAGE
 from solar_jax.checkpoints.hf_config import with_dtype
+from solar_jax.checkpoints.model_card import base_model, model_card
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.views import cast, grown
 from solar_jax.checkpoints.write_hf import WRITERS, parse_size, pieces, write_companions, write_model
@@ -38,7 +39,10 @@ class Target:
     overwrite: bool = False  # replace an existing checkpoint at `out`
 
 
-def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: bool = False, **more: Any) -> None:
+def convert_checkpoint(
+    c: Checkpoint, target: Target, made_by: str, *, verify: bool = False, losses: Mapping[str, float] | None = None,
+    **more: Any,
+) -> None:  # fmt: skip
     """Writes a checkpoint to the target; the folder appears once it is complete.
 
     With several processes, each writes its own share.
@@ -48,6 +52,7 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
       target: where to write, and in which format.
       made_by: the command, for the lineage.
       verify: compare the result with its source and add certificate.json.
+      losses: held-out loss in nats per token by model, for the model card of an HF folder.
       more: additional lineage keys.
 
     Raises:
@@ -75,6 +80,7 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
         "source": lineage.fingerprint(c.source), "form": target.form, "dtype": c.cast_to, "limit": limit,
         "layer_map": dataclasses.asdict(c.layer_map), "versions": lineage.versions(), "processes": count,
     }  # fmt: skip
+    more |= {"base_model": base} if (base := base_model(c)) else {}
     record = lineage.lineage_record(c, made_by, form=target.form, dtype=c.common_dtype, **more)
     with _shared_folder(target, job) as (folder, has, put):
         model = folder if hf else folder / MODEL_FOLDER
@@ -90,6 +96,8 @@ def convert_checkpoint(c: Checkpoint, target: Target, made_by: str, *, verify: b
                 write_companions(model, with_dtype(c.hf_config, c.common_dtype), c.companions)
         if index == 0:
             lineage.write_record(model, record, LINEAGE)
+            if hf:
+                (model / CARD).write_text(model_card(c, target.out.name, made_by, losses))
         if verify and local:
             processes.wait(f"{target.out} is written")
             if index == 0:

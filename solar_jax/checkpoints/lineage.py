@@ -7,14 +7,17 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.write_hf import json_text
-from solar_jax.storage.paths import byte_size
+from solar_jax.storage.paths import byte_size, is_local
 
 PACKAGES = ("solar_jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy", "ml_dtypes", "gguf")
+_PATH = re.compile(r"(^|[=:,])(?:~|/)(?:[^/=:,?]*/)*([^/=:,?]*)")
 _HEAD, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 256, 4096
 
 
@@ -31,6 +34,23 @@ def fingerprint(c: Checkpoint) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(json.dumps(c.hf_config, sort_keys=True).encode()).hexdigest(),
         "files": [{"name": f.name, "bytes": byte_size(f), "sample_sha256": sample_sha256(f)} for f in c.files],
     } | ({"not_read": list(c.unread)} if c.unread else {})
+
+
+def public(where: str) -> str:
+    """Returns a place without the folders above it: a name, a hub id, or a bucket's URL."""
+    if not is_local(where):
+        return where
+    if repository := re.search(r"models--(.+?)--(.+?)/snapshots/(\w+)", where):
+        return f"{repository[1]}/{repository[2]}@{repository[3]}"
+    parts = pathlib.PurePath(where).parts
+    is_step = len(parts) > 2 and parts[-1].isdigit()  # RUN/checkpoints/STEP
+    return "/".join(parts[-3:]) if is_step else parts[-1]
+
+
+def public_command(argv: Sequence[str]) -> list[str]:
+    """Returns a command line in which absolute local paths are reduced to their last part."""
+    name = pathlib.PurePath(argv[0]).stem
+    return [name, *(arg if "://" in arg else _PATH.sub(r"\1\2", arg) for arg in argv[1:])]
 
 
 def sample_sha256(file: pathlib.Path) -> str:
@@ -51,6 +71,11 @@ def sample_sha256(file: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
+def public_fingerprint(c: Checkpoint) -> dict[str, Any]:
+    """`fingerprint` for a file that travels with the model."""
+    return fingerprint(c) | {"where": public(c.where)}
+
+
 def lineage_record(c: Checkpoint, made_by: str, **more: Any) -> dict[str, Any]:
     """Builds the content of lineage.json for a checkpoint that is about to be written.
 
@@ -62,14 +87,14 @@ def lineage_record(c: Checkpoint, made_by: str, **more: Any) -> dict[str, Any]:
     layer_map = c.layer_map
     return {
         "made_by": made_by,
-        "command": [pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]],
+        "command": public_command(sys.argv),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "operator": layer_map.operator,
         "source_layers": list(layer_map.source),
         "partner_layers": None if layer_map.partner == layer_map.source else list(layer_map.partner),
         "scale": None if set(layer_map.scale) == {1.0} else list(layer_map.scale),
         **more,
-        "source": fingerprint(c.source),
+        "source": public_fingerprint(c.source),
         "versions": versions(),
         "parents": [c.lineage] if c.lineage else [],
     }

@@ -79,6 +79,7 @@ def define_conversion_flags() -> None:
     flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the weights written; each as it is stored if not given.")
     flags.DEFINE_string("max_shard_size", "5GB", "Most bytes of weights in one HF file.")
     flags.DEFINE_bool("overwrite", False, "Replace a checkpoint at --out.")
+    flags.DEFINE_string("push_to_hub", None, "OWNER/NAME: upload the HF folder to the hub; needs a login.")
     flags.DEFINE_bool("verify", False, "Write certificate.json: every tensor's hash and the logits, compared.")
 
 
@@ -109,6 +110,23 @@ def folder_from_flag(text: str) -> pathlib.Path:
     if not paths.is_local(text) and not re.fullmatch(r"(gs|s3)://[^/]+/+[^/].*", text, re.DOTALL):
         raise UserError(f"{text}: expected a local folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.")
     return paths.path(text)
+
+
+def check_push_flag(out: str | None) -> None:
+    """Raises a UserError for a --push_to_hub that cannot work."""
+    repo = flags.FLAGS.push_to_hub
+    if repo is None:
+        return
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
+        raise UserError(f"--push_to_hub must be OWNER/NAME, found {repo!r}.")
+    if out is None or not paths.is_local(out):
+        raise UserError(f"--push_to_hub uploads a local folder, found --out={out}.")
+    import huggingface_hub  # imported here: slow, and few conversions are uploaded
+
+    if not huggingface_hub.get_token():
+        raise UserError(
+            f"--push_to_hub={repo}: no login; run `hf auth login`, or set HF_TOKEN to a token that can write."
+        )
 
 
 def _interrupted(*_: object) -> NoReturn:

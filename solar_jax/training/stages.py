@@ -33,8 +33,17 @@ def export(run: Run) -> None:
     # Locally the folder appears when it is complete; in a bucket config.json comes last.
     if not (hf.exists() if is_local(hf) else "config.json" in bucket_folder.names(hf)):
         target = Target(hf, dtype=config.export.dtype, max_shard_size=config.export.max_shard_size)
-        convert_checkpoint(open_checkpoint(str(run.workdir)), target, "train", steps=config.train.steps)
+        c = open_checkpoint(str(run.workdir))
+        convert_checkpoint(c, target, "train", losses=_losses(run), steps=config.train.steps)
     say(f"healed: written to {hf}")
+
+
+def _losses(run: Run) -> dict[str, float]:
+    """Returns the held-out losses for the model card."""
+    last = run.config.train.steps
+    found = {(r["arm"], r["step"]): r["loss"] for r in run.evals.read()}
+    names = {("base", 0): "base", ("healed", 0): "grown, not trained", ("healed", last): f"this model, {last} steps"}
+    return {name: found[key] for key, name in names.items() if key in found}
 
 
 def train_control(run: Run) -> None:

@@ -77,7 +77,7 @@ def certify(c: Checkpoint, folder: pathlib.Path, *, out: pathlib.Path | None = N
       UserError: the config, a companion or a tensor does not match the source.
     """
     opened = open_checkpoint(str(folder))
-    fingerprint = lineage.fingerprint(opened) | {"where": str(out or folder)}
+    fingerprint = lineage.fingerprint(opened) | {"where": lineage.public(str(out or folder))}
     result = dataclasses.replace(opened, where=str(out or folder))
     changed = _check_config(c, result)
     companions = _check_companions(c, result)
@@ -87,7 +87,7 @@ def certify(c: Checkpoint, folder: pathlib.Path, *, out: pathlib.Path | None = N
     exact = all(record.get("max_abs_difference", 0.0) == 0.0 for record in tensors.values())
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "source": lineage.fingerprint(c.source),
+        "source": lineage.public_fingerprint(c.source),
         "result": fingerprint,
         "operator": c.layer_map.operator,
         "config_changed": changed,
