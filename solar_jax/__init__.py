@@ -22,6 +22,7 @@ _MODULES = {
     "GrowthConfig": "config",
     "make_layer_map": "growth.operators",
     "picture": "growth.picture",
+    "parameter_count": "model.shapes",
     "logits": "model.llama",
     "hidden": "model.llama",
     "next_token_loss": "training.objectives",

@@ -97,7 +97,9 @@ def convert_checkpoint(
         if index == 0:
             lineage.write_record(model, record, LINEAGE)
             if hf:
-                (model / CARD).write_text(model_card(c, target.out.name, made_by, losses))
+                # A run's folder has the name, its export is always `hf`.
+                name = target.out.parent.name if made_by == "train" else target.out.name
+                (model / CARD).write_text(model_card(c, name, made_by, losses))
         if verify and local:
             processes.wait(f"{target.out} is written")
             if index == 0:

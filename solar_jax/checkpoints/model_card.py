@@ -7,6 +7,7 @@ from typing import Any
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.companions import BASE_CARD
+from solar_jax.checkpoints.lineage import public
 from solar_jax.growth.picture import picture
 from solar_jax.model.shapes import parameter_count
 
@@ -39,7 +40,8 @@ def model_card(c: Checkpoint, name: str, made_by: str, losses: Mapping[str, floa
     front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- solar_jax"]
     front += ["- depth-up-scaling"] if grown else []
     front += ["---", "", f"# {name}", ""]
-    what = f"{base or c.source.where.rpartition('/')[2]}, {'made deeper' if grown else 'converted'} with solar_jax"
+    source = (record.get("source") or {}).get("where") or public(c.source.where)
+    what = f"{base or source}, {'made deeper' if grown else 'converted'} with solar_jax"
     what += f" by `{operator}`" if grown else ""
     what += ", then trained." if trained else "; not trained since." if grown else "."
     size = (
