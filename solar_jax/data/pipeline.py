@@ -12,6 +12,7 @@ import numpy as np
 from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.data.mixture import Mixture, row_shares, rows_of
 from solar_jax.data.packing import Row
+from solar_jax.data.sources import MOST_PASSES
 from solar_jax.data.workers import end_with_parent
 from solar_jax.errors import UserError
 
@@ -56,8 +57,13 @@ def batch_documents(corpus: Corpus, seed: int, first_row: int, size: int) -> lis
     return list(found)
 
 
-def passes(corpus: Corpus, rows: int) -> list[float]:
+def passes(corpus: Corpus, rows: int, *, resumes: bool = False) -> list[float]:
     """Returns the number of passes over each source in a run of `rows` rows.
+
+    Args:
+      corpus: the sources.
+      rows: of the run.
+      resumes: whether the run began before, perhaps when nothing but a source's own `epochs` bounded the passes.
 
     Raises:
       UserError: a source would be read more often than its `epochs` allow.
@@ -65,11 +71,11 @@ def passes(corpus: Corpus, rows: int) -> list[float]:
     found = []
     for (source, has), needed in zip(corpus.train, rows_of(_shares(corpus), rows), strict=True):
         found.append(needed / len(has))
-        if needed > source.epochs * len(has):
+        if needed > source.epochs * len(has) and not (resumes and source.epochs == MOST_PASSES):
             raise UserError(
                 f"config.data.sources: {source.path} has {len(has):,} rows and may be read {source.epochs:g} times, "
                 f"but a run of {rows:,} rows reads {needed:,} of it, {found[-1]:.2f} times; give it a smaller weight "
-                "or more epochs, or train fewer steps."
+                f"or allow more ({source.path}?epochs=N), add text, or train fewer steps."
             )
     return found
 

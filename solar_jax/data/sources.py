@@ -5,7 +5,6 @@ import glob
 import hashlib
 import heapq
 import itertools
-import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -22,12 +21,15 @@ _NAMED = 4  # files or kinds that a message names
 _SMALL = 8  # a source with fewer than this times `every` documents is split by rank, so that neither part is empty
 
 
+MOST_PASSES = 4.0  # beyond some four passes over the same text, more of them are worth little (arXiv 2305.16264)
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     path: str  # a file, folder, glob, URL of one, or EMBEDDED
     weight: float = 1.0  # share of the tokens relative to the other sources
     text_key: str = "text"  # the column or JSON key that holds the text
-    epochs: float = math.inf  # most passes that a run may make
+    epochs: float = MOST_PASSES  # most passes that a run may make
     limit: int = 0  # training tokens to use; 0: all
     plain: bool = False  # every file is one document of plain text
     skip_empty: bool = True  # documents without text are skipped, not refused

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from solar_jax.errors import UserError
+from solar_jax.storage.owner import holder
 
 # In a folder that is being filled: describes the result, so that the same job can resume. Hidden, since no companion
 # file of a checkpoint is.
@@ -105,7 +106,7 @@ def _lock(folder: pathlib.Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             os.close(descriptor)
-            raise UserError(f"{folder}: another process is writing there; wait for it to end.") from e
+            raise UserError(f"{folder}: is being written by {holder(folder, folder)}; wait for it to end.") from e
         # The previous holder may have renamed or removed the folder in the meantime.
         with contextlib.suppress(FileNotFoundError):
             if os.stat(folder).st_ino == os.fstat(descriptor).st_ino:

@@ -13,12 +13,13 @@ from typing import Any
 
 from solar_jax.errors import UserError
 from solar_jax.storage.atomic_folder import CONFIGS, JOB
+from solar_jax.storage.owner import OWNER, owned
 from solar_jax.storage.retry import retry
 
 
 def names(folder: pathlib.Path) -> set[str]:
     """Returns the names of the objects directly in a bucket folder."""
-    return retry(lambda: {p.name for p in folder.iterdir()} if folder.exists() else set(), str(folder))
+    return retry(lambda: {p.name for p in folder.iterdir()} - {OWNER} if folder.exists() else set(), str(folder))
 
 
 def check_bucket(folder: pathlib.Path, overwrite: bool) -> None:
@@ -50,25 +51,26 @@ def bucket_folder(
       job: JSON that describes the folder's content.
       first: whether this process prepares and completes the folder, if several fill it.
     """
-    if first:
-        check_bucket(folder, overwrite)
-        _prepare(folder, json.dumps(job, indent=2, sort_keys=True))
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(owned(folder))
+            check_bucket(folder, overwrite)
+            _prepare(folder, json.dumps(job, indent=2, sort_keys=True))
 
-    def has(name: str) -> bool:
-        return retry((folder / name).exists, f"{folder / name}")
+        def has(name: str) -> bool:
+            return retry((folder / name).exists, f"{folder / name}")
 
-    def put(file: pathlib.Path, name: str) -> None:
-        retry(lambda: _upload(file, folder / name), f"{folder / name}")
-        file.unlink()
+        def put(file: pathlib.Path, name: str) -> None:
+            retry(lambda: _upload(file, folder / name), f"{folder / name}")
+            file.unlink()
 
-    with tempfile.TemporaryDirectory(prefix="solar_jax_upload_") as temporary:
-        local = pathlib.Path(temporary)
+        local = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="solar_jax_upload_")))
         yield local, has, put
         files = [p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()]
         for name in sorted(files, key=lambda name: name in CONFIGS):
             put(local / name, name)
-    if first:
-        retry((folder / JOB).unlink, f"{folder / JOB}")
+        if first:
+            retry((folder / JOB).unlink, f"{folder / JOB}")
 
 
 def _prepare(folder: pathlib.Path, job: str) -> None:

@@ -53,7 +53,7 @@ def announce(
     say(f"trained   {config.train.trainable}: layers {layer_list([i for i, t in enumerate(partition.layers) if t])}")
     for note in corpus.notes:
         say(f"text      {note}")
-    readings = passes(corpus, config.train.steps * config.train.batch_size)
+    readings = passes(corpus, config.train.steps * config.train.batch_size, resumes=resumes)
     for (source, rows), times in zip(corpus.train, readings, strict=True):
         say(
             f"data      {source.path}: {rows.tokens:,} training tokens, {len(rows):,} rows, "

@@ -220,6 +220,18 @@ def test_the_documents_of_a_batch_are_those_of_its_rows(uneven):
     assert all(texts[name][:LENGTH] in shown or texts[name][LENGTH : 2 * LENGTH] in shown for name in found)
 
 
+def test_without_a_bound_of_its_own_a_source_is_read_four_times_at_most_but_a_begun_run_goes_on(texts):
+    corpus = load(f"{texts}/a.txt")
+    rows = len(corpus.train[0][1])
+    assert passes(corpus, 4 * rows) == [4.0]
+    with pytest.raises(
+        UserError, match=r"may be read 4 times, .*or allow more \(.*a.txt\?epochs=N\), add text"
+    ):
+        passes(corpus, 5 * rows)
+    assert passes(corpus, 5 * rows, resumes=True) == [5.0]
+    assert passes(load(f"{texts}/a.txt?epochs=9"), 5 * rows) == [5.0]
+
+
 def test_a_run_says_how_often_it_reads_each_source_and_refuses_more_than_its_epochs(texts):
     # 3 : 1 over sources of the same size: of 1000 rows 750 and 250.
     corpus = load(f"{texts}/a.txt?epochs=4:3", f"{texts}/b.txt")
