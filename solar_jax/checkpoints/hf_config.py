@@ -32,6 +32,8 @@ class Family:
     # config.json key -> (field of ModelConfig, power that the value is raised to)
     multipliers: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
     tensors: tuple[tuple[str, str], ...] = ()  # (part of a tensor's name, what is usual in its place), in order
+    # Tensors that the family's files hold as one, by rows -> the usual ones in that order.
+    fused: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 _COMMON = {
@@ -120,6 +122,16 @@ FAMILIES: dict[str, Family] = {
             (".ln_2.", ".post_attention_layernorm."), (".mlp.c_fc_0.", ".mlp.gate_proj."),
             (".mlp.c_fc_1.", ".mlp.up_proj."), (".mlp.c_proj.", ".mlp.down_proj."),
         ),
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        _COMMON | {"num_key_value_heads": None, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        bias={False: ""},
+        fixed={"use_sliding_window": (True,), "max_window_layers": (0,)} | _NO_BIAS,
+        ignored=frozenset({"original_max_position_embeddings"}),  # of longrope, which is refused
+        fused={"self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight",
+                                             "self_attn.v_proj.weight"),
+               "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight")},
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
@@ -345,6 +357,12 @@ def usual_name(name: str, hf: dict[str, Any]) -> str:
     for own, usual in _tensors(hf):
         name = name.replace(own, usual)
     return name
+
+
+def fused_tensors(hf: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Returns the ends of the names of tensors that the family's files hold as one -> those of the usual tensors."""
+    family = FAMILIES.get(hf.get("model_type", ""))
+    return family.fused if family else {}
 
 
 def _tensors(hf: dict[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, row_blocks, some
-from solar_jax.checkpoints.hf_config import usual_name
+from solar_jax.checkpoints.hf_config import fused_tensors, usual_name
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors
 from solar_jax.errors import UserError
+from solar_jax.formats.safetensors import Entry
 from solar_jax.model.rope import rope_frequencies
 
 # Modules that wrap others: torch.compile, FSDP, activation checkpointing. They occur anywhere within a name.
@@ -59,13 +60,54 @@ def resolved(c: Checkpoint) -> Checkpoint:
     if c.cfg.tie_word_embeddings and embed not in stored and head in stored:
         stored[embed] = stored.pop(head)
     if all(name == found for name, found in stored.items()) and len(stored) == len(c.shape_of):
-        return c
-    return dataclasses.replace(
+        return _split(c)
+    renamed_checkpoint = dataclasses.replace(
         c,
         shape_of={name: c.shape_of[found] for name, found in stored.items()},
         dtype_of={name: c.dtype_of[found] for name, found in stored.items()},
         read=lambda name, rows=slice(None): c.read(stored[name], rows),
         entry_of={name: c.entry_of[found] for name, found in stored.items() if found in c.entry_of},
+    )
+    return _split(renamed_checkpoint)
+
+
+def _split(c: Checkpoint) -> Checkpoint:
+    """Presents tensors that a family's files hold as one as the usual ones, each a range of its rows."""
+    rows_of = {name: hf_shape(path, c.cfg)[0] for name, path, _ in hf_tensors(c.cfg)}
+    places: dict[str, tuple[str, slice]] = {}
+    for whole, parts in fused_tensors(c.hf_config).items():
+        for found in [name for name in c.shape_of if name.endswith(f".{whole}")]:
+            names = [found.removesuffix(whole) + part for part in parts]
+            sizes = [rows_of.get(name, 0) for name in names]
+            if sum(sizes) != c.shape_of[found][0]:
+                raise UserError(f"{c.where}: {found} must have {sum(sizes)} rows, found {c.shape_of[found][0]}.")
+            ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+            places |= {n: (found, slice(end - s, end)) for n, s, end in zip(names, sizes, ends, strict=True)}
+    if not places:
+        return c
+    kept = {name: (name, slice(0, c.shape_of[name][0])) for name in c.shape_of} | places
+    for found, _ in places.values():
+        kept.pop(found, None)
+
+    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
+        found, place = kept[name]
+        start, stop, _ = rows.indices(place.stop - place.start)
+        return c.read(found, slice(place.start + start, place.start + stop))
+
+    def entry(name: str) -> Entry:
+        found, place = kept[name]
+        whole = c.entry_of[found]
+        width = (whole.stop - whole.start) // max(1, whole.shape[0])
+        start = whole.start + place.start * width
+        stop = whole.start + place.stop * width
+        return dataclasses.replace(whole, shape=(place.stop - place.start, *whole.shape[1:]), start=start, stop=stop)
+
+    return dataclasses.replace(
+        c,
+        shape_of={n: (at.stop - at.start, *c.shape_of[found][1:]) for n, (found, at) in kept.items()},
+        dtype_of={name: c.dtype_of[found] for name, (found, _) in kept.items()},
+        read=read,
+        entry_of={name: entry(name) for name, (found, _) in kept.items() if found in c.entry_of},
     )
 
 

@@ -1,20 +1,24 @@
 """Streams a checkpoint into a Hugging Face folder, growing and converting it on the way."""
 
 import concurrent.futures
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from solar_jax.checkpoints.checkpoint import Checkpoint, row_blocks, row_unit
-from solar_jax.checkpoints.hf_config import stored_name, with_dtype
+from solar_jax.checkpoints.hf_config import fused_tensors, stored_name, with_dtype
 from solar_jax.checkpoints.hf_folder import INDEX
 from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
 from solar_jax.errors import UserError
-from solar_jax.formats.safetensors import Piece, write_safetensors
+from solar_jax.formats.safetensors import Entry, Piece, read_tensor, write_safetensors
 from solar_jax.storage.paths import is_local
 
 WRITERS = 2  # shards written concurrently: one reads while the other writes
@@ -37,7 +41,36 @@ def parse_size(text: str) -> int:
 
 def pieces(c: Checkpoint) -> list[Piece]:
     """Returns every tensor in HF's order, each with the source of its bytes."""
-    return [_piece(c, name, path) for name, path, _ in hf_tensors(c.cfg)]
+    whole_of = {part: (whole, parts) for whole, parts in fused_tensors(c.hf_config).items() for part in parts}
+    made: dict[str, Piece] = {}
+    waiting: dict[str, list[Piece]] = {}
+    for name, path, _ in hf_tensors(c.cfg):
+        piece, part = _piece(c, name, path), name.split(".", 3)[-1]
+        if part not in whole_of:
+            made[name] = piece
+            continue
+        whole, parts = whole_of[part]
+        waiting.setdefault(fused := name.removesuffix(part) + whole, []).append(piece)
+        if len(waiting[fused]) == len(parts):
+            made[fused] = _fused(fused, waiting.pop(fused))
+    return list(made.values())
+
+
+def _fused(name: str, parts: list[Piece]) -> Piece:
+    """Returns one tensor made of the rows of several: copied in the kernel where they lie one after another."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    entries = [part.content for part in parts if isinstance(part.content, Entry)]
+    if len(entries) == len(parts) and all(
+        a.file == b.file and a.stop == b.start for a, b in itertools.pairwise(entries)
+    ):
+        whole = dataclasses.replace(entries[0], shape=shape, stop=entries[-1].stop)
+        return Piece(name, shape, parts[0].dtype, whole)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for part in parts:
+            yield from [read_tensor(name, part.content)] if isinstance(part.content, Entry) else part.content()
+
+    return Piece(name, shape, parts[0].dtype, blocks)
 
 
 def _piece(c: Checkpoint, name: str, path: str) -> Piece:

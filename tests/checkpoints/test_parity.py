@@ -76,6 +76,8 @@ MODELS = {
     "Seed-OSS, all biases": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
     "Ministral": ("ministral", WINDOW | {"head_dim": 32}),
     "EXAONE 3": ("exaone", NO_HEAD_DIM | LLAMA3),
+    "Phi-3": ("phi3", NO_HEAD_DIM),
+    "Phi-3, window": ("phi3", NO_HEAD_DIM | WINDOW),
     "SmolLM3": ("smollm3", NO_HEAD_DIM | rope(rope_theta=5e6)),
     "SmolLM3, other layers": ("smollm3", NO_HEAD_DIM | {"no_rope_layers": [0, 1, 0, 1], "attention_bias": True}),
     "Granite 3": ("granite", NO_HEAD_DIM | MUP),
@@ -249,8 +251,8 @@ def test_layers_added_with_scale_zero_change_no_logit_of_a_model_with_biases(sav
 
 @pytest.mark.parametrize(
     "name",
-    ["Llama 3.1", "Mistral v0.1", "Qwen2, window", "Qwen3, window", "EXAONE 3", "SmolLM3", "SmolLM3, other layers",
-     "HyperCLOVAX"],
+    ["Llama 3.1", "Mistral v0.1", "Qwen2, window", "Qwen3, window", "EXAONE 3", "Phi-3", "SmolLM3",
+     "SmolLM3, other layers", "HyperCLOVAX"],
 )  # fmt: skip
 def test_a_grown_model_is_the_same_to_transformers(saved, tmp_path, name):
     checkpoint, params = opened(saved(name)[0])

@@ -224,9 +224,7 @@ def test_without_a_bound_of_its_own_a_source_is_read_four_times_at_most_but_a_be
     corpus = load(f"{texts}/a.txt")
     rows = len(corpus.train[0][1])
     assert passes(corpus, 4 * rows) == [4.0]
-    with pytest.raises(
-        UserError, match=r"may be read 4 times, .*or allow more \(.*a.txt\?epochs=N\), add text"
-    ):
+    with pytest.raises(UserError, match=r"may be read 4 times, .*or allow more \(.*a.txt\?epochs=N\), add text"):
         passes(corpus, 5 * rows)
     assert passes(corpus, 5 * rows, resumes=True) == [5.0]
     assert passes(load(f"{texts}/a.txt?epochs=9"), 5 * rows) == [5.0]

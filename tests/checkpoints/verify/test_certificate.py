@@ -189,7 +189,8 @@ def test_a_gguf_source_is_dequantised_a_second_time(tmp_path, kind, made):
 
 
 @pytest.mark.parametrize(
-    "name", ["Llama, MLP biases", "Llama 3.1", "Mistral v0.1", "Qwen3, biases", "EXAONE 3", "SmolLM3", "HyperCLOVAX"]
+    "name",
+    ["Llama, MLP biases", "Llama 3.1", "Mistral v0.1", "Qwen3, biases", "EXAONE 3", "Phi-3", "SmolLM3", "HyperCLOVAX"],
 )
 def test_every_kind_of_architecture_is_certified(tmp_path, name):
     source = save_hf(test_parity.hf_model(name), tmp_path / "source")
