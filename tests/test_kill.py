@@ -35,7 +35,7 @@ def content(folder: pathlib.Path) -> dict[str, bytes]:
     """Every file, and of a checkpoint of ours every tensor; of the lineage what does not tell one run from another."""
     found = {}
     for file in folder.rglob("*"):
-        if file.name == "lineage.json":
+        if file.name in ("lineage.json", "README.md"):  # which name the command and the folder
             record = json.loads(file.read_text())
             del record["date"], record["command"]
             found[file.name] = json.dumps(record).encode()

@@ -13,11 +13,12 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import ModelConfig, TrainConfig
+from solar_jax.model.flash import LANES
 from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.precision import compute_dtype
 from solar_jax.model.shapes import layer_axes, size
 from solar_jax.parallel.attention import attention_choice
-from solar_jax.parallel.mesh import axis_size
+from solar_jax.parallel.mesh import axis_size, platform
 from solar_jax.parallel.rules import ACTIVATIONS, padded_rows, ways
 from solar_jax.training.partition import Partition, everything
 from solar_jax.training.state import State
@@ -118,7 +119,9 @@ def estimate(
 def each(cfg: ModelConfig, mesh: Mesh | AbstractMesh, letters: str) -> float:
     """Returns the values per token and device of an activation with these axes; B and T do not count."""
     letters = letters.replace("B", "").replace("T", "")
-    return size(cfg, letters) / ways(letters, ACTIVATIONS, mesh)
+    # TPUs store the innermost axis in full vectors: a head of 64 takes as much as one of 128.
+    lanes = -(-cfg.head_dim // LANES) * LANES / cfg.head_dim if "H" in letters and platform(mesh) == "tpu" else 1
+    return lanes * size(cfg, letters) / ways(letters, ACTIVATIONS, mesh)
 
 
 def _gathered(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> float:
