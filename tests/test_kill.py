@@ -35,7 +35,9 @@ def content(folder: pathlib.Path) -> dict[str, bytes]:
     """Every file, and of a checkpoint of ours every tensor; of the lineage what does not tell one run from another."""
     found = {}
     for file in folder.rglob("*"):
-        if file.name in ("lineage.json", "README.md"):  # which name the command and the folder
+        if file.name == "README.md":
+            found[file.name] = file.read_text().replace(folder.name, "NAME").encode()
+        elif file.name == "lineage.json":
             record = json.loads(file.read_text())
             del record["date"], record["command"]
             found[file.name] = json.dumps(record).encode()
