@@ -36,7 +36,9 @@ def define_flags() -> None:
         "What may have changed in a run that is resumed: config keys or groups, tokenizer, data.",
     )
     flags.DEFINE_bool(
-        "take_over", False, "Start in the place of a process that owns a bucket's folder and has not moved for minutes."
+        "take_over",
+        False,
+        "Start in the place of a process that owns a bucket's folder, once it has not moved for a minute.",
     )
 
 

@@ -1,4 +1,7 @@
-"""One owner per folder: on this machine a lock that ends with its process, in a bucket a lease with a heartbeat."""
+"""One owner per folder: on this machine a lock that ends with its process, in a bucket a lease with a heartbeat.
+
+Leases need writes that depend on an object's generation, which gs:// has; folders in s3:// have no owner.
+"""
 
 import contextlib
 import datetime
@@ -9,6 +12,7 @@ import pathlib
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +20,10 @@ from solar_jax.errors import UserError
 from solar_jax.storage.paths import is_local
 
 OWNER = ".owner.json"
-HEARTBEAT = 30.0  # seconds between two signs of life in a bucket
-STALE = 300.0  # seconds without one after which a lease may be taken over
+HEARTBEAT = 10.0  # seconds between two signs of life in a bucket
+PATIENCE = 5.0  # seconds that the end of a command waits for a bucket
+LONGEST = 120.0  # seconds that a request may take, with TensorStore's own tries
+STALE = 60.0  # seconds without one after which a lease may be taken over
 
 
 def this_process() -> dict[str, Any]:
@@ -35,7 +41,7 @@ def described(text: str, moved: float | None) -> str:
         said = "another process"
     if moved is None:
         return said
-    ago = max(0.0, datetime.datetime.now(datetime.UTC).timestamp() - moved)
+    ago = max(0.0, _now() - moved)
     return f"{said}, which last moved {ago:.0f} s ago"
 
 
@@ -45,13 +51,19 @@ def owned(folder: pathlib.Path, *, take_over: bool = False) -> Iterator[None]:
 
     Args:
       folder: local or in a bucket; it need not exist.
-      take_over: take the lease of a process that has given no sign of life for `STALE` seconds; of buckets only, since
-        a lock on this machine ends with its process.
+      take_over: wait until the owner has given no sign of life for `STALE` seconds, and take its place; of buckets
+        only, since a lock on this machine ends with its process.
 
     Raises:
       UserError: another process owns the folder.
     """
-    with _locked(folder) if is_local(folder) else _leased(folder, take_over):
+    if is_local(folder):
+        holding: contextlib.AbstractContextManager[None] = _locked(folder)
+    elif str(folder).startswith("gs://"):
+        holding = _leased(folder, take_over)
+    else:
+        holding = contextlib.nullcontext()
+    with holding:
         yield
 
 
@@ -118,7 +130,7 @@ def _leased(folder: pathlib.Path, take_over: bool) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(PATIENCE)  # it may be waiting for a bucket that stays away
         lease.give_back()
 
 
@@ -137,21 +149,32 @@ class _Lease:
 
     def take(self, take_over: bool) -> None:
         found = self._read()
-        if found.state == "value":
+        if found.state == "value" and not _has_ended(found.value, self._me):
             moved = _beat(found.value)
-            silent = datetime.datetime.now(datetime.UTC).timestamp() - moved
             owner = described(found.value.decode(errors="replace"), moved)
-            if silent < STALE:
-                raise UserError(
-                    f"{self._folder}: is in use by {owner}; wait for it to end, or end it, before the next start."
-                )
             if not take_over:
                 raise UserError(
-                    f"{self._folder}: belongs to {owner}, and has seen no sign of life since; if that process is gone, "
-                    "--take_over starts in its place."
+                    f"{self._folder}: is in use by {owner}; wait for it to end, or end it. If it is gone already, "
+                    f"--take_over starts in its place once it has not moved for {STALE:.0f} s."
                 )
+            found = self._silent(found, owner)
         if not self._write(found.stamp.generation):
             raise UserError(f"{self._folder}: another process has just started there.")
+
+    def _silent(self, found: Any, owner: str) -> Any:
+        """Waits until a lease has not been renewed for `STALE` seconds.
+
+        Raises:
+          UserError: it was renewed.
+        """
+        until = time.monotonic() + max(0.0, STALE - (_now() - _beat(found.value)))
+        while (left := until - time.monotonic()) > 0:
+            sys.stderr.write(f"{self._folder}: waiting {left:.0f} s for a sign of life of {owner}\n")
+            time.sleep(min(left, HEARTBEAT))
+        again = self._read()
+        if again.state == "value" and again.stamp.generation != found.stamp.generation:
+            raise UserError(f"{self._folder}: is in use by {owner}; it lives, so it is not taken over.")
+        return again
 
     def keep(self, ended: threading.Event) -> None:
         """Renews the lease until the event is set; ends this process if somebody has taken the lease over."""
@@ -172,21 +195,37 @@ class _Lease:
 
     def give_back(self) -> None:
         with contextlib.suppress(Exception):  # it becomes stale by itself
-            self._store.write(OWNER, None, if_equal=self._generation).result()
+            self._store.write(OWNER, None, if_equal=self._generation).result(timeout=PATIENCE)
 
     def _read(self) -> Any:
         try:
-            return self._store.read(OWNER).result()
-        except ValueError as e:
-            raise UserError(f"{self._folder}: the bucket could not be reached: {str(e).splitlines()[0]}") from e
+            return self._store.read(OWNER).result(timeout=LONGEST)
+        except (ValueError, TimeoutError) as e:
+            reason = (str(e).splitlines() or ["no answer"])[0]
+            raise UserError(f"{self._folder}: the bucket could not be reached: {reason}") from e
 
     def _write(self, expected: bytes) -> bool:
-        now = datetime.datetime.now(datetime.UTC).timestamp()
-        content = json.dumps(self._me | {"beat": now}).encode()
-        stamp = self._store.write(OWNER, content, if_equal=expected).result()
+        content = json.dumps(self._me | {"beat": _now()}).encode()
+        stamp = self._store.write(OWNER, content, if_equal=expected).result(timeout=LONGEST)
         if stamp.generation:
             self._generation = stamp.generation
         return bool(stamp.generation)
+
+
+def _now() -> float:
+    return datetime.datetime.now(datetime.UTC).timestamp()
+
+
+def _has_ended(content: bytes, me: dict[str, Any]) -> bool:
+    """Returns whether the owner was a process of this machine that is gone, or this process itself."""
+    try:
+        record = json.loads(content)
+        process = int(record["process"])
+    except (ValueError, KeyError, TypeError):
+        return False
+    if record.get("host") != me["host"]:
+        return False
+    return process == me["process"] or not pathlib.Path(f"/proc/{process}").exists()
 
 
 def _beat(content: bytes) -> float:

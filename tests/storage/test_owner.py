@@ -70,15 +70,18 @@ def lease(bucket, request):
     return epath.Path(f"{bucket}/{request.node.name}")
 
 
-def test_a_lease_in_a_bucket_is_held_renewed_and_given_back(lease):
+def test_a_lease_in_a_bucket_is_held_renewed_and_given_back(lease, monkeypatch):
     first = hold(lease)
     beats = []
     for _ in range(2):
         beats.append(json.loads((lease / OWNER).read_text())["beat"])
         time.sleep(0.5)
     assert beats[0] < beats[1]
-    assert f"is in use by process {first.pid} on {socket.gethostname()}, since 20" in refusal(lease)
-    assert "is in use by" in refusal(lease, take_over=True)  # it lives
+    text = refusal(lease)
+    assert f"is in use by process {first.pid} on {socket.gethostname()}, since 20" in text
+    assert "If it is gone already, --take_over starts in its place once it has not moved for 60 s." in text
+    monkeypatch.setattr(owner, "STALE", 1.0)
+    assert "; it lives, so it is not taken over." in refusal(lease, take_over=True)
     first.send_signal(signal.SIGINT)  # ends its `with` block
     first.wait()
     with owned(lease):
@@ -86,12 +89,19 @@ def test_a_lease_in_a_bucket_is_held_renewed_and_given_back(lease):
     assert not (lease / OWNER).exists()
 
 
-def test_a_lease_without_a_sign_of_life_is_taken_over_only_when_asked_and_its_holder_ends(lease, monkeypatch):
+def test_after_a_kill_the_same_machine_goes_on_at_once(lease):
+    first = hold(lease)
+    first.kill()
+    first.wait()
+    with owned(lease):
+        assert json.loads((lease / OWNER).read_text())["process"] == os.getpid()
+
+
+def test_a_lease_without_a_sign_of_life_is_taken_over_when_asked_and_its_holder_ends(lease, monkeypatch):
     first = hold(lease)
     first.send_signal(signal.SIGSTOP)  # hangs, as after a preemption that never came
-    time.sleep(0.5)
-    monkeypatch.setattr(owner, "STALE", 0.3)
-    assert "has seen no sign of life since; if that process is gone, --take_over starts in its place." in refusal(lease)
+    monkeypatch.setattr(owner, "STALE", 1.0)
+    assert "--take_over starts in its place" in refusal(lease)
     with owned(lease, take_over=True):
         first.send_signal(signal.SIGCONT)  # it was not gone
         _, err = first.communicate(timeout=30)
