@@ -16,7 +16,7 @@ WORKDIR = "gs://b/runs/my run"
 LAUNCHERS = {"tpu_vm.sh": [], "xpk.sh": ["--cluster=c", "--image=r/i:1"], "skypilot.sh": []}
 FLAGS = ["--config.train.steps=100", "--config.data.sources=/data/my text:0.5"]
 TRAIN = (
-    "python -m solar_jax.train --config configs/dus_48l.py --workdir 'gs://b/runs/my run' "
+    "python -m solar_jax.train --take_over --config configs/dus_48l.py --workdir 'gs://b/runs/my run' "
     "--config.train.steps=100 '--config.data.sources=/data/my text:0.5'"
 )
 # https://docs.skypilot.co/en/latest/reference/yaml-spec.html
@@ -156,7 +156,9 @@ def test_the_skypilot_task_has_documented_keys_and_every_env_that_is_used():
     assert set(task) <= SKYPILOT_KEYS
     assert set(task["resources"]) <= SKYPILOT_RESOURCES
     assert set(task["envs"]) == {"COMMAND"}
-    assert task["envs"]["COMMAND"].startswith("python -m solar_jax.train --config configs/dus_48l.py --workdir gs://")
+    assert task["envs"]["COMMAND"].startswith(
+        "python -m solar_jax.train --take_over --config configs/dus_48l.py --workdir gs://"
+    )
     assert 'eval "$COMMAND"' in task["run"]
     for part in ("setup", "run"):
         subprocess.run(["bash", "-n", "-c", task[part]], check=True)

@@ -68,10 +68,11 @@ parse() {
 }
 
 # The command that trains, the same everywhere; again, it goes on from the last checkpoint. Checkpoints pass through
-# memory that is new each time, which the C library is told to take in large pages.
+# memory that is new each time, which the C library is told to take in large pages. A machine that was lost may still
+# own the folder in the bucket; the next one waits until it has been silent for a minute.
 train_command() {
   echo "env GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m solar_jax.train" \
-    "$(quoted --config "$CONFIG" --workdir "$WORKDIR" "${TRAIN_FLAGS[@]}")"
+    "$(quoted --take_over --config "$CONFIG" --workdir "$WORKDIR" "${TRAIN_FLAGS[@]}")"
 }
 
 # Stops where $WORKDIR names a bucket without a folder in it.
