@@ -36,7 +36,8 @@ def content(folder: pathlib.Path) -> dict[str, bytes]:
     found = {}
     for file in folder.rglob("*"):
         if file.name == "README.md":
-            found[file.name] = file.read_text().replace(folder.name, "NAME").encode()
+            name = folder.name  # in the title, and where it is loaded
+            found[file.name] = file.read_text().replace(f"# {name}\n", "").replace(f'"{name}"', "").encode()
         elif file.name == "lineage.json":
             record = json.loads(file.read_text())
             del record["date"], record["command"]
