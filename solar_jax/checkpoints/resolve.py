@@ -73,6 +73,8 @@ def resolved(c: Checkpoint) -> Checkpoint:
 
 def _split(c: Checkpoint) -> Checkpoint:
     """Presents tensors that a family's files hold as one as the usual ones, each a range of its rows."""
+    if not fused_tensors(c.hf_config) or c.cfg.num_hidden_layers > len(c.shape_of):  # a config may claim a billion
+        return c
     rows_of = {name: hf_shape(path, c.cfg)[0] for name, path, _ in hf_tensors(c.cfg)}
     places: dict[str, tuple[str, slice]] = {}
     for whole, parts in fused_tensors(c.hf_config).items():

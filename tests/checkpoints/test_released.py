@@ -197,7 +197,8 @@ def test_a_grown_folder_has_the_files_and_keys_of_the_released_one(tmp_path, nam
     grow(source, out, max_shard_size="4KB")
     belongs = RELEASED[name][1]
     shards = {f for f in files(out) if f.startswith("model-")}
-    assert files(out) == {"config.json", INDEX, "lineage.json", *shards, *belongs}
+    cards = {"README.md", *(["README.base.md"] if (source / "README.md").exists() else [])}
+    assert files(out) == {"config.json", INDEX, "lineage.json", *shards, *belongs, *cards}
     for file in belongs:
         assert (out / file).read_bytes() == (source / file).read_bytes()
     grown = json.loads((out / "config.json").read_text())
