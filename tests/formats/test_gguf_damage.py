@@ -8,7 +8,6 @@ import time
 import tracemalloc
 
 import gguf
-import numpy as np
 import pytest
 
 from solar_jax.checkpoints import gguf as ours
