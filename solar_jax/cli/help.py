@@ -1,4 +1,4 @@
-"""What --help prints: a command's docstring, its flags, the growth operators and the config's keys."""
+"""Text of --help: a command's docstring, its flags, the growth operators and the config's keys."""
 
 import ast
 import importlib.metadata
@@ -58,13 +58,13 @@ def _first_line(function: object) -> str:
 def _flag(name: str) -> str:
     flag = flags.FLAGS[name]
     kind = flag.flag_type()
-    written = f"--[no]{name}" if kind == "bool" else f"--{name}={_placeholder(flag)}"
+    written = f"--[no]{name}" if kind == "bool" else f"--{name}={_accepted(flag)}"
     default = f" Default: {flag.default}." if flag.default not in (None, [], "", False) else ""
     said = re.sub(r"^<[^>]*>: ", "", flag.help or "")  # absl puts an enum's values in front
     return _entry(written, f"{said}{default}")
 
 
-def _placeholder(flag: flags.Flag) -> str:
+def _accepted(flag: flags.Flag) -> str:
     if values := getattr(flag.parser, "enum_values", None):
         return "|".join(values)
     return {"int": "N", "float": "X", "comma separated list of strings": "A,B"}.get(flag.flag_type(), "TEXT")

@@ -1,4 +1,4 @@
-"""What the ending of a file's name says that it holds; chooses the files of a folder and the reader of each."""
+"""Kinds of files by the ending of their name; they choose the files of a folder and the reader of each."""
 
 # Endings of plain text, in files that are one document each. Source code is text too.
 TEXT = {

@@ -80,7 +80,7 @@ def test_no_absolute_path_is_in_a_folder_that_is_uploaded(deeper, tmp_path):
 
 
 class Hub:
-    """What of the client's HfApi an upload needs."""
+    """The part of the client's HfApi that an upload needs."""
 
     uploaded: dict[str, str] = {}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""What a new user types first: --help, --version, a command's name, a recipe's name, Ctrl-C."""
+"""First things that a new user types: --help, --version, a command's name, a recipe's name, Ctrl-C."""
 
 import pathlib
 import re
