@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from solar_jax.checkpoints.hf_config import FAMILIES
+from solar_jax.checkpoints.hf_families import FAMILIES
 from solar_jax.checkpoints.tensor_table import TENSORS
 from solar_jax.errors import UserError
 from solar_jax.formats import gguf_tokenizer

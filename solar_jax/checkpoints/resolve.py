@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, row_blocks, some
-from solar_jax.checkpoints.hf_config import fused_tensors, usual_name
+from solar_jax.checkpoints.hf_families import fused_tensors, usual_name
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors
 from solar_jax.errors import UserError
 from solar_jax.formats.safetensors import Entry

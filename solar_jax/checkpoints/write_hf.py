@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, row_blocks, row_unit
-from solar_jax.checkpoints.hf_config import fused_tensors, stored_name, with_dtype
+from solar_jax.checkpoints.hf_config import with_dtype
+from solar_jax.checkpoints.hf_families import fused_tensors, stored_name
 from solar_jax.checkpoints.hf_folder import INDEX
 from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
 from solar_jax.errors import UserError

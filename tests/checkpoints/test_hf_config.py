@@ -6,8 +6,9 @@ import json
 import pytest
 import transformers
 
-from solar_jax.checkpoints.hf_config import FAMILIES, FIXED, HARMLESS, grown_hf_config, model_config, with_dtype
-from solar_jax.checkpoints.hf_config import SIZES as SIZE_KEYS
+from solar_jax.checkpoints.hf_config import grown_hf_config, model_config, with_dtype
+from solar_jax.checkpoints.hf_families import FAMILIES, FIXED, HARMLESS
+from solar_jax.checkpoints.hf_families import SIZES as SIZE_KEYS
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.model.shapes import parameter_count

@@ -20,7 +20,7 @@ import numpy as np
 from solar_jax.checkpoints import lineage
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.companions import CERTIFICATE
-from solar_jax.checkpoints.hf_config import depth_keys
+from solar_jax.checkpoints.hf_families import depth_keys
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_tensors
 from solar_jax.checkpoints.verify.recompute import Stored, compare_tensors, grown_tensor, hashed_bytes
