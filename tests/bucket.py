@@ -44,7 +44,7 @@ class Faults:
 
 
 def with_generations(handler):
-    """The emulator's handler, taught what TensorStore asks of the real one: generations and conditions on them."""
+    """The emulator's handler with what TensorStore asks of the real one: generations and conditions on them."""
 
     def handle(request, response, storage, *args, **kwargs):
         name = request.params.get("object_id") or request.query.get("name", [""])[0]
@@ -58,6 +58,18 @@ def with_generations(handler):
                 response.status = HTTPStatus(status)
                 return None
         return handler(request, response, storage, *args, **kwargs)
+
+    return handle
+
+
+def one_at_a_time(handler, lock):
+    """The emulator's handler under a lock: its store builds new dicts as it deletes, and loses what others write."""
+
+    def handle(request, *args, **kwargs):
+        if request.method in ("POST", "PUT", "PATCH"):
+            _ = request.data  # read from the client before the lock is taken
+        with lock:
+            return handler(request, *args, **kwargs)
 
     return handle
 
@@ -105,8 +117,10 @@ def serving() -> Iterator[tuple[str, Faults]]:
     faults, storage, port = Faults(), Storage(use_memory_fs=True), free_port()
     storage.create_bucket(BUCKET, {"name": BUCKET})
     taught = {f: with_generations(f) for f in (objects.insert, objects.get, objects.download, objects.delete)}
+    lock = threading.Lock()
     handlers = tuple(
-        (route, {method: taught.get(f, f) for method, f in methods.items()}) for route, methods in emulator.HANDLERS
+        (route, {method: one_at_a_time(taught.get(f, f), lock) for method, f in methods.items()})
+        for route, methods in emulator.HANDLERS
     )
     for logger in ("google.auth", "gcp_storage_emulator"):  # there are no credentials, which they look for
         logging.getLogger(logger).setLevel(logging.CRITICAL)
