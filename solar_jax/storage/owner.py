@@ -188,6 +188,8 @@ class _Lease:
             if found.state == "value" and _same(found.value, self._me):  # written, but the answer was lost
                 self._generation = found.stamp.generation
                 continue
+            if ended.is_set():  # given back while this renewal waited for the bucket
+                return
             owner = described(found.value.decode(errors="replace"), None) if found.state == "value" else "nobody"
             sys.stderr.write(f"error: {self._folder}: was taken over by {owner}; this process ends without writing.\n")
             sys.stderr.flush()

@@ -135,3 +135,27 @@ def test_of_two_that_start_at_once_one_is_refused(lease, monkeypatch):
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == sorted(["ran", f"{lease}: another process has just started there."])
+
+
+def test_a_renewal_that_is_late_for_its_own_end_does_not_end_the_process(emulated, monkeypatch):
+    """While a renewal waits for the bucket, the lease is given back; the renewal then finds nobody's lease."""
+    monkeypatch.setattr(owner, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(owner, "PATIENCE", 0.1)
+    monkeypatch.setattr(owner.os, "_exit", lambda status: left.append(status))
+    write, waits, goes, left = owner._Lease._write, threading.Event(), threading.Event(), []
+
+    def slow(lease, expected):
+        if threading.current_thread() is not threading.main_thread():
+            waits.set()
+            goes.wait(20)
+        return write(lease, expected)
+
+    monkeypatch.setattr(owner._Lease, "_write", slow)
+    before = set(threading.enumerate())
+    with owned(epath.Path(f"{emulated[0]}/late")):
+        assert waits.wait(20)
+        (renewing,) = set(threading.enumerate()) - before
+    goes.set()
+    renewing.join(20)
+    assert left == []
+    assert not bucket_folder.names(epath.Path(f"{emulated[0]}/late"))
