@@ -107,12 +107,25 @@ class DataConfig:
     workers: int = 0  # processes that make batches; 0: a thread
     packing: str = "best_fit"  # documents packed to fill rows; "concat": one stream, cut every T tokens
     mask_documents: bool = True  # tokens see only their own document within a packed row
+    # Records: "text", "conversations" (tunes on their answers) or "pairs" (tunes on preferences), whose forms are told
+    # apart by their keys, or one form by its name in data.chat.formats, such as sharegpt or orca_pairs.
+    format: str = "text"
+    template: str = "tokenizer"  # of conversations: the tokenizer's, solar, chatml, none (plain text), or a Jinja file
+    train_on: str = "answers"  # of conversations: answers, last (the last answer), or all
+    too_long: str = "cut"  # conversations longer than a row, and sides of a pair longer than half of one: cut or drop
+    keep_ties: bool = False  # pairs whose own scores are equal are trained on
 
     def check(self) -> None:
         """Raises a UserError for values that no run could use; so do the other groups'."""
         _at_least(1, "data", self, "sequence_length")
         _not_negative("data", self, "workers")
         _one_of("data", self, packing=("best_fit", "concat"), holdout=("hash", "position"))
+        _one_of("data", self, format=FORMATS, train_on=("answers", "last", "all"), too_long=("cut", "drop"))
+        if self.format != "text" and self.packing != "best_fit":
+            raise UserError(
+                f"config.data.format={self.format!r} needs config.data.packing='best_fit', found {self.packing!r}: "
+                "a conversation is not cut at the end of a row."
+            )
         if not self.sources:
             raise UserError("config.data.sources must name at least one text, found ().")
         _at_least(2, "data", self, "holdout_every")
@@ -135,10 +148,13 @@ class TrainConfig:
     max_skipped: int = 0  # steps with a non-finite loss or gradient that a run may skip
     spike: float = 0.0  # deviations above the running mean that make a loss a spike; 0: no spike detection
     control: bool = False  # also train the base without growth, on the same tokens
+    epochs: float = 0.0  # where steps is 0: passes over the rows of all sources
 
     def check(self) -> None:
-        _at_least(1, "train", self, "steps", "batch_size")
-        _not_negative("train", self, "accumulation", "max_skipped", "spike")
+        _at_least(1, "train", self, "batch_size")
+        _not_negative("train", self, "accumulation", "max_skipped", "spike", "epochs", "steps")
+        if not (self.steps or self.epochs):
+            raise UserError("config.train.steps must be at least 1, found 0; or give config.train.epochs.")
         if self.batch_size % max(1, self.accumulation):
             raise UserError(
                 f"config.train.batch_size={self.batch_size} must be a multiple of "
@@ -147,11 +163,55 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Tuning on pairs (config.data.format = pairs)."""
+
+    losses: tuple[str, ...] = ("sigmoid",)  # summed; entries NAME[:WEIGHT], names of training.preferences.LOSSES
+    beta: float = 0.1
+    label_smoothing: float = 0.0  # sigmoid, robust: the share of pairs that may be labelled the wrong way round
+    gamma: float = 0.5  # simpo: the margin that it aims at
+    chunks: str = ""  # sDPO: source, difficulty:N, random:N or listed:FILE; "": one pass over all pairs
+    cache: str = ""  # folder of the reference's log-probabilities, which runs may share; "": reference/ in the run's
+
+    def check(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"config.preferences.beta must be above 0, found {self.beta}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(
+                f"config.preferences.label_smoothing must be at least 0 and under 0.5, found {self.label_smoothing}."
+            )
+        _not_negative("preferences", self, "gamma")
+        if not self.losses:
+            raise UserError("config.preferences.losses must name at least one loss, found ().")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of the layers that config.train.trainable names."""
+
+    rank: int = 0  # 0: the parameters themselves train
+    alpha: float = 16.0  # the adapter is scaled by alpha / rank
+    variant: str = "lora"  # lora, rslora (scaled by alpha / sqrt(rank)) or dora (also trains magnitudes)
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")  # projections that have one
+
+    def check(self) -> None:
+        _not_negative("lora", self, "rank", "alpha")
+        _one_of("lora", self, variant=("lora", "rslora", "dora"))
+        known = ("q", "k", "v", "o", "gate", "up", "down")
+        for name in self.targets:
+            if name not in known:
+                raise UserError(f"config.lora.targets must be among {', '.join(known)}, found {name!r}.")
+        if self.rank and not self.targets:
+            raise UserError("config.lora.targets must name at least one projection, found ().")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     name: str = "adamw"  # a name of training.optimizer.DIRECTIONS
     learning_rate: float = 2e-5  # peak
     schedule: str = "cosine"  # a name of training.optimizer.SCHEDULES
     warmup_steps: int = 0
+    warmup_fraction: float = 0.0  # where warmup_steps is 0: the share of the steps that warm-up takes
     final_fraction: float = 0.1  # of the peak, at the last step
     decay_fraction: float = 0.2  # wsd: share of the steps that the final decay takes
     b1: float = 0.9  # of the first moment, or of the only one; adafactor has none
@@ -162,7 +222,7 @@ class OptimizerConfig:
 
     def check(self) -> None:
         _not_negative("optimizer", self, "warmup_steps", "weight_decay", "clip_norm", "learning_rate")
-        for key in ("final_fraction", "decay_fraction"):
+        for key in ("final_fraction", "decay_fraction", "warmup_fraction"):
             if not 0 <= (value := getattr(self, key)) <= 1:
                 raise UserError(f"config.optimizer.{key} must lie between 0 and 1, found {value}.")
         for key in ("b1", "b2"):
@@ -243,6 +303,8 @@ class Config:
     growth: GrowthConfig = GrowthConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    preferences: PreferenceConfig = PreferenceConfig()
+    lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     mesh: MeshConfig = MeshConfig()
@@ -268,6 +330,10 @@ class Config:
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+FORMATS = (
+    "text", "conversations", "messages", "sharegpt", "prompt_completion", "alpaca", "openorca", "gsm8k",
+    "pairs", "orca_pairs", "alpaca_pairs", "preference",
+)  # fmt: skip
 
 # Keys of older config files and runs -> (new name, {old value: new value})
 RENAMED = {"train.compute_dtype": ("train.precision", {"float32": "float32", "bfloat16": "mixed"})}
@@ -287,7 +353,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     resolved = _typed(Config, _renamed(config.to_dict()), "config")
     resolved.check()
     warmup, steps = resolved.optimizer.warmup_steps, resolved.train.steps
-    if warmup > steps:  # a shorter run than the recipe's, as for a first try
+    if warmup > steps > 0:  # a shorter run than the recipe's, as for a first try
         _say_once(f"config.optimizer.warmup_steps={warmup} is cut to config.train.steps={steps}")
         resolved = dataclasses.replace(resolved, optimizer=dataclasses.replace(resolved.optimizer, warmup_steps=steps))
     return resolved

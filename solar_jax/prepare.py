@@ -65,6 +65,7 @@ import tokenizers
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.cli.progress import byte_bar, duration
+from solar_jax.data.chat.encoding import Rules, load_rules
 from solar_jax.data.doubts import tokens_of_text
 from solar_jax.data.packing import block_characters
 from solar_jax.data.prepared import manifest, records
@@ -73,7 +74,7 @@ from solar_jax.data.prepared.build import SHARDS, write_shards
 from solar_jax.data.prepared.decontamination import Index, make_index
 from solar_jax.data.prepared.rows import MANIFEST, is_prepared
 from solar_jax.data.prepared.shards import BLOCKS_A_SHARD
-from solar_jax.data.sources import EMBEDDED, Source, choice, parse_sources
+from solar_jax.data.sources import EMBEDDED, Source, choice, sources_of
 from solar_jax.storage.atomic_folder import check_space, check_target, new_folder, partial
 from solar_jax.storage.json_files import read_json
 
@@ -109,19 +110,23 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
     """
     begin = time.perf_counter()
     check_target(out)
-    sources = parse_sources(config.data.sources, config.data.text_key, config.data.skip_empty)
+    sources = sources_of(config.data)
     expected = sum(_expected_bytes(source) for source in sources)
     check_space(out, int(_DISK * expected))
     checkpoint = open_checkpoint(config.source)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     index = make_index(read_evaluations(find_evaluations(list(options.decontaminate))), options.ngram) \
         if options.decontaminate else None  # fmt: skip
-    about = _about(config, tokenizer, eos, checkpoint.where)
+    rules = load_rules(config.data, checkpoint.companions, checkpoint.where, tokenizer, eos)
+    notes = rules.check() if rules else []
+    about = _about(config, tokenizer, eos, checkpoint.where, rules)
     work = Work(
         tokenizer.to_str(), eos, config.data.sequence_length, config.data.packing, about["token_dtype"], index,
-        checkpoint.cfg.vocab_size,
+        checkpoint.cfg.vocab_size, rules,
     )  # fmt: skip
     _announce(config, out, options, sources, expected, about, index, tokenizer)
+    for note in notes:
+        print(f"template  {note}")
     job = about | {
         "sources": [_job(source) for source in sources], "dedup": options.dedup,
         "decontamination": _identity(index), "blocks": [block_characters(config.data.sequence_length), BLOCKS_A_SHARD],
@@ -143,7 +148,9 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
     return made
 
 
-def _about(config: Config, tokenizer: tokenizers.Tokenizer, eos: int, where: str) -> dict[str, Any]:
+def _about(
+    config: Config, tokenizer: tokenizers.Tokenizer, eos: int, where: str, rules: Rules | None
+) -> dict[str, Any]:
     """Returns everything except the documents that determines the rows."""
     data = config.data
     versions = {name: importlib.metadata.version(name) for name in ("tokenizers", "array-record", "numpy")}
@@ -158,7 +165,9 @@ def _about(config: Config, tokenizer: tokenizers.Tokenizer, eos: int, where: str
         "holdout": {"rule": data.holdout, "every": data.holdout_every},
         "seed": config.seed,  # the config's; no row depends on it, since training shuffles with its own seed
         "versions": versions,
-    }  # fmt: skip
+    } | ({} if rules is None else {"records": {
+        "form": rules.form, "rules": rules.fingerprint(), "template": rules.template.name, "date": rules.template.date,
+    }})  # fmt: skip
 
 
 def _job(source: Source) -> dict[str, Any]:
@@ -166,7 +175,9 @@ def _job(source: Source) -> dict[str, Any]:
     an option existed."""
     absent = dataclasses.asdict(Source(source.path))
     job = dataclasses.asdict(source) | {"weight": 0, "epochs": math.inf}  # neither has to do with the rows
-    return {key: value for key, value in job.items() if key not in ("plain", "skip_empty") or value != absent[key]}
+    return {
+        key: value for key, value in job.items() if key not in ("plain", "skip_empty", "form") or value != absent[key]
+    }
 
 
 def _expected_bytes(source: Source) -> int:
@@ -234,11 +245,12 @@ def _summary(made: dict[str, Any], out: pathlib.Path, seconds: float) -> str:
     lines = []
     for source in made["sources"]:
         train, heldout = source["train"], source["heldout"]
+        left_out = ", ".join(f"{len(ids):,} {reason}" for reason, ids in source["left_out"].items())
         lines.append(
             f"{source['path']}: {source['documents']:,} documents ({source['duplicates']:,} duplicates, "
             f"{source['contaminated']:,} contaminated, {source['empty']:,} without text skipped), "
             f"{train['rows']:,} training rows of {train['tokens']:,} tokens, "
-            f"{heldout['rows']:,} held-out rows of {heldout['tokens']:,}"
+            f"{heldout['rows']:,} held-out rows of {heldout['tokens']:,}" + (f"; left out: {left_out}" * bool(left_out))
         )
     both = [made["totals"][part] for part in ("train", "heldout")]
     room = sum(t["rows"] for t in both) * made["sequence_length"]

@@ -9,6 +9,7 @@ hf/, model/, and control/ where a control was asked for.
 """
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import time
@@ -63,6 +64,7 @@ from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.checkpoints.views import grown
 from solar_jax.checkpoints.write_hf import parse_size
+from solar_jax.data.chat.encoding import load_rules
 from solar_jax.data.corpus import heldout_rows, load_corpus
 from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, training_rows
 from solar_jax.growth.apply import grown_config
@@ -80,12 +82,15 @@ from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.owner import owned
 from solar_jax.storage.paths import is_local
 from solar_jax.training import run_folder
+from solar_jax.training.chunks import check_chunks
 from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.partition import make_partition
 from solar_jax.training.preemption import listen_for_preemption
+from solar_jax.training.preferences import make_mixture
 from solar_jax.training.report import announce, draw, result_table, summarise
 from solar_jax.training.run import Run, say
-from solar_jax.training.stages import CONTINUED_PRETRAINING
+from solar_jax.training.stages import RECIPES
+from solar_jax.training.tuning import row_count, with_steps
 
 
 def main(argv: Sequence[str]) -> None:
@@ -129,13 +134,12 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     devices = search.present()
     if config.model.num_hidden_layers:  # known shape: what cannot fit is refused before opening a checkpoint
         layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
-        search.choose(
-            grown_config(config.model, layer_map), config, devices, make_partition(config.train.trainable, layer_map)
-        )
+        trained = make_partition(config.train.trainable, layer_map, config.lora)
+        search.choose(grown_config(config.model, layer_map), config, devices, trained)
     checkpoint = open_checkpoint(config.source)
     check_model(config, checkpoint)
     layer_map = make_layer_map(checkpoint.cfg.num_hidden_layers, config.growth)
-    partition = make_partition(config.train.trainable, layer_map)
+    partition = make_partition(config.train.trainable, layer_map, config.lora)
     deeper = grown(checkpoint, layer_map)
     option, need = search.choose(deeper.cfg, config, devices, partition)
     mesh = make_mesh(option.config.mesh)
@@ -144,19 +148,22 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     if summary := read_json(folder / "summary.json"):
         say(f"{folder}: this run is complete.\n{result_table(summary)}")
         return summary
-    corpus = load_corpus(config.data, tokenizer, eos, checkpoint.cfg.vocab_size)
-    text = run_folder.text_record(checkpoint, corpus)
+    date = run_folder.template_date(folder)
+    encoding = load_rules(config.data, checkpoint.companions, checkpoint.where, tokenizer, eos, date)
+    corpus = load_corpus(config.data, tokenizer, eos, checkpoint.cfg.vocab_size, encoding)
+    text = run_folder.text_record(checkpoint, corpus, encoding)
     if goes_on:
         run_folder.check_text(folder, text, allowed)
-    passes(
-        corpus, config.train.steps * config.train.batch_size, resumes=goes_on
-    )  # refuses a source that would be read too often
+    counted = with_steps(config, row_count(corpus))
+    passes(corpus, counted.train.steps * config.train.batch_size, resumes=goes_on)  # refuses to read a source too often
 
     # ---- The plan, printed ----------------------------------------------------------------------------------------
     heldout = heldout_rows(corpus, config.evaluation.windows)
     train = option.config.train
+    # Chunks count their own steps, each from its rows.
+    counted_steps = config.train.steps if config.preferences.chunks else counted.train.steps
     announce(
-        config, folder, deeper, partition, corpus, len(heldout), resumes=goes_on, memory=str(need),
+        counted, folder, deeper, partition, corpus, len(heldout), resumes=goes_on, memory=str(need),
         mesh=f"{'chosen   ' if search.is_open(config) else 'mesh     '} {option}",
         padded=rules.padded_rows(train.batch_size, mesh, train.accumulation),
     )  # fmt: skip
@@ -170,7 +177,7 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     ledger = Ledger(folder, started)
     local = folder if is_local(folder) else pathlib.Path("runs") / config.name
     shared = Run(
-        config=option.config,
+        config=dataclasses.replace(option.config, train=dataclasses.replace(train, steps=counted_steps)),
         workdir=folder,
         local_folder=local,
         checkpoint=checkpoint,
@@ -183,12 +190,14 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
         evals=metrics.JsonLines(folder / "evals.jsonl"),
         ledger=ledger,
         documents=functools.partial(batch_documents, corpus, config.seed),
+        corpus=corpus,
+        end=None if encoding is None else encoding.end,
         writers=Writers(config.logging, local, config.name, ledger.first_start, run_folder.config_dict(config)),
     )
 
     # ---- The stages: base, grown model, export, control ------------------------------------------------------------
     with contextlib.closing(shared.writers):
-        for stage in CONTINUED_PRETRAINING:
+        for stage in RECIPES[shared.kind]:
             stage(shared)
 
     shared.ledger.write()
@@ -207,7 +216,9 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
 
 def check_names(config: Config) -> None:
     """Raises a UserError for a name in the config that is in no table, or a package that is missing."""
-    make_optimizer(config.optimizer, config.train.steps, precision(config.train), seed=config.seed)
+    make_optimizer(config.optimizer, max(1, config.train.steps), precision(config.train), seed=config.seed)
+    make_mixture(config.preferences)
+    check_chunks(config.preferences.chunks)
     parse_size(config.export.max_shard_size)
     check_packages(config.logging)
 

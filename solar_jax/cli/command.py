@@ -5,7 +5,9 @@ imports, which take seconds.
 """
 
 import errno
+import importlib.util
 import itertools
+import os
 import pathlib
 import re
 import signal
@@ -53,7 +55,19 @@ def begin(define_flags: Callable[[], None], check: Callable[[], None]) -> None:
         sys.exit()
     logging.set_verbosity(logging.WARNING)  # the libraries note every file they touch; --verbosity=0 shows that
     _argv[:] = _parse(sys.argv[:])
+    _leave_absent_tpu_alone()
     _guarded(lambda: (_no_rest(_argv), check()))
+
+
+def _leave_absent_tpu_alone() -> None:
+    """Has jax not look for TPUs where none is attached, since libtpu then complains in five lines.
+
+    Only where jax would find nothing but the CPU: a GPU's plugin, or the user's own choice, is left as it is.
+    """
+    attached = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    plugins = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_plugins"))
+    if importlib.util.find_spec("libtpu") and not (attached or plugins):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def start(main: Callable[[Sequence[str]], None]) -> None:

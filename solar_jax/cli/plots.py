@@ -12,7 +12,7 @@ SMOOTH = 50  # points of a training curve that are left distinct
 
 
 def plot_losses(
-    file: pathlib.Path, title: str, base_loss: float, arms: dict[str, dict[str, list[tuple[int, float]]]],
+    file: pathlib.Path, title: str, base_loss: float | None, arms: dict[str, dict[str, list[tuple[int, float]]]],
     tokens_a_step: int,
 ) -> None:  # fmt: skip
     """Plots the healing curve: training and held-out loss of each arm, with the base model as a line.
@@ -20,7 +20,7 @@ def plot_losses(
     Args:
       file: PNG to write.
       title: of the figure.
-      base_loss: held-out loss before growth.
+      base_loss: held-out loss before growth, if there was any.
       arms: name -> {"train": [(step, loss)], "heldout": [(step, loss)]}.
       tokens_a_step: for the axis below; the one above counts steps.
     """
@@ -29,7 +29,8 @@ def plot_losses(
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     ax = figure.subplots()
-    ax.axhline(base_loss, color="0.4", linestyle="--", linewidth=1.2, label=f"base, {base_loss:.3f}")
+    if base_loss is not None:
+        ax.axhline(base_loss, color="0.4", linestyle="--", linewidth=1.2, label=f"base, {base_loss:.3f}")
     for (name, curves), color in zip(arms.items(), ("C1", "C0"), strict=False):
         steps, losses = zip(*curves["heldout"], strict=True)
         label = f"{name}, held out: {losses[0]:.3f} to {losses[-1]:.3f}"

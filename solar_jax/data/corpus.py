@@ -4,13 +4,17 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import SupportsIndex
 
+import numpy as np
 import tokenizers
 
 from solar_jax.config import DataConfig
+from solar_jax.data.chat.encoding import Rules
+from solar_jax.data.chat.pairs import LogProbs, row_with
+from solar_jax.data.chat.rows import Account, check_account, pack_records
 from solar_jax.data.doubts import tokens_of_text
 from solar_jax.data.packing import Row, Rows, pack
 from solar_jax.data.prepared.rows import PreparedRows, is_prepared, open_prepared
-from solar_jax.data.sources import Document, Source, choice, parse_sources, part, split
+from solar_jax.data.sources import Document, Source, choice, part, sources_of, split
 from solar_jax.errors import UserError
 
 _CHARACTERS_A_TOKEN = 32  # more than any token of running text has
@@ -37,6 +41,9 @@ class FirstRows:
     def documents(self, index: int) -> list[str]:
         return self.rows.documents(range(self.count)[index])
 
+    def sequences(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        return self.rows.sequences(range(self.count)[index])
+
 
 AnyRows = Rows | PreparedRows | FirstRows
 
@@ -48,9 +55,12 @@ class Corpus:
     train: list[tuple[Source, AnyRows]]
     heldout: list[tuple[Source, AnyRows]]
     notes: list[str] = dataclasses.field(default_factory=list)  # what was read, and what looks wrong with it
+    accounts: dict[str, Account] = dataclasses.field(default_factory=dict)  # of records, "train source 0" and so on
 
 
-def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, vocab_size: int = 0) -> Corpus:
+def load_corpus(
+    cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, vocab_size: int = 0, rules: Rules | None = None
+) -> Corpus:
     """Opens every source: prepared folders directly; the documents of others are split, tokenised and packed.
 
     Args:
@@ -58,16 +68,22 @@ def load_corpus(cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, voca
       tokenizer: of the model.
       eos: the end-of-sequence token.
       vocab_size: V of the model, which no token may exceed; 0 if unknown.
+      rules: how records become tokens, where the config's sources hold conversations or pairs.
 
     Raises:
       UserError: a source cannot be read, is too small for one row of each part, or has a token that the model lacks.
     """
     corpus = Corpus([], [])
-    for source in parse_sources(cfg.sources, cfg.text_key, cfg.skip_empty):
+    if rules is not None:
+        corpus.notes.append(f"template {rules.template.name}")
+        corpus.notes.extend(f"template {note}" for note in rules.check())
+    for i, source in enumerate(sources_of(cfg)):
         # The limit counts training tokens; the held-out part keeps its proportion.
         limits = (source.limit, source.limit // (cfg.holdout_every - 1))
         if is_prepared(source.path):
-            parts = _prepared(source, cfg, tokenizer, eos, limits, vocab_size)
+            parts = _prepared(source, cfg, tokenizer, eos, limits, vocab_size, rules)
+        elif rules is not None:
+            parts = _of_records(i, source, cfg, rules, limits, vocab_size, corpus)
         else:
             parts, empty = _packed(source, cfg, tokenizer, eos, limits, vocab_size)
             corpus.notes.append(choice(source) + (f"; {empty:,} document(s) without text skipped" if empty else ""))
@@ -87,11 +103,28 @@ def _tokens(rows: AnyRows) -> int:
     return len(rows.stream) if isinstance(rows, Rows) else 0
 
 
+def _of_records(
+    i: int, source: Source, cfg: DataConfig, rules: Rules, limits: tuple[int, int], vocab_size: int, corpus: Corpus
+) -> list[AnyRows]:
+    """Returns the rows of both parts of source `i`, with their accounts and notes added to the corpus."""
+    how, parts = split(source, cfg.holdout_every, cfg.holdout), []
+    for held_out, name, limit in zip((False, True), ("train", "heldout"), limits, strict=True):
+        rows, account = pack_records(
+            part(source, how, held_out), rules, cfg.sequence_length, vocab_size=vocab_size, limit=limit
+        )
+        check_account(account, f"{source.path} ({'held-out' if held_out else 'training'} part)", cfg.train_on)
+        corpus.accounts[f"{name} source {i}"] = account
+        corpus.notes.append(f"{source.path}: {'held out, ' if held_out else ''}{account.line()}")
+        parts.append(rows)
+    corpus.notes.append(choice(source))
+    return parts
+
+
 def _prepared(
     source: Source, cfg: DataConfig, tokenizer: tokenizers.Tokenizer, eos: int, limits: tuple[int, int],
-    vocab_size: int,
+    vocab_size: int, rules: Rules | None,
 ) -> list[AnyRows]:  # fmt: skip
-    found = open_prepared(source.path, tokenizer, eos, cfg, vocab_size)
+    found = open_prepared(source.path, tokenizer, eos, cfg, vocab_size, rules)
     parts: list[AnyRows] = []
     for rows, limit in zip((found.train, found.heldout), limits, strict=True):
         count = min(len(rows), limit * len(rows) // max(1, rows.tokens)) if source.limit else len(rows)
@@ -135,12 +168,17 @@ def _within(documents: Iterable[Document], tokenizer: tokenizers.Tokenizer, limi
         return
 
 
-def heldout_rows(corpus: Corpus, windows: int) -> list[Row]:
+def heldout_indices(corpus: Corpus, windows: int) -> list[tuple[AnyRows, range]]:
     """Returns the first held-out rows of every source, at most `windows` in all, split among the sources by weight."""
     total = sum(source.weight for source, _ in corpus.heldout)
-    out: list[Row] = []
+    out: list[tuple[AnyRows, range]] = []
     upto = 0.0
     for source, rows in corpus.heldout:
         begin, upto = upto, upto + windows * source.weight / total
-        out += [rows[i] for i in range(min(round(upto) - round(begin), len(rows)))]
+        out.append((rows, range(min(round(upto) - round(begin), len(rows)))))
     return out
+
+
+def heldout_rows(corpus: Corpus, windows: int, known: LogProbs | None = None) -> list[Row]:
+    """Returns the rows at `heldout_indices`; `known` as in data.chat.pairs.row_with."""
+    return [row_with(rows, i, known) for rows, indices in heldout_indices(corpus, windows) for i in indices]

@@ -45,19 +45,22 @@ class Rows:
     sizes: np.ndarray  # [pieces] int64, tokens
     owners: np.ndarray  # [pieces] int64, the document of each piece
     firsts: np.ndarray  # [rows + 1] int64, the first piece of each row; the pieces of a row are contiguous
+    trained: np.ndarray | None = None  # [all tokens] bool, which of them are trained as targets; None: all
 
     def __len__(self) -> int:
         return len(self.firsts) - 1
 
     def __getitem__(self, index: SupportsIndex) -> Row:
-        tokens, sizes, _ = self.pieces(int(index))
-        return unpack(self.packing, tokens, sizes, self.length, self.mask_documents)
+        tokens, sizes, trained = self.sequences(int(index))
+        return unpack(self.packing, tokens, sizes, self.length, self.mask_documents, trained)
 
     @property
     def tokens(self) -> int:
         """Number of targets with weight above 0, over all rows."""
         if not self.mask_documents:
             return len(self) * self.length
+        if self.trained is not None:
+            return int(self.trained.sum() - self.trained[self.begins].sum())
         return int((self.sizes - 1).sum())
 
     def documents(self, index: int) -> list[str]:
@@ -67,8 +70,17 @@ class Rows:
     def pieces(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns row `index`: the concatenated tokens of its pieces [N] int32, their sizes [P] and documents [P]."""
         of = slice(*self.firsts[range(len(self))[index] :][:2])
-        runs = [self.stream[begin : begin + size] for begin, size in zip(self.begins[of], self.sizes[of], strict=True)]
-        return np.concatenate(runs), self.sizes[of], self.owners[of]
+        return self._of_row(self.stream, index), self.sizes[of], self.owners[of]
+
+    def sequences(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Returns row `index`: tokens [N] int32, sizes [P], and which tokens are trained [N] bool, None for all."""
+        tokens, sizes, _ = self.pieces(index)
+        return tokens, sizes, None if self.trained is None else self._of_row(self.trained, index)
+
+    def _of_row(self, stream: np.ndarray, index: int) -> np.ndarray:
+        of = slice(*self.firsts[range(len(self))[index] :][:2])
+        runs = zip(self.begins[of], self.sizes[of], strict=True)
+        return np.concatenate([stream[begin : begin + size] for begin, size in runs])
 
 
 def pack(
@@ -223,9 +235,25 @@ def _cut_concat(starts: np.ndarray, length: int) -> Cuts:
     return begins, np.minimum(starts[owners + 1], end[row]) - begins, owners, counts
 
 
-def unpack(packing: str, tokens: np.ndarray, sizes: np.ndarray, length: int, mask_documents: bool) -> Row:
-    """Builds a row of T = `length` from pieces, each with its last target: concatenated tokens [N], sizes [P]."""
-    return PACKINGS[packing].unpack(tokens.astype(np.int32), sizes.astype(np.int64), length, mask_documents)
+def unpack(
+    packing: str, tokens: np.ndarray, sizes: np.ndarray, length: int, mask_documents: bool,
+    trained: np.ndarray | None = None,
+) -> Row:  # fmt: skip
+    """Builds a row of T = `length` from pieces, each with its last target.
+
+    Args:
+      packing: a name of `PACKINGS`.
+      tokens: [N], the concatenated pieces.
+      sizes: [P], the pieces' tokens.
+      length: T.
+      mask_documents: whether a token sees only its own document.
+      trained: [N] bool, the targets that count; None: all. Only of best_fit.
+    """
+    row = PACKINGS[packing].unpack(tokens.astype(np.int32), sizes.astype(np.int64), length, mask_documents)
+    if trained is not None:
+        targets = np.delete(trained, np.cumsum(sizes) - sizes)
+        row["weights"] = np.pad(targets.astype(np.float32), (0, length - len(targets)))
+    return row
 
 
 def _unpack_best_fit(tokens: np.ndarray, sizes: np.ndarray, length: int, mask_documents: bool) -> Row:

@@ -9,6 +9,7 @@ import grain
 import jax
 import numpy as np
 
+from solar_jax.data.chat.pairs import LogProbs, row_with
 from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.data.mixture import Mixture, row_shares, rows_of
 from solar_jax.data.packing import Row
@@ -33,18 +34,19 @@ def _shares(corpus: Corpus) -> list[int]:
     return row_shares([source.weight for source, _ in corpus.train], [r.tokens / len(r) for _, r in corpus.train])
 
 
-def training_rows(corpus: Corpus, seed: int) -> grain.MapDataset:
-    """Returns the dataset of the rows at `addresses`."""
-    return addresses(corpus, seed).map(_Load([rows for _, rows in corpus.train]))
+def training_rows(corpus: Corpus, seed: int, known: LogProbs | None = None) -> grain.MapDataset:
+    """Returns the dataset of the rows at `addresses`; `known` as in `row_with`."""
+    return addresses(corpus, seed).map(_Load([rows for _, rows in corpus.train], known))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Load:
     sources: Sequence[AnyRows]
+    known: LogProbs | None
 
     def __call__(self, address: tuple[int, int]) -> Row:
         source, row = address
-        return self.sources[source][row]
+        return row_with(self.sources[source], row, self.known)
 
 
 def batch_documents(corpus: Corpus, seed: int, first_row: int, size: int) -> list[str]:

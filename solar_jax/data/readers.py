@@ -1,4 +1,4 @@
-"""Readers of file formats: yield the records of one file as (number, text).
+"""Readers of file formats: yield the records of one file as (number, text), or as (number, record).
 
 Lines are numbered from 1, as in editors, and rows from 0, as in `datasets`.
 """
@@ -18,7 +18,8 @@ from solar_jax.data.files import File
 from solar_jax.data.kinds import REFUSED
 from solar_jax.errors import UserError
 
-Record = tuple[int | None, str]  # number and text, "" for null; None: the file is one document
+Record = tuple[int | None, Any]  # number and text, "" for null, or a record's keys; None: the file is one document
+WHOLE = ""  # in place of a text's key: whole records
 _LONGEST_LINE = 1 << 30  # bytes; a file with a longer line is not JSONL
 _AT_A_TIME = 1 << 20  # bytes of a decompressed stream
 _ROWS_AT_A_TIME = 128
@@ -32,7 +33,7 @@ def read_documents(file: File, text_key: str, plain: bool = False) -> Iterator[R
 
     Args:
       file: local or remote.
-      text_key: key or column of the text.
+      text_key: key or column of the text; `WHOLE` for records with all their keys.
       plain: read any file as one document of plain text.
 
     Raises:
@@ -42,6 +43,11 @@ def read_documents(file: File, text_key: str, plain: bool = False) -> Iterator[R
     if not plain and file.ending in REFUSED:
         raise UserError(f"{file.name}: {REFUSED[file.ending]}.")
     reader = _text if plain else READERS.get(file.ending, _text)
+    if text_key == WHOLE and reader is _text:
+        raise UserError(
+            f"{file.name}: must hold records (.jsonl, .json, .parquet, .arrow or .array_record), found "
+            f"{file.ending or 'no ending'}."
+        )
     last: int | None = None
     try:
         for last, text in reader(file, text_key):
@@ -161,7 +167,7 @@ def _decode(data: bytes, where: str, first: bool = False) -> str:
     return text
 
 
-def _from_json(line: str, text_key: str, where: str) -> str:
+def _from_json(line: str, text_key: str, where: str) -> Any:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as e:
@@ -169,7 +175,9 @@ def _from_json(line: str, text_key: str, where: str) -> str:
     return _field(record, text_key, where)
 
 
-def _field(record: Any, text_key: str, where: str) -> str:
+def _field(record: Any, text_key: str, where: str) -> Any:
+    if text_key == WHOLE:
+        return record
     if isinstance(record, dict) and record.get(text_key, 0) is None:
         return ""
     if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
@@ -192,7 +200,7 @@ def _parquet(file: File, text_key: str) -> Iterator[Record]:
     with file.open() as f:
         table = parquet.ParquetFile(f, pre_buffer=False)
         _check_column(table.schema_arrow, text_key, file)
-        yield from _rows(table.iter_batches(_ROWS_AT_A_TIME, columns=[text_key]), text_key, file)
+        yield from _rows(table.iter_batches(_ROWS_AT_A_TIME, columns=[text_key] if text_key else None), text_key, file)
 
 
 def _arrow(file: File, text_key: str) -> Iterator[Record]:
@@ -211,7 +219,9 @@ def _arrow(file: File, text_key: str) -> Iterator[Record]:
 
 
 def _check_column(schema: Any, text_key: str, file: File) -> None:
-    """Raises a UserError unless a table has a text column `text_key`."""
+    """Raises a UserError unless a table has a text column `text_key`, where one is named."""
+    if text_key == WHOLE:
+        return
     if text_key not in schema.names:
         raise UserError(
             f"{file.name}: must have a column {text_key!r} (config.data.text_key or ?text=), found {schema.names}."
@@ -231,14 +241,14 @@ def _is_text(kind: Any) -> bool:
 def _rows(batches: Iterator[Any], text_key: str, file: File) -> Iterator[Record]:
     number = 0
     for batch in batches:
-        column = batch.column(text_key)
-        for value in column:
+        for value in batch.column(text_key) if text_key else batch.to_struct_array():
             where = f"{file.name}:{number}"
             try:
-                text = value.as_py()
+                found = value.as_py()
             except UnicodeDecodeError as e:
-                raise UserError(f"{where}: the text under {text_key!r} is not UTF-8: {e.reason}.") from e
-            yield number, text or ""
+                under = f"under {text_key!r} " if text_key else ""
+                raise UserError(f"{where}: the text {under}is not UTF-8: {e.reason}.") from e
+            yield number, found or ""
             number += 1
 
 
@@ -264,6 +274,8 @@ def _array_record(file: File, text_key: str) -> Iterator[Record]:
                 text = _decode(data, where)
                 if is_json is None:
                     is_json = _is_object(text)
+                if text_key == WHOLE and not is_json:
+                    raise UserError(f"{where}: must hold a record as JSON, found text.")
                 yield number, _from_json(text, text_key, where) if is_json else text
         reader.close()
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from solar_jax.config import DataConfig
+from solar_jax.data.chat.formats import contents, kind_of, read_record
 from solar_jax.data.files import find_files
-from solar_jax.data.readers import read_documents
+from solar_jax.data.readers import WHOLE, read_documents
 from solar_jax.errors import UserError
 from solar_jax.storage.paths import is_local
 
@@ -33,18 +34,27 @@ class Source:
     limit: int = 0  # training tokens to use; 0: all
     plain: bool = False  # every file is one document of plain text
     skip_empty: bool = True  # documents without text are skipped, not refused
+    form: str = "text"  # or the form of its records, see data.chat.formats.read_record
+
+    @property
+    def kind(self) -> str:
+        """ "text", or a name of data.chat.formats.KINDS."""
+        return kind_of(self.form)
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
     id: str  # "FILE:RECORD", or "FILE" if the file is one document
-    text: str
+    text: str  # of a record: that of its messages
+    record: dict[str, Any] | None = None  # as the file holds it, where the source has conversations or pairs
 
 
 _OPTION = r"\w+=[^&=?]*?"
 
 
-def parse_sources(entries: tuple[str, ...], text_key: str = "text", skip_empty: bool = True) -> list[Source]:
+def parse_sources(
+    entries: tuple[str, ...], text_key: str = "text", skip_empty: bool = True, form: str = "text"
+) -> list[Source]:
     """Parses entries of the form `PATH[?text=COLUMN&epochs=N&limit=TOKENS&as=text][:weight]`.
 
     Raises:
@@ -59,7 +69,7 @@ def parse_sources(entries: tuple[str, ...], text_key: str = "text", skip_empty: 
         if weight <= 0:
             raise UserError(f"config.data.sources: the weight of {path} must be above 0, found {match[3]}.")
         options = dict(part.split("=") for part in match[2].split("&")) if match[2] else {}
-        source = Source(path, weight, text_key, skip_empty=skip_empty)
+        source = Source(path, weight, text_key, skip_empty=skip_empty, form=form)
         source = dataclasses.replace(source, **_options(path, options))
         if any((s.path, s.text_key) == (source.path, source.text_key) for s in sources):
             raise UserError(f"config.data.sources: {path} is listed twice; list it once, with the sum of the weights.")
@@ -67,9 +77,14 @@ def parse_sources(entries: tuple[str, ...], text_key: str = "text", skip_empty: 
     return sources
 
 
+def sources_of(cfg: DataConfig) -> list[Source]:
+    """The sources that a config names; raises as `parse_sources`."""
+    return parse_sources(cfg.sources, cfg.text_key, cfg.skip_empty, cfg.format)
+
+
 def check_sources(cfg: DataConfig) -> None:
     """Raises a UserError for an entry that is malformed or a local path that does not exist."""
-    for source in parse_sources(cfg.sources, cfg.text_key, cfg.skip_empty):
+    for source in sources_of(cfg):
         path = source.path
         if (
             path != EMBEDDED
@@ -130,15 +145,20 @@ def documents(source: Source, on_empty: Callable[[], None] = lambda: None) -> It
         names file, record and column.
     """
     if source.path == EMBEDDED:
+        if source.kind != "text":
+            raise UserError(f"config.data.sources: {EMBEDDED} holds text, but config.data.format is {source.form!r}.")
         from pydoc_data.topics import topics
 
         yield from (Document(f"{EMBEDDED}:{name}", topics[name]) for name in sorted(topics) if topics[name])
         return
     for file in find_files(source.path, source.plain).files:
-        for record, text in read_documents(file, source.text_key, source.plain):
-            name = file.name if record is None else f"{file.name}:{record}"
-            if text:
-                yield Document(name, text)
+        key = source.text_key if source.kind == "text" else WHOLE
+        for number, found in read_documents(file, key, source.plain):
+            name = file.name if number is None else f"{file.name}:{number}"
+            if found and key == WHOLE:
+                yield Document(name, contents(read_record(found, name, source.form)), found)
+            elif found:
+                yield Document(name, found)
             elif source.skip_empty:
                 on_empty()
             else:
@@ -211,6 +231,11 @@ def split(source: Source, every: int, rule: str) -> Split:
     first = list(itertools.islice((_rank(d) for d in documents(source)), enough))
     if not first:
         raise UserError(f"config.data.sources: {source.path}: holds no text, or only empty documents.")
+    if len(first) < every and source.kind != "text":
+        raise UserError(
+            f"config.data.sources: {source.path}: has {len(first)} record(s), but one in "
+            f"config.data.holdout_every={every} is held out; add records or lower it."
+        )
     if len(first) < every:
         return Split(every, "cut")
     if rule == "position" or len(first) == enough:

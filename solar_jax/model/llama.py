@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from solar_jax.config import ModelConfig
 from solar_jax.model.attention import Attend, attention_mask, rotated_attention
+from solar_jax.model.lora import INPUTS, norm_of
 from solar_jax.model.rope import rope_angles
 from solar_jax.model.shapes import LAYER_AXES, Params, is_vector, layer_axes, sizes
 
@@ -150,8 +151,9 @@ class Block(nnx.Module):
     down_bias: nnx.Param | None  # [D]
     mlp_out_norm: nnx.Param | None  # [D]
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, adapters: tuple[str, ...] = ()):
         self.eps = cfg.rms_norm_eps
+        self.adapters = nnx.Dict({name: nnx.Param(jnp.zeros(())) for name in adapters})
         self.query_scale = cfg.attention_multiplier * cfg.head_dim**0.5  # attention itself scales by H ** -0.5
         self.residual_scale = cfg.residual_multiplier
         # Whether this layer rotates queries and keys; absent where all do.
@@ -174,9 +176,24 @@ class Block(nnx.Module):
         def weight(name: str) -> jax.Array:
             return constrain(getattr(self, name)[...], LAYER_AXES[name])
 
+        def adapted(y: jax.Array, h: jax.Array, name: str) -> jax.Array:
+            """What a projection gives with its adapter: y + (h A) B, scaled to DoRA's magnitude where there is one."""
+            if name + "_lora_a" not in self.adapters:
+                return y
+            w = LAYER_AXES[name + "_proj"]
+            n = INPUTS[name]
+            a = constrain(self.adapters[name + "_lora_a"][...], w[:n] + "R")
+            b = constrain(self.adapters[name + "_lora_b"][...], "R" + w[n:])
+            low = _einsum(f"bt{w[:n].lower()},{w[:n].lower()}r->btr", h, a)
+            y += _einsum(f"btr,r{w[n:].lower()}->bt{w[n:].lower()}", low, b)
+            if name + "_lora_norm" in self.adapters:
+                norm = jax.lax.stop_gradient(norm_of(weight(name + "_proj"), a, b, n))
+                y = (y.astype(jnp.float32) * (self.adapters[name + "_lora_norm"][...] / norm)).astype(y.dtype)
+            return y
+
         def project(subscripts: str, h: jax.Array, name: str, letters: str) -> jax.Array:
-            y = _add_bias(einsum(subscripts, h, weight(name + "_proj")), getattr(self, name + "_bias"))
-            return checkpoint_name(constrain(y, letters), name)
+            y = adapted(einsum(subscripts, h, weight(name + "_proj")), h, name)
+            return checkpoint_name(constrain(_add_bias(y, getattr(self, name + "_bias")), letters), name)
 
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attn_norm[...], self.eps)
@@ -189,12 +206,14 @@ class Block(nnx.Module):
                 cos, sin = rope
                 rope = jnp.where(self.rotates[...], cos, 1.0), jnp.where(self.rotates[...], sin, 0.0)
             h = attend(scaled(q, self.query_scale), k, v, rope, seen)
-            o = _add_bias(constrain(einsum("btnh,nhd->btd", h, weight("o_proj")), "BTD"), self.o_bias)
+            o = constrain(adapted(einsum("btnh,nhd->btd", h, weight("o_proj")), h, "o"), "BTD")
+            o = _add_bias(o, self.o_bias)
             x = checkpoint_name(constrain(x + self._added(o, self.attn_out_norm), "BTD"), "mid")
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], self.eps)
             gate, up = (project("btd,df->btf", h, name, "BTF") for name in ("gate", "up"))
-            o = _add_bias(_down_projection(jax.nn.silu(gate) * up, weight("down_proj"), einsum), self.down_bias)
+            h = jax.nn.silu(gate) * up
+            o = _add_bias(adapted(_down_projection(h, weight("down_proj"), einsum), h, "down"), self.down_bias)
             return constrain(x + self._added(o, self.mlp_out_norm), "BTD")
 
     def _added(self, o: jax.Array, norm: nnx.Param | None) -> jax.Array:
@@ -205,10 +224,10 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """Full decoder: embedding, L scanned blocks, final norm, logits."""
 
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, adapters: tuple[str, ...] = ()):
         self.cfg = cfg
         self.embed = _initial(rngs, cfg, "embed", "VD")
-        self.layers = nnx.vmap(lambda r: Block(cfg, r))(rngs.fork(split=cfg.num_hidden_layers))
+        self.layers = nnx.vmap(lambda r: Block(cfg, r, adapters))(rngs.fork(split=cfg.num_hidden_layers))
         self.final_norm = _initial(rngs, cfg, "final_norm", "D")
         if not cfg.tie_word_embeddings:
             self.lm_head = _initial(rngs, cfg, "lm_head", "DV")
@@ -265,9 +284,9 @@ class Llama(nnx.Module):
         return self.embed[...].T if self.cfg.tie_word_embeddings else self.lm_head[...]
 
 
-def graph(cfg: ModelConfig) -> nnx.GraphDef:
+def graph(cfg: ModelConfig, adapters: tuple[str, ...] = ()) -> nnx.GraphDef:
     """Returns the model structure without arrays: `nnx.merge(graph(cfg), params)` is a Llama."""
-    return nnx.split(nnx.eval_shape(lambda: Llama(cfg, nnx.Rngs(0))))[0]
+    return nnx.split(nnx.eval_shape(lambda: Llama(cfg, nnx.Rngs(0), adapters)))[0]
 
 
 def initial_params(cfg: ModelConfig, seed: int) -> Params:
@@ -337,14 +356,15 @@ def hidden(
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    params, whole = compute_copy(params, compute_dtype), graph(cfg)
+    params = compute_copy(params, compute_dtype)
     layers = rotates(params["layers"], cfg)
 
     def blocks(stack: Any) -> Any:
         return tuple(map(blocks, stack)) if isinstance(stack, tuple) else merge(stack).layers
 
     def merge(stack: Any) -> Llama:
-        return nnx.merge(whole, params | {"layers": stack})
+        its = tuple(sorted(stack.get("adapters", ())))
+        return nnx.merge(graph(cfg, its), params | {"layers": stack})
 
     stacks = tuple(map(blocks, layers)) if isinstance(layers, tuple) else None
     model = merge(jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, dict))[0])

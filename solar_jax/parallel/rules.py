@@ -11,8 +11,9 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from solar_jax.config import ModelConfig
+from solar_jax.config import LoraConfig, ModelConfig
 from solar_jax.errors import UserError
+from solar_jax.model.lora import adapter_axes
 from solar_jax.model.shapes import Params, param_axes, sizes
 from solar_jax.parallel.mesh import axis_size
 
@@ -21,11 +22,12 @@ MeshAxes = str | tuple[str, ...] | None
 FSDP = ("fsdp", "context")
 PARAMETERS: dict[str, MeshAxes] = {
     "L": None, "V": "tensor", "D": FSDP, "F": "tensor", "N": "tensor", "K": "tensor", "H": None,
+    "R": None,
 }  # fmt: skip
 # Within one slice: only the gradient sum crosses slices.
 ACTIVATIONS: dict[str, MeshAxes] = {
     "B": ("data", "fsdp"), "T": "context", "D": None, "F": "tensor", "N": "tensor", "K": "tensor", "H": None,
-    "V": "tensor", ".": None,
+    "V": "tensor", "R": None, ".": None,
 }  # fmt: skip
 # For uses that do not depend on row boundaries, such as the loss: each device's tokens form rows of their own.
 TOKENS = ACTIVATIONS | {"B": ("data", "fsdp", "context"), "T": None}
@@ -79,7 +81,7 @@ def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """
     size = sizes(cfg)
     for letter, axes_of in PARAMETERS.items():
-        if letter == "V":
+        if letter in "VR":
             continue
         over = [a for a in _names(axes_of) if mesh.shape[a] > 1]
         if size[letter] % axis_size(mesh, *over):
@@ -90,7 +92,14 @@ def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     )
 
 
-def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Any:
+def adapter_shardings(lora: LoraConfig, mesh: Mesh | AbstractMesh) -> Params:
+    """Returns the sharding of every array of an adapter, whose axes are those of its projections."""
+    return {
+        name: NamedSharding(mesh, spec("L" + letters, PARAMETERS)) for name, letters in adapter_axes(lora).items()
+    }  # fmt: skip
+
+
+def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh | AbstractMesh, lora: LoraConfig | None = None) -> Any:
     """Returns shardings for a tree that contains copies of the parameter tree, such as optimiser state.
 
     A leaf is sharded like the parameter whose path is a suffix of its own, axis by axis if it has only some of the
@@ -99,14 +108,18 @@ def like_parameters(tree: Any, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> A
     Raises:
       ValueError: a leaf is neither.
     """
-    by_path = {jax.tree_util.keystr(path): letters for path, letters in jax.tree.leaves_with_path(param_axes(cfg))}
+    axes, size = param_axes(cfg), sizes(cfg)
+    if lora is not None:
+        axes |= {"lora": {name: "L" + letters for name, letters in adapter_axes(lora).items()}}
+        size |= {"R": lora.rank}
+    by_path = {jax.tree_util.keystr(path): letters for path, letters in jax.tree.leaves_with_path(axes)}
     parameter_shardings(cfg, mesh)  # for its checks
 
     def one(path: Any, leaf: Any) -> NamedSharding:
         ends = [jax.tree_util.keystr(path[i:]) for i in range(len(path))]
         letters = next((by_path[end] for end in ends if end in by_path), None)
         table = PARAMETERS if letters is None else at_rest(letters, cfg, mesh)
-        entries = None if letters is None else _follow(leaf.shape, letters, sizes(cfg), table)
+        entries = None if letters is None else _follow(leaf.shape, letters, size, table)
         if entries is None and leaf.size > _HANDFUL:
             raise ValueError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} has no sharding rule.")
         return NamedSharding(mesh, PartitionSpec(*(entries or ())))

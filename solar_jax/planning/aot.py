@@ -49,9 +49,11 @@ def lower_step(
     optimizer = make_optimizer(
         config.optimizer, config.train.steps, precision(config.train), seed=config.seed, mesh=mesh
     )
+    policy = precision(config.train)
     state = abstract_state(
-        cfg, precision(config.train).weights, optimizer, state_shardings(cfg, optimizer, mesh, partition), partition
-    )
+        cfg, policy.weights, optimizer, state_shardings(cfg, optimizer, mesh, partition), partition,
+        partition.base_dtype(policy) if partition else "",
+    )  # fmt: skip
     rows = rules.padded_rows(config.train.batch_size, mesh, config.train.accumulation)
     shape, sharding = (rows, config.data.sequence_length), rules.batch_sharding(mesh)
     batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, dtype in BATCH_TYPES.items()}

@@ -97,7 +97,7 @@ def estimate(
     parameters = shard_bytes(state["params"])
     count = shard_count(state["params"])
     moving = partition.keys(state["params"])
-    layers = shard_count(moving["layers"])
+    layers = shard_count(moving["layers"]) if partition.lora is None else 0
     trained = layers * partition.count // cfg.num_hidden_layers + shard_count(moving) - layers
     gradients = trained * width + (count * width if count * width != parameters else 0)
     gradients += 4 * trained if train.accumulation > 1 else 0
@@ -109,7 +109,8 @@ def estimate(
     for trains, layers_of_run in partition.segments():
         top += layers_of_run
         if top > partition.first:
-            peaks.append((top - partition.first) * saved + _layer(cfg, train, length, mesh, tokens, width, trains))
+            differs = trains and partition.lora is None
+            peaks.append((top - partition.first) * saved + _layer(cfg, train, length, mesh, tokens, width, differs))
     activations, optimizer = behind * saved, shard_bytes(state["opt_state"])
     working = max(peaks) - activations
     working += HOLES * (gradients + activations + working)

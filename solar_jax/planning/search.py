@@ -197,7 +197,8 @@ def _state(
 ) -> State:  # fmt: skip
     """Returns the abstract training state on a mesh."""
     update = make_optimizer(optimizer, steps, policy, seed=seed)
-    return abstract_state(cfg, policy.weights, update, state_shardings(cfg, update, mesh, partition), partition)
+    shardings, base = state_shardings(cfg, update, mesh, partition), partition.base_dtype(policy) if partition else ""
+    return abstract_state(cfg, policy.weights, update, shardings, partition, base)
 
 
 def fits(wanted: Need, devices: Devices) -> bool:

@@ -89,7 +89,8 @@ def step_time(
     weights = sum(size(cfg, letters) for name, letters in layer_axes(cfg).items() if not is_vector(name))
     repeated = sum(size(cfg, _WEIGHT[name]) for name in again if name in _WEIGHT)
     head = size(cfg, "DV")
-    per_layer = 2 * L + 2 * behind + 2 * partition.count
+    differentiated = partition.count if partition.lora is None else 0  # layers whose own weights have gradients
+    per_layer = 2 * L + 2 * behind + 2 * differentiated
     head_passes = 4 + 2 * partition.trains_head(cfg)
     matmul_flops = t / tensor * (per_layer * weights + 2 * behind * repeated + head_passes * head)
 
@@ -130,7 +131,7 @@ def _ici_bytes(
     shards = ways("D", PARAMETERS, mesh)
     moved = 0.0
     if shards > 1:
-        moved += microbatches * (L + behind + partition.count) * width * weights / tensor
+        moved += microbatches * (L + behind + (0 if partition.lora else partition.count)) * width * weights / tensor
         outside = ("embed" in partition.others) + partition.trains_head(cfg)  # embedding and output projection
         moved += microbatches * (2 * 2 * width + 4 * outside) * size(cfg, "DV") / tensor
     if tensor > 1:

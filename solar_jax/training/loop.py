@@ -22,7 +22,7 @@ from solar_jax.hardware import chips
 from solar_jax.hardware.chips import memory_peaks
 from solar_jax.hardware.compilation import cache_hits
 from solar_jax.model.flops import flops_per_token, mfu
-from solar_jax.model.precision import precision
+from solar_jax.model.precision import compute_dtype, precision
 from solar_jax.model.shapes import Params
 from solar_jax.monitoring import metrics
 from solar_jax.monitoring.goodput import StepClock, StepSeconds, step_note
@@ -34,10 +34,22 @@ from solar_jax.training import preemption
 from solar_jax.training.guards import Guard, NotFinite, Spike, storable
 from solar_jax.training.optimizer import learning_rate, make_optimizer
 from solar_jax.training.prefetch import Prefetcher
-from solar_jax.training.run import Arm, Run, evaluate, first_params, heldout_losses, say, warn
+from solar_jax.training.run import (
+    Arm,
+    Run,
+    evaluate,
+    first_params,
+    heldout_losses,
+    measures_line,
+    say,
+    warn,
+    with_adapter,
+)  # fmt: skip
 from solar_jax.training.state import abstract_state, first_opt_state, state_shardings, stored_form
 from solar_jax.training.step import make_train_step
 
+# Of the first loss, by the dtype of matmuls: the reference's rows are packed otherwise than the policy's.
+_SAME_LOSS = {"float32": 1e-3, "bfloat16": 2e-2}
 ROLLBACKS = 3  # at most, to one checkpoint
 DOCUMENTS = 20  # named at most when a step goes wrong
 
@@ -101,8 +113,10 @@ def _train_from_last_good(
         make_optimizer(config.optimizer, config.train.steps, precision(config.train), seed=config.seed, mesh=run.mesh),
     )
     shardings = state_shardings(cfg, optimizer, run.mesh, partition)
-    weights = precision(config.train).weights
-    abstract = abstract_state(cfg, weights, optimizer, shardings, partition)
+    policy = precision(config.train)
+    weights, base = policy.weights, partition.base_dtype(policy)
+    abstract = abstract_state(cfg, weights, optimizer, shardings, partition, base)
+    abstract |= {"params": partition.saved(abstract["params"])}
     older = functools.partial(stored_form, abstract["opt_state"], cfg, weights, optimizer, run.mesh, partition)
     state = store.restore_newest(abstract, config.train.steps, older)
     start = (
@@ -113,14 +127,16 @@ def _train_from_last_good(
     run.ledger.add("lost", sum(seconds(r) for r in lines.read() if r["step"] > start.step))
     lines.keep_if(lambda r: r["step"] <= start.step)
     run.evals.keep_if(lambda r: r["arm"] != arm.name or r["step"] <= start.step)
+    if state is not None and partition.lora is not None:
+        state["params"] = first_params(run, arm.checkpoint, partition) | state["params"]
     if start.step == config.train.steps and state is not None:
         return state["params"]
     if state is not None:
         say(f"{arm.name}: resuming from the checkpoint of step {start.step}")
     else:
-        params = first_params(run, arm.checkpoint)
-        loss = evaluate(run, arm.name, 0, cfg, params)
-        say(f"{arm.name}: held-out loss {loss:.4f} before training")
+        params = with_adapter(run, cfg, first_params(run, arm.checkpoint, partition), partition)
+        loss = evaluate(run, arm.name, 0, cfg, params, partition)
+        say(f"{arm.name}: held-out loss {loss:.4f} before training{measures_line(run, arm.name, 0)}")
         opt_state = first_opt_state(optimizer, partition, params, shardings["opt_state"])
         state = {"params": params, "opt_state": opt_state}
         del params
@@ -226,6 +242,7 @@ class _Session:
             optimizer,
             self._run.mesh,
             self._arm.partition,
+            self._run.objective,
         )
         begin = time.perf_counter()
         batch = batches.first()
@@ -269,8 +286,9 @@ class _Session:
             self._clock.resume()
         if evaluates and not (asked and not last):
             with self._outside("evaluation", step):
-                loss = evaluate(self._run, self._arm.name, step, self._cfg, state["params"])
-            say(f"{self._arm.name}: held-out loss {loss:.4f} after step {step}")
+                loss = evaluate(self._run, self._arm.name, step, self._cfg, state["params"], self._arm.partition)
+            more = measures_line(self._run, self._arm.name, step)
+            say(f"{self._arm.name}: held-out loss {loss:.4f} after step {step}{more}")
         if saves:
             with self._outside("checkpoint", step):
                 self._save(step, state, at_once=last or asked)
@@ -291,7 +309,8 @@ class _Session:
         except UserError as e:
             raise UserError(f"{str(e).rstrip('.')}; {self._store.goes_on()}.") from e
         host = {"step": step, "tokens": self._tokens(step), "rows": self._rows(step)}
-        (self._store.save if at_once or failed else self._store.begin)(step, **state, host=host)
+        saved = state | {"params": self._arm.partition.saved(state["params"])}
+        (self._store.save if at_once or failed else self._store.begin)(step, **saved, host=host)
 
     @contextlib.contextmanager
     def _outside(self, name: str, step: int) -> Iterator[None]:
@@ -337,6 +356,8 @@ class _Session:
             **{f"{name}_seconds": value for name, value in spent.outside.items()},
             "memory_peak_gib": None if peaks is None else max(peaks),
         }
+        if flight.step == 1 and self._run.first_loss is not None:
+            self._check_first(record["loss"], self._run.first_loss)
         try:
             self._guard.check(record)
         except NotFinite as e:
@@ -348,6 +369,15 @@ class _Session:
             self._lines.append(stored)
             self._run.writers.write(self._arm.name, flight.step, stored)
             say(_line(self._arm.name, self._last, record, spent, self._clock.eta()))
+
+    def _check_first(self, loss: float, expected: float) -> None:
+        """Raises a UserError where a policy that is its reference does not have the loss that this gives."""
+        allowed = _SAME_LOSS[jnp.dtype(compute_dtype(self._run.config.train)).name] * max(1.0, abs(expected))
+        if abs(loss - expected) > allowed:
+            raise UserError(
+                f"{self._arm.folder}: {self._arm.name}: the first loss is {loss:.6f}, but where the policy equals the "
+                f"reference it is {expected:.6f}; the reference's log-probabilities are not those of this model."
+            )
 
     def _not_finite(self, step: int, problem: str) -> str:
         """Returns the error message that a run with non-finite values ends with."""

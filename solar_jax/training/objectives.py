@@ -1,7 +1,7 @@
 """Objectives: what training minimises, as functions of a model's forward pass and a batch."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,21 +20,103 @@ class Forward:
     hidden         (batch of [B, T] arrays) -> the final norm's output, the output projection [D, V], and the batch in
                    the layout of that output
     cross_entropy  (output, projection, targets, weights) -> summed loss in nats, summed weights, as `head_loss`
+    tokens         (output, projection, targets, stats=False) -> values by token, as `token_values`
     """
 
     hidden: Callable[[Batch], tuple[jax.Array, jax.Array, Batch]]
     cross_entropy: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+    tokens: Callable[..., Sums]
 
 
-# (forward, batch) -> summed loss, what it is summed over, further sums to be reported as means
-Objective = Callable[[Forward, Batch], tuple[jax.Array, jax.Array, Sums]]
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a step minimises.
+
+    loss   (forward, batch) -> summed loss, what it is summed over, further sums to be reported as means
+    whole  (a step's batch, before it is split into microbatches) -> the batch with what depends on all of it
+    """
+
+    loss: Callable[[Forward, Batch], tuple[jax.Array, jax.Array, Sums]]
+    whole: Callable[[Batch], Batch] = lambda batch: batch
 
 
-def next_token(forward: Forward, batch: Batch) -> tuple[jax.Array, jax.Array, Sums]:
+# (forward, batch) -> sums by name, each with what it is summed over; "loss" is among them
+Measures = Callable[[Forward, Batch], Mapping[str, tuple[jax.Array, jax.Array]]]
+
+
+def _next_token(forward: Forward, batch: Batch) -> tuple[jax.Array, jax.Array, Sums]:
     """Cross-entropy of "targets" by "weights", in nats a target."""
     x, head, laid_out = forward.hidden(batch)
     loss, count = forward.cross_entropy(x, head, laid_out["targets"], laid_out["weights"])
     return loss, count, {}
+
+
+next_token = Objective(_next_token)
+
+
+def text_measures(forward: Forward, batch: Batch) -> Mapping[str, tuple[jax.Array, jax.Array]]:
+    """The loss of text a target, in nats."""
+    return {"loss": _next_token(forward, batch)[:2]}
+
+
+def answer_measures(end: int) -> Measures:
+    """The loss of answers a token, in nats, and the probability of the token `end` where an answer ends."""
+
+    def measures(forward: Forward, batch: Batch) -> Mapping[str, tuple[jax.Array, jax.Array]]:
+        x, head, laid_out = forward.hidden(batch)
+        log_probs = forward.tokens(x, head, laid_out["targets"])["log_prob"].reshape(batch["weights"].shape)
+        weights, ends = batch["weights"], ends_of_answers(batch, end)
+        return {
+            "loss": (-jnp.sum(weights * log_probs), jnp.sum(weights)),
+            "end_probability": (jnp.sum(ends * jnp.exp(log_probs)), jnp.sum(ends)),
+        }
+
+    return measures
+
+
+def ends_of_answers(batch: Batch, end: int) -> jax.Array:
+    """[B, T] float32, 1 where a trained target is the token that ends answers."""
+    return batch["weights"] * (batch["targets"] == end)
+
+
+def token_values(
+    x: jax.Array, head: jax.Array, targets: jax.Array, *, chunks: int = 1, constrain: Constrain = unconstrained,
+    stats: bool = False,
+) -> Sums:  # fmt: skip
+    """Values of each token from the logits x @ head, a chunk of each row's tokens at a time; no gradient is meant.
+
+    Args:
+      x: [B, T, D], the final norm's output.
+      head: [D, V], the output projection, in x's dtype.
+      targets: [B, T] integers.
+      chunks: number of chunks, which must divide T.
+      constrain: lays arrays out on a mesh.
+      stats: also the mean logit, and whether the target has the highest one.
+
+    Returns:
+      [B, T] float32 each: "log_prob" in nats, and with `stats` "mean_logit" and "is_top".
+    """
+    B, T, D = x.shape
+    head = constrain(head, "DV")
+
+    def one(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Sums]:
+        x, targets = chunk
+        logits = constrain(unembed(x, head), "BTV")
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        found = {"log_prob": picked - jax.nn.logsumexp(logits, axis=-1)}
+        if stats:
+            found |= {
+                "mean_logit": jnp.mean(logits, axis=-1),
+                "is_top": (picked >= jnp.max(logits, axis=-1)).astype(jnp.float32),
+            }
+        return None, found
+
+    parts = (
+        constrain(x.reshape(B, chunks, T // chunks, D).swapaxes(0, 1), ".BTD"),
+        constrain(targets.reshape(B, chunks, T // chunks).swapaxes(0, 1), ".BT"),
+    )
+    found = jax.lax.scan(one, None, parts)[1]
+    return {name: value.swapaxes(0, 1).reshape(B, T) for name, value in found.items()}
 
 
 def next_token_loss(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

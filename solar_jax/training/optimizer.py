@@ -44,7 +44,7 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """
     if cfg.schedule not in SCHEDULES:
         raise UserError(f"config.optimizer.schedule must be one of {', '.join(SCHEDULES)}, found {cfg.schedule!r}.")
-    peak, warmup = cfg.learning_rate, cfg.warmup_steps
+    peak, warmup = cfg.learning_rate, cfg.warmup_steps or round(cfg.warmup_fraction * steps)
     after = SCHEDULES[cfg.schedule](peak, peak * cfg.final_fraction, max(1, steps - warmup - 1), cfg.decay_fraction)
     if not warmup:
         return after

@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from solar_jax.config import ModelConfig
+from solar_jax.config import LoraConfig, ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.operators import LayerMap
+from solar_jax.model.lora import adapter_shapes, scale
+from solar_jax.model.precision import Precision
 from solar_jax.model.shapes import Params, param_shapes
 
 OTHERS = ("embed", "final_norm", "lm_head")  # the arrays outside the layers
@@ -38,6 +40,7 @@ class Partition:
 
     layers: tuple[bool, ...]  # [L]
     others: tuple[str, ...] = OTHERS  # names of arrays outside the layers
+    lora: LoraConfig | None = None  # adapters of those layers train, in place of any parameter of the model
 
     @property
     def count(self) -> int:
@@ -50,7 +53,11 @@ class Partition:
 
     def parameter_count(self, cfg: ModelConfig) -> int:
         """Parameters that train."""
-        return sum(s.size for s in jax.tree.leaves(self.shapes(param_shapes(cfg))))
+        return sum(s.size for s in jax.tree.leaves(self.shapes(cfg)))
+
+    def base_dtype(self, policy: Precision) -> str:
+        """The dtype of the model's matrices: what only adapters train needs no wider copy than matmuls take."""
+        return policy.weights if self.lora is None else policy.compute
 
     @property
     def first(self) -> int:
@@ -59,16 +66,25 @@ class Partition:
 
     def keys(self, tree: Params) -> Params:
         """The entries of a parameters' tree that train, with all their layers."""
+        if self.lora is not None:
+            return {"lora": tree["lora"]}
         return {name: x for name, x in tree.items() if name == "layers" or name in self.others}
 
     def trained(self, params: Params) -> Params:
         """The trained part of the parameters; `layers` arrays are [trained layers, ...]."""
-        if all(self.layers):
+        if self.lora is not None or all(self.layers):
             return self.keys(params)
         return self.keys(params) | {"layers": jax.tree.map(self._taken, params["layers"])}
 
-    def shapes(self, shapes: Params) -> Params:
-        """Abstract arrays of the trained part, from those of all parameters."""
+    def saved(self, params: Params) -> Params:
+        """The part of the parameters that a checkpoint holds: all of them, or the adapter."""
+        return params if self.lora is None else self.keys(params)
+
+    def shapes(self, cfg: ModelConfig, weights: str = "float32") -> Params:
+        """Abstract arrays of the trained part, with matrices of dtype `weights`."""
+        if self.lora is not None:
+            return {"lora": adapter_shapes(cfg, self.lora, self.count, weights)}
+        shapes = param_shapes(cfg, weights)
         cut = {k: jax.ShapeDtypeStruct((self.count, *s.shape[1:]), s.dtype) for k, s in shapes["layers"].items()}
         return self.keys(shapes) | {"layers": cut}
 
@@ -78,7 +94,7 @@ class Partition:
 
     def replaced(self, params: Params, trained: Params) -> Params:
         """The parameters with their trained part replaced; in place where the old parameters are donated."""
-        if all(self.layers):
+        if self.lora is not None or all(self.layers):
             return params | trained
         index = self._index()
 
@@ -93,6 +109,8 @@ class Partition:
         Frozen layers are in stacks of their own, so that no gradient of theirs is computed.
         """
         frozen = jax.lax.stop_gradient({name: x for name, x in params.items() if name not in trained})
+        if self.lora is not None:
+            return frozen | {"layers": self._adapted(frozen["layers"], trained["lora"], scale(self.lora))}
         if all(self.layers):
             return frozen | trained
         return frozen | trained | {"layers": self._stacks(jax.lax.stop_gradient(params["layers"]), trained["layers"])}
@@ -105,12 +123,30 @@ class Partition:
         at = np.flatnonzero(self.layers)
         return slice(int(at[0]), int(at[-1]) + 1) if at[-1] - at[0] + 1 == len(at) else at
 
+    def taken(self, layers: Params) -> Params:
+        """The arrays of the layers that train."""
+        return jax.tree.map(self._taken, layers)
+
     def _taken(self, x: jax.Array) -> jax.Array:
         return x[self._index()]
 
     def segments(self) -> list[tuple[bool, int]]:
         """(whether it trains, layers) of consecutive layers that train alike."""
         return [(trains, len(list(run))) for trains, run in itertools.groupby(self.layers)]
+
+    def _adapted(self, layers: Params, adapter: Params, factor: float) -> Any:
+        """The layers with the adapters of those that have one; B carries the scale."""
+        of = {name: x * factor if name.endswith("_lora_b") else x for name, x in adapter.items()}
+        if all(self.layers):
+            return layers | {"adapters": of}
+        at, done, stacks = 0, 0, []
+        for trains, n in self.segments():
+            stack = {name: x[at : at + n] for name, x in layers.items()}
+            if trains:
+                stack |= {"adapters": {name: x[done : done + n] for name, x in of.items()}}
+            stacks.append(stack)
+            at, done = at + n, done + n * trains
+        return tuple(stacks)
 
     def _stacks(self, frozen: Params, trained: Params) -> tuple[Any, ...]:
         """The layers as stacks in order: [n, ...] of one kind, or a tuple of two kinds [repeats, n, ...] in turns."""
@@ -134,8 +170,8 @@ class Partition:
         return tuple(stacks)
 
 
-def make_partition(name: str, layer_map: LayerMap) -> Partition:
-    """The partition that `config.train.trainable` names.
+def make_partition(name: str, layer_map: LayerMap, lora: LoraConfig | None = None) -> Partition:
+    """The partition that `config.train.trainable` names; with a rank in `lora`, adapters of its layers.
 
     Raises:
       UserError: no such choice, or one that leaves nothing to train.
@@ -147,7 +183,7 @@ def make_partition(name: str, layer_map: LayerMap) -> Partition:
         raise UserError(
             f"config.train.trainable={name!r} leaves nothing to train: {layer_map.operator} has no such layer."
         )
-    return Partition(layers, others)
+    return Partition(layers, others) if lora is None or not lora.rank else Partition(layers, (), lora)
 
 
 def everything(cfg: ModelConfig) -> Partition:

@@ -93,17 +93,29 @@ def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, window
 def summarise(run: Run, seconds: float) -> dict[str, Any]:
     """Returns the content of summary.json; losses are held-out means in nats per token."""
     config, base, layer_map, cfg = run.config, run.checkpoint.cfg, run.grown.layer_map, run.grown.cfg
-    loss = {(r["arm"], r["step"]): r["loss"] for r in run.evals.read()}
+    evals = run.evals.read()
+    loss = {(r["arm"], r["step"]): r["loss"] for r in evals}
+    last = max(step for arm, step in loss if arm == run.arm)
+    more = {
+        f"{when}_{key}": value
+        for r in evals
+        for when, step in (("start", 0), ("final", last))
+        if (r["arm"], r["step"]) == (run.arm, step)
+        for key, value in r.items()
+        if key not in ("arm", "step", "loss")
+    }
     lines = metrics.JsonLines(run.workdir / "metrics.jsonl").read()
     control = metrics.JsonLines(run.workdir / "control" / "metrics.jsonl").read()
     rates = sorted(r["tokens_per_second"] for r in lines)
     used = [r["mfu"] for r in lines if r["mfu"] is not None]
     return {
         "name": config.name,
-        "base_loss": loss["base", 0],
-        "zero_token_loss": loss["healed", 0],
-        "final_loss": loss["healed", config.train.steps],
+        "kind": run.kind,
+        "base_loss": loss.get(("base", 0)),
+        "zero_token_loss": loss[run.arm, 0],
+        "final_loss": loss[run.arm, last],
         "control_loss": loss.get(("control", config.train.steps)),
+        **more,
         "layers": cfg.num_hidden_layers,
         "params": parameter_count(cfg),
         "tokens": lines[-1]["tokens"],
@@ -111,7 +123,7 @@ def summarise(run: Run, seconds: float) -> dict[str, Any]:
         "operator": layer_map.operator,
         "base_layers": base.num_hidden_layers,
         "base_params": parameter_count(base),
-        "steps": config.train.steps,
+        "steps": last,
         "heldout_targets": int(sum(float(b["weights"].sum()) for b in run.heldout)),
         "tokens_per_second": rates[len(rates) // 2],
         "mfu": sorted(used)[len(used) // 2] if used else None,
@@ -128,7 +140,7 @@ def summarise(run: Run, seconds: float) -> dict[str, Any]:
 def draw(run: Run, summary: dict[str, Any]) -> None:
     """Draws loss.png: the healing curve with the base's line and the control's curve."""
     arms = {}
-    for name, folder in (("healed", run.workdir), ("control", run.workdir / "control")):
+    for name, folder in ((run.arm, run.workdir), ("control", run.workdir / "control")):
         heldout = [(r["step"], r["loss"]) for r in run.evals.read() if r["arm"] == name]
         if lines := metrics.JsonLines(folder / "metrics.jsonl").read():
             arms[name] = {"heldout": heldout, "train": [(r["step"], r["loss"]) for r in lines if r["loss"] is not None]}
@@ -139,7 +151,9 @@ def draw(run: Run, summary: dict[str, Any]) -> None:
 
 
 def result_table(s: dict[str, Any]) -> str:
-    """Formats the result in four lines."""
+    """Formats the result in a few lines."""
+    if s.get("kind", "text") != "text":
+        return _tuning_table(s)
     rows = [
         ("base", s["base_layers"], s["base_params"], 0, s["base_loss"]),
         (f"grown, {s['operator']}", s["layers"], s["params"], 0, s["zero_token_loss"]),
@@ -151,4 +165,18 @@ def result_table(s: dict[str, Any]) -> str:
     lines += [
         f"{name:<24}{layers:>7}{params:>16,}{tokens:>14,}{loss:>15.4f}" for name, layers, params, tokens, loss in rows
     ]
+    return "\n".join(lines)
+
+
+def _tuning_table(s: dict[str, Any]) -> str:
+    """Formats the result of tuning: held-out measures before and after."""
+    lines = [f"{'model':<24}{'layers':>7}{'tokens':>14}{'held-out loss':>15}"]
+    for name, when, tokens, loss in (
+        ("start", "start", 0, s["zero_token_loss"]), ("tuned", "final", s["tokens"], s["final_loss"])
+    ):  # fmt: skip
+        line = f"{name:<24}{s['layers']:>7}{tokens:>14,}{loss:>15.4f}"
+        if f"{when}_accuracy" in s:
+            line += f"   accuracy {100 * s[f'{when}_accuracy']:.1f} +- {100 * s[f'{when}_accuracy_error']:.1f} %"
+        line += f"   end token {100 * s[f'{when}_end_probability']:.1f} %"
+        lines.append(line)
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """A run and its arms: shared state, first weights and held-out loss."""
 
 import dataclasses
+import math
 import pathlib
 import sys
 from collections.abc import Callable
@@ -10,16 +11,20 @@ import jax
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.load import load_params
-from solar_jax.config import Config, ModelConfig
+from solar_jax.config import Config, LoraConfig, ModelConfig
+from solar_jax.data.chat.formats import kind_of
+from solar_jax.data.corpus import Corpus
 from solar_jax.data.pipeline import Batch
+from solar_jax.model.lora import first_adapter
 from solar_jax.model.precision import precision
 from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.monitoring import metrics
 from solar_jax.monitoring.goodput import Ledger
 from solar_jax.monitoring.trackers import Writers
 from solar_jax.parallel import rules
+from solar_jax.training.objectives import Measures, Objective, next_token, text_measures
 from solar_jax.training.partition import Partition, make_partition
-from solar_jax.training.step import make_eval_step, mean_loss
+from solar_jax.training.step import make_measure_step, means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,21 @@ class Run:
     ledger: Ledger
     writers: Writers
     documents: Callable[[int, int], list[str]]  # (first row, rows of training) -> their documents' ids
+    corpus: Corpus
+    end: int | None = None  # the token that ends an answer
+    objective: Objective = next_token
+    measures: Measures = text_measures  # of held-out rows
+    first_loss: float | None = None  # the loss of the first step, where it is known beforehand
+
+    @property
+    def kind(self) -> str:
+        """What the run trains on: "text", "conversations" or "pairs"."""
+        return kind_of(self.config.data.format)
+
+    @property
+    def arm(self) -> str:
+        """The name of the arm whose result is the run's."""
+        return "healed" if self.kind == "text" else "tuned"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +73,11 @@ class Arm:
     def cfg(self) -> ModelConfig:
         return self.checkpoint.cfg
 
+    lora: LoraConfig | None = None
+
     @property
     def partition(self) -> Partition:
-        return make_partition(self.trainable, self.checkpoint.layer_map)
+        return make_partition(self.trainable, self.checkpoint.layer_map, self.lora)
 
 
 def say(text: str = "") -> None:
@@ -69,23 +91,55 @@ def warn(text: str) -> None:
     sys.stderr.write(f"warning: {text}\n")
 
 
-def first_params(run: Run, c: Checkpoint) -> Params:
+def first_params(run: Run, c: Checkpoint, partition: Partition | None = None) -> Params:
     """A checkpoint's weights in the run's precision and on its mesh; each device reads its own shard."""
-    dtypes = jax.tree.map(lambda s: s.dtype, param_shapes(c.cfg, precision(run.config.train).weights))
+    policy = precision(run.config.train)
+    weights = policy.weights if partition is None else partition.base_dtype(policy)
+    dtypes = jax.tree.map(lambda s: s.dtype, param_shapes(c.cfg, weights))
     return load_params(c, rules.parameter_shardings(c.cfg, run.mesh), dtypes)
 
 
-def evaluate(run: Run, arm: str, step: int, cfg: ModelConfig, params: Params) -> float:
-    """Returns the held-out loss, recorded once; a resumed run reads it instead of computing it again."""
+def with_adapter(run: Run, cfg: ModelConfig, params: Params, partition: Partition) -> Params:
+    """A model's parameters with a new adapter beside them, where the partition has one."""
+    if (lora := partition.lora) is None:
+        return params
+    weights, shardings = precision(run.config.train).weights, rules.adapter_shardings(lora, run.mesh)
+
+    def first(layers: Params) -> Params:
+        return first_adapter(cfg, lora, partition.taken(layers), run.config.seed, weights)
+
+    return params | {"lora": jax.jit(first, out_shardings=shardings)(params["layers"])}
+
+
+def evaluate(
+    run: Run, arm: str, step: int, cfg: ModelConfig, params: Params, partition: Partition | None = None
+) -> float:
+    """Returns the held-out loss, recorded once with the other measures; a resumed run reads it."""
     for record in run.evals.read():
         if record["arm"] == arm and record["step"] == step:
             return record["loss"]
-    loss = mean_loss(
-        make_eval_step(cfg, run.config.train, run.config.data.sequence_length, run.mesh), params, run.heldout
+    measure = make_measure_step(
+        cfg, run.config.train, run.config.data.sequence_length, run.mesh, run.measures, partition
     )
-    run.evals.append({"arm": arm, "step": step, "loss": loss})
-    run.writers.write(arm, step, {"heldout_loss": loss})
-    return loss
+    found = means(measure, params, run.heldout)
+    values = {name: value for name, (value, _) in found.items()}
+    if "accuracy" in found:
+        value, pairs = found["accuracy"]
+        values |= {"accuracy_error": math.sqrt(value * (1 - value) / max(1.0, pairs)), "pairs": pairs}
+    run.evals.append({"arm": arm, "step": step} | values)
+    run.writers.write(arm, step, {f"heldout_{name}": value for name, value in values.items()})
+    return values["loss"]
+
+
+def measures_line(run: Run, arm: str, step: int) -> str:
+    """What was measured beside the held-out loss, as the end of a line; "" if nothing."""
+    record = next((r for r in run.evals.read() if r["arm"] == arm and r["step"] == step), {})
+    said = ""
+    if "accuracy" in record:
+        said += f", preference accuracy {100 * record['accuracy']:.1f} +- {100 * record['accuracy_error']:.1f} %"
+    if "end_probability" in record:
+        said += f", end token {100 * record['end_probability']:.1f} %"
+    return said
 
 
 def heldout_losses(run: Run, arm: Arm) -> dict[int, float]:

@@ -11,18 +11,22 @@ from typing import Any
 import ml_collections
 
 from solar_jax.checkpoints import lineage
+from solar_jax.checkpoints.adapters import OWN, own_record
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.companions import LINEAGE
 from solar_jax.checkpoints.hf_config import with_dtype
 from solar_jax.checkpoints.write_hf import write_companions
-from solar_jax.config import Config, resolve
+from solar_jax.config import Config, GrowthConfig, resolve
+from solar_jax.data.chat.encoding import Rules
 from solar_jax.data.corpus import AnyRows, Corpus
 from solar_jax.errors import UserError
 from solar_jax.orbax_store.layout import MODEL_FOLDER
+from solar_jax.parallel import processes
 from solar_jax.storage import bucket_folder, paths
 from solar_jax.storage.atomic_folder import new_folder
 from solar_jax.storage.json_files import read_json, read_json_object, write_json
 from solar_jax.storage.paths import is_local
+from solar_jax.training.partition import make_partition
 
 
 def flat(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
@@ -36,9 +40,14 @@ def flat(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
 
 def config_dict(config: Config) -> dict[str, Any]:
     """Returns the resolved config as JSON holds it."""
-    as_json = dataclasses.asdict(config)
-    as_json["data"]["sources"] = list(as_json["data"]["sources"])
-    return as_json
+    return _lists(dataclasses.asdict(config))
+
+
+def _lists(tree: Any) -> Any:
+    """A tree whose tuples are lists, as JSON returns them."""
+    if isinstance(tree, dict):
+        return {key: _lists(value) for key, value in tree.items()}
+    return list(tree) if isinstance(tree, tuple) else tree
 
 
 _TEXT = "data.json"
@@ -46,6 +55,7 @@ _TEXT = "data.json"
 # Keys, or groups of keys, that do not affect training results: a restart may change them.
 _FREE = ("logging", "data.workers", *(f"checkpoint.{key}" for key in ("keep", "keep_every", "keep_best", "restore")))
 TOKENIZER, DATA = "tokenizer", "data"  # other names that --allow_changed accepts
+RULES = "rules"  # of records: template, its date, and a hash of everything that their tokens depend on
 _DIFFERENCES = 4  # shown at most
 
 
@@ -113,10 +123,16 @@ def _some(differences: list[str]) -> str:
     return ", ".join(differences[:_DIFFERENCES]) + (f" (and {more} more)" if more > 0 else "")
 
 
-def text_record(checkpoint: Checkpoint, corpus: Corpus) -> dict[str, Any]:
+def template_date(workdir: pathlib.Path) -> str:
+    """The date that a run's chat template wrote when the run began; "" if it has not begun, or needs none."""
+    return (read_json(workdir / _TEXT) or {}).get(RULES, {}).get("date", "")
+
+
+def text_record(checkpoint: Checkpoint, corpus: Corpus, rules: Rules | None = None) -> dict[str, Any]:
     """Builds data.json, the origin of a run's tokens: hashes of the tokenizer and of each source's rows.
 
     A prepared folder is identified by its manifest; of rows packed by this run, an evenly spread sample is hashed.
+    Records that were left out are listed by reason.
     """
     record: dict[str, Any] = {TOKENIZER: hashlib.sha256(checkpoint.companions["tokenizer.json"]).hexdigest()}
     for part, sources in (("train", corpus.train), ("heldout", corpus.heldout)):
@@ -124,6 +140,12 @@ def text_record(checkpoint: Checkpoint, corpus: Corpus) -> dict[str, Any]:
             record[f"{part} source {i}"] = {
                 "rows": len(rows), "tokens": rows.tokens, "hash": getattr(rows, "key", None) or _hash_of_some(rows)
             }  # fmt: skip
+            if account := corpus.accounts.get(f"{part} source {i}"):
+                record[f"{part} source {i}"] |= account.json()
+    if rules is not None:
+        record[RULES] = {
+            "template": rules.template.name, "date": rules.template.date, "hash": rules.fingerprint(),
+        }  # fmt: skip
     return record
 
 
@@ -156,6 +178,8 @@ def check_text(workdir: pathlib.Path, record: dict[str, Any], allowed: Collectio
 def _told(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "none"
+    if "rows" not in entry:
+        return f"{entry['template']} (rules {entry['hash'][:12]}...)"
     return f"{entry['rows']:,} rows of {entry['tokens']:,} tokens in all ({entry['hash'][:12]}...)"
 
 
@@ -190,6 +214,30 @@ def _fill(
 ) -> None:  # fmt: skip
     write_json(folder / "config.json", config_dict(config))
     write_json(folder / _TEXT, record)
-    (folder / MODEL_FOLDER).mkdir()
-    write_companions(folder / MODEL_FOLDER, with_dtype(c.hf_config, config.export.dtype), c.companions)
-    lineage.write_record(folder / MODEL_FOLDER, lineage.lineage_record(c, "train", name=config.name), LINEAGE)
+    _write_model(folder / MODEL_FOLDER, config, c)
+
+
+def _write_model(folder: pathlib.Path, config: Config, c: Checkpoint, base: str | None = None) -> None:
+    """What makes a folder of checkpoints a model: its config, its tokenizer and its lineage.
+
+    `base` is what adapters adapt, where that is another model than the config's source with its growth.
+    """
+    folder.mkdir(parents=True)
+    write_companions(folder, with_dtype(c.hf_config, config.export.dtype), c.companions)
+    lineage.write_record(folder, lineage.lineage_record(c, "train", name=config.name), LINEAGE)
+    if config.lora.rank:
+        layers = make_partition(config.train.trainable, c.layer_map, config.lora).layers
+        source, growth = (config.source, config.growth) if base is None else (base, GrowthConfig("identity"))
+        trained = [i for i, trains in enumerate(layers) if trains]
+        write_json(folder / OWN, own_record(config.lora, source, growth, trained))
+
+
+def add_model(workdir: pathlib.Path, c: Checkpoint, config: Config, base: str | None) -> None:
+    """Makes the folder of an arm one that opens as a model, on the first process; `base` as in `_write_model`."""
+    if not processes.is_first() or (workdir / MODEL_FOLDER / "config.json").exists():
+        return
+    with tempfile.TemporaryDirectory(prefix="solar_jax_run_") as temporary:
+        made = pathlib.Path(temporary) / MODEL_FOLDER
+        _write_model(made, config, c, base)
+        for file in sorted(made.rglob("*"), key=lambda f: f.name == "config.json"):
+            paths.write_file(workdir / MODEL_FOLDER / file.relative_to(made).as_posix(), file.read_bytes())

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 
+from solar_jax.checkpoints.adapters import OWN, OwnAdapter, lows_of, replication_of, write_peft
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
-from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.open import open_checkpoint, read_adapter
+from solar_jax.orbax_store.layout import MODEL_FOLDER, newest
+from solar_jax.parallel import processes
 from solar_jax.storage import bucket_folder
+from solar_jax.storage.atomic_folder import new_folder
 from solar_jax.storage.paths import is_local
 from solar_jax.training.loop import train_arm
 from solar_jax.training.run import Arm, Run, evaluate, first_params, say
+from solar_jax.training.tuning import tune_on_answers, tune_on_pairs
 
 Stage = Callable[[Run], None]
 
@@ -24,25 +29,61 @@ def measure_base(run: Run) -> None:
 
 def heal(run: Run) -> None:
     """Trains the grown model."""
-    train_arm(run, Arm("healed", run.grown, run.workdir, run.config.train.trainable))
+    train_arm(run, Arm("healed", run.grown, run.workdir, run.config.train.trainable, run.config.lora))
+
+
+def tune(run: Run) -> None:
+    """Trains the model on conversations or pairs."""
+    assert run.end is not None
+    if run.kind == "pairs":
+        tune_on_pairs(run, run.corpus, run.end)
+    else:
+        tune_on_answers(run, run.end)
 
 
 def export(run: Run) -> None:
-    """Writes the healed model as an HF folder, `hf/`."""
+    """Writes the trained model as an HF folder, `hf/`, and an adapter as `adapter/`."""
     hf, config = run.workdir / "hf", run.config
     # Locally the folder appears when it is complete; in a bucket config.json comes last.
     if not (hf.exists() if is_local(hf) else "config.json" in bucket_folder.names(hf)):
         target = Target(hf, dtype=config.export.dtype, max_shard_size=config.export.max_shard_size)
         c = open_checkpoint(str(run.workdir))
-        convert_checkpoint(c, target, "train", losses=_losses(run), steps=config.train.steps)
-    say(f"healed: written to {hf}")
+        convert_checkpoint(c, target, "train", losses=_losses(run), steps=_last_step(run))
+    say(f"{run.arm}: written to {hf}")
+    if config.lora.rank:
+        _export_adapter(run)
+
+
+def _export_adapter(run: Run) -> None:
+    """Writes a run's adapter as PEFT folders: `adapter/` of the model that was tuned, `adapter_of_base/` of its base.
+
+    The second is written where growth made plain copies, which PEFT's layer_replication can repeat.
+    """
+    own = OwnAdapter.read(run.workdir / MODEL_FOLDER / OWN)
+    step = newest(run.workdir)
+    if not is_local(run.workdir) or not processes.is_first() or step is None:
+        return
+    lows = lows_of(read_adapter(step, own.lora), own.lora, own.layers)
+    layer_map = run.grown.layer_map
+    places: dict[str, tuple[str, list[list[int]] | None]] = {}
+    if layer_map.is_identity or own.source != run.config.source:
+        places["adapter"] = own.source, None
+    elif layer_map.copies_only:
+        places["adapter_of_base"] = own.source, replication_of(layer_map)
+    for name, (base, replication) in places.items():
+        out = run.workdir / name
+        if not out.exists():
+            with new_folder(out) as folder:
+                write_peft(folder, lows, own.lora, own.layers, base, replication)
+        say(f"{run.arm}: adapter written to {out}, of {base}{' with repeated layers' if replication else ''}")
 
 
 def _losses(run: Run) -> dict[str, float]:
     """Returns the held-out losses for the model card."""
-    last = run.config.train.steps
+    last = _last_step(run)
     found = {(r["arm"], r["step"]): r["loss"] for r in run.evals.read()}
-    names = {("base", 0): "base", ("healed", 0): "grown, not trained", ("healed", last): f"this model, {last} steps"}
+    before = "grown, not trained" if run.kind == "text" else "before tuning"
+    names = {("base", 0): "base", (run.arm, 0): before, (run.arm, last): f"this model, {last} steps"}
     return {name: found[key] for key, name in names.items() if key in found}
 
 
@@ -54,4 +95,10 @@ def train_control(run: Run) -> None:
         train_arm(run, Arm("control", run.checkpoint, run.workdir / "control", trainable))
 
 
+def _last_step(run: Run) -> int:
+    return max(r["step"] for r in run.evals.read() if r["arm"] == run.arm)
+
+
 CONTINUED_PRETRAINING: tuple[Stage, ...] = (measure_base, heal, export, train_control)
+TUNING: tuple[Stage, ...] = (tune, export)
+RECIPES = {"text": CONTINUED_PRETRAINING, "conversations": TUNING, "pairs": TUNING}  # by kind of record

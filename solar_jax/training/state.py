@@ -23,20 +23,36 @@ def state_shardings(
 ) -> State:  # fmt: skip
     """Shardings of parameters and optimiser state: every moment has its parameter's."""
     partition = partition or everything(cfg)
-    opt_state = jax.eval_shape(optimizer.init, partition.shapes(param_shapes(cfg)))
+    opt_state = jax.eval_shape(optimizer.init, partition.shapes(cfg))
     return {
-        "params": rules.parameter_shardings(cfg, mesh),
-        "opt_state": rules.like_parameters(opt_state, partition.config(cfg), mesh),
+        "params": parameter_shardings(cfg, mesh, partition),
+        "opt_state": rules.like_parameters(opt_state, partition.config(cfg), mesh, partition.lora),
     }
+
+
+def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh, partition: Partition) -> Params:
+    """Shardings of the model's parameters, and of the adapter that trains in their place."""
+    found = rules.parameter_shardings(cfg, mesh)
+    return found if partition.lora is None else found | {"lora": rules.adapter_shardings(partition.lora, mesh)}
 
 
 def abstract_state(
     cfg: ModelConfig, weights: str, optimizer: optax.GradientTransformation, shardings: State,
-    partition: Partition | None = None,
+    partition: Partition | None = None, base: str = "",
 ) -> State:  # fmt: skip
-    """Shapes, dtypes and shardings of the state, nothing allocated; `weights`: the dtype of matrices."""
-    params = param_shapes(cfg, weights)
-    trained = (partition or everything(cfg)).shapes(params)
+    """Shapes, dtypes and shardings of the state, nothing allocated.
+
+    Args:
+      cfg: the model.
+      weights: the dtype of trained matrices.
+      optimizer: of the trained part.
+      shardings: from `state_shardings`.
+      partition: what trains; everything if None.
+      base: the dtype of the model's matrices where only adapters train, see `Partition.base_dtype`.
+    """
+    partition = partition or everything(cfg)
+    trained = partition.shapes(cfg, weights)
+    params = param_shapes(cfg, weights) if partition.lora is None else param_shapes(cfg, base or weights) | trained
     shapes = {"params": params, "opt_state": jax.eval_shape(optimizer.init, trained)}
     return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
 
@@ -68,7 +84,7 @@ def stored_form(
     parted = as_kept(wanted, narrow)
     names = [name_of(path) for path, _ in jax.tree.leaves_with_path(parted)]
     fits = all(stored.get(name, s.shape) == s.shape for name, s in zip(names, jax.tree.leaves(parted), strict=True))
-    if fits:
+    if fits or partition.lora is not None:
         return parted, lambda found, step: as_wanted(found, wanted, step)
     whole = abstract_state(cfg, weights, optimizer, state_shardings(cfg, optimizer, mesh))["opt_state"]
 

@@ -21,9 +21,19 @@ from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_kernel
 from solar_jax.parallel.collectives import constrain_on, over_slices, tokens_of_devices, zigzag
 from solar_jax.parallel.mesh import axis_size
-from solar_jax.training.objectives import Batch, Forward, Objective, Sums, head_loss, next_token
+from solar_jax.training.objectives import (
+    Batch,
+    Forward,
+    Measures,
+    Objective,
+    Sums,
+    head_loss,
+    next_token,
+    text_measures,
+    token_values,
+)  # fmt: skip
 from solar_jax.training.partition import Partition, everything
-from solar_jax.training.state import State, state_shardings
+from solar_jax.training.state import State, parameter_shardings, state_shardings
 
 LOGITS = 2**26  # of one chunk of the loss, on one device: 256 MiB in float32
 
@@ -78,7 +88,15 @@ def make_forward(
             x, head, targets, weights, chunks=chunks, shards=shards, constrain=by_token, trains_head=trains_head
         )
 
-    return lambda params: Forward(functools.partial(hidden, params), cross_entropy)
+    def tokens(x: jax.Array, head: jax.Array, targets: jax.Array, *, stats: bool = False) -> Sums:
+        if mesh.shape["context"] > 1:
+            raise UserError("config.mesh.context must be 1 for conversations and pairs, whose rows are not split.")
+        rows, length = targets.shape
+        chunks = loss_chunks(rows // shards * length * cfg.vocab_size // mesh.shape["tensor"], length)
+        by_token = constrain_on(mesh, rules.TOKENS)
+        return token_values(x, head, targets, chunks=chunks, constrain=by_token, stats=stats)
+
+    return lambda params: Forward(functools.partial(hidden, params), cross_entropy, tokens)
 
 
 def make_train_step(
@@ -119,7 +137,7 @@ def make_train_step(
         trained = partition.trained(params)
 
         def summed(trained: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Sums]]:
-            loss, count, sums = objective(forward(partition.merged(params, trained)), batch)
+            loss, count, sums = objective.loss(forward(partition.merged(params, trained)), batch)
             return loss, (count, sums)
 
         def gradients(trained: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Sums, Params]:
@@ -140,7 +158,7 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (loss, count, sums, trained))
             return jax.lax.scan(add, zeros, split)[0]
 
-        loss, count, sums, grads = over_slices(mesh, accumulated)(trained, batch)
+        loss, count, sums, grads = over_slices(mesh, accumulated)(trained, objective.whole(batch))
         count = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
@@ -169,13 +187,45 @@ def make_eval_step(
     forward = make_forward(cfg, train, length, mesh)
 
     def summed(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return next_token(forward(params), batch)[:2]
+        return text_measures(forward(params), batch)["loss"]
 
     return jax.jit(
         over_slices(mesh, summed),
         in_shardings=(rules.parameter_shardings(cfg, mesh), rules.batch_sharding(mesh)),
         out_shardings=rules.replicated(mesh),
     )
+
+
+@functools.cache
+def make_measure_step(
+    cfg: ModelConfig,
+    train: TrainConfig,
+    length: int,
+    mesh: Mesh,
+    measures: Measures,
+    partition: Partition | None = None,
+) -> Callable[[Params, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+    """A jitted (params, batch) -> sums by name, each with what it is summed over; of the unquantised model."""
+    forward, partition = make_forward(cfg, train, length, mesh), partition or everything(cfg)
+
+    def summed(params: Params, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return dict(measures(forward(partition.merged(params, partition.trained(params))), batch))
+
+    return jax.jit(
+        over_slices(mesh, summed),
+        in_shardings=(parameter_shardings(cfg, mesh, partition), rules.batch_sharding(mesh)),
+        out_shardings=rules.replicated(mesh),
+    )
+
+
+def means(
+    step: Callable[[Params, Batch], dict[str, tuple[jax.Array, jax.Array]]], params: Params, batches: list[Batch]
+) -> dict[str, tuple[float, float]]:
+    """The mean of each measure over all batches, and what it is over; the sums are added in float64."""
+    found = [jax.tree.map(float, step(params, batch)) for batch in batches]
+    total = {name: sum(f[name][0] for f in found) for name in found[0]}
+    count = {name: sum(f[name][1] for f in found) for name in found[0]}
+    return {name: (total[name] / max(count[name], 1.0), count[name]) for name in total}
 
 
 def mean_loss(

@@ -9,8 +9,10 @@ import functools
 import numpy as np
 import tokenizers
 
+from solar_jax.data.chat.encoding import Rules
+from solar_jax.data.chat.rows import pack_records
 from solar_jax.data.doubts import check_ids
-from solar_jax.data.packing import cut_rows, pack, tokenise
+from solar_jax.data.packing import Rows, cut_rows, pack, tokenise
 from solar_jax.data.prepared import records
 from solar_jax.data.prepared.decontamination import Index, Match
 from solar_jax.data.sources import Document
@@ -27,6 +29,7 @@ class Work:
     dtype: str  # of stored tokens
     evaluations: Index | None  # evaluation sets that no training document may share words with
     vocab_size: int = 0  # V of the model, which no token may exceed; 0 if unknown
+    rules: Rules | None = None  # how records become tokens
 
     def __call__(self, block: "DocumentBlock") -> "Packed":
         return _packed(self, block)
@@ -54,6 +57,7 @@ class Packed:
     rows: list[bytes]  # records; for concat, the parent process makes them
     stream: records.Pieces | None  # for concat: the documents' tokens, sizes and places
     matches: list[Match]  # documents that were dropped
+    left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)  # ids of records by reason
 
 
 def _packed(work: Work, block: DocumentBlock) -> Packed:
@@ -63,6 +67,14 @@ def _packed(work: Work, block: DocumentBlock) -> Packed:
         kept = [i for i, match in enumerate(found) if match is None]
         matches = [match for match in found if match is not None]
         documents, places = [documents[i] for i in kept], places[kept]
+    if work.rules is not None:
+        rows, account = pack_records(documents, work.rules, work.length, vocab_size=work.vocab_size)
+        place_of = dict(zip((d.id for d in documents), places, strict=True))
+        used = np.array([place_of[name] for name in rows.ids], np.int64).reshape(-1, 2)
+        made = _encoded(rows, used, work.dtype)
+        return Packed(
+            block.name, block.read, account.records, account.tokens, rows.tokens, made, None, matches, account.left_out
+        )
     tokenizer = _tokenizer(work.tokenizer)
     if work.packing == "concat":
         runs = tokenise([d.text for d in documents], tokenizer, work.eos)
@@ -72,11 +84,17 @@ def _packed(work: Work, block: DocumentBlock) -> Packed:
         stream = tokens, sizes, places
         return Packed(block.name, block.read, len(documents), len(tokens), 0, [], stream, matches)
     rows = pack(documents, tokenizer, work.eos, work.length, packing=work.packing, vocab_size=work.vocab_size)
+    made = _encoded(rows, places, work.dtype)
+    return Packed(block.name, block.read, len(documents), len(rows.stream), rows.tokens, made, None, matches)
+
+
+def _encoded(rows: Rows, places: np.ndarray, dtype: str) -> list[bytes]:
+    """The records of packed rows; `places` [documents, 2] of their documents."""
     made = []
     for i in range(len(rows)):
         tokens, sizes, owners = rows.pieces(i)
-        made.append(records.encode((tokens, sizes, places[owners]), work.dtype))
-    return Packed(block.name, block.read, len(documents), len(rows.stream), rows.tokens, made, None, matches)
+        made.append(records.encode((tokens, sizes, places[owners]), dtype, rows.sequences(i)[2]))
+    return made
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,7 +20,7 @@ from solar_jax.data.prepared import records
 from solar_jax.data.prepared.blocks import DocumentBlock, Work
 from solar_jax.data.prepared.engines import ENGINES
 from solar_jax.data.prepared.shards import Shards
-from solar_jax.data.sources import Document, Source, documents, parse_sources, split
+from solar_jax.data.sources import Document, Source, documents, sources_of, split
 
 PARTS = ("train", "heldout")
 SHARDS = "shards"  # folder of shards that have no final number yet
@@ -67,7 +67,7 @@ def write_shards(
         seen = _Seen(report) if dedup else None
 
         def jobs() -> Iterator[DocumentBlock]:
-            for index, source in enumerate(parse_sources(cfg.sources, cfg.text_key, cfg.skip_empty)):
+            for index, source in enumerate(sources_of(cfg)):
                 facts = SourceFacts(source, "")
                 found.append(facts)
                 for part in PARTS:
@@ -142,6 +142,8 @@ def _blocks(
 
     for number, document in enumerate(documents(source, on_empty)):
         data = document.text.encode()
+        if document.record is not None:
+            data += json.dumps(document.record, sort_keys=True, default=str).encode()
         digest = hashlib.blake2b(data, digest_size=16).digest()
         facts.documents += 1
         facts.bytes += len(data)

@@ -96,9 +96,19 @@ def _source(i: int, facts: SourceFacts, shards: list[dict[str, Any]]) -> dict[st
         "empty": facts.empty,
         "duplicates": facts.duplicates,
         "contaminated": sum(len(s["matches"]) for part in PARTS for s in facts.shards[part].finished),
+        "left_out": _left_out(facts),
         **{part: {key: sum(s[key] for s in its[part]) for key in _COUNTS} for part in PARTS},
         "files": list(facts.files),
     }
+
+
+def _left_out(facts: SourceFacts) -> dict[str, list[str]]:
+    """The ids of the records that were not used, by reason."""
+    found: dict[str, list[str]] = {}
+    for shard in (shard for part in PARTS for shard in facts.shards[part].finished):
+        for reason, ids in shard.get("left_out", {}).items():
+            found.setdefault(reason, []).extend(ids)
+    return found
 
 
 def _duplicates(folder: pathlib.Path, sources: list[SourceFacts]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Record format of a packed row: sizes of its pieces, origins of their documents, and tokens, as bytes."""
+"""Record format of a packed row: sizes of its pieces, origins of their documents, and tokens, as bytes.
+
+Rows of conversations and pairs have a bit for each token after that: whether it is trained.
+"""
 
 import hashlib
 import re
@@ -16,6 +19,7 @@ _READ = "readahead_buffer_size:0,max_parallelism:0"
 WHOLE_FILE = -1  # record number of a document that is an entire file
 
 Pieces = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens [N], sizes [P], places [P, 2]: file index, record
+Trained = np.ndarray | None  # [N] bool, which tokens are trained; None: all
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -23,15 +27,16 @@ def token_dtype(vocab_size: int) -> str:
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
-def encode(pieces: Pieces, dtype: str) -> bytes:
+def encode(pieces: Pieces, dtype: str, trained: Trained = None) -> bytes:
     tokens, sizes, places = pieces
     head = [np.array([len(sizes)]), sizes, places[:, 0]]
     parts = [x.astype("<i4") for x in head] + [places[:, 1].astype("<i8"), tokens.astype(dtype)]
+    parts += [] if trained is None else [np.packbits(trained)]
     return b"".join(x.tobytes() for x in parts)
 
 
-def decode(record: bytes, dtype: str) -> Pieces:
-    """Inverts `encode`; tokens keep the stored dtype.
+def decode(record: bytes, dtype: str, marked: bool = False) -> tuple[Pieces, Trained]:
+    """Inverts `encode`; tokens keep the stored dtype. `marked`: whether it was given what is trained.
 
     Raises:
       ValueError: the bytes are not such a record.
@@ -40,10 +45,13 @@ def decode(record: bytes, dtype: str) -> Pieces:
     sizes = np.frombuffer(record, "<i4", count, 4)
     files = np.frombuffer(record, "<i4", count, 4 + 4 * count)
     numbers = np.frombuffer(record, "<i8", count, 4 + 8 * count)
-    tokens = np.frombuffer(record, dtype, -1, 4 + 16 * count)
-    if len(tokens) != sizes.sum():
-        raise ValueError(f"the sizes sum to {sizes.sum()} tokens, found {len(tokens)}")
-    return tokens, sizes, np.stack([files, numbers], axis=1)
+    total, begin = int(sizes.sum()), 4 + 16 * count
+    end = begin + total * np.dtype(dtype).itemsize
+    if len(record) != end + (-(-total // 8) if marked else 0):
+        raise ValueError(f"the sizes sum to {total} tokens, found {len(record) - begin} bytes for them")
+    tokens = np.frombuffer(record, dtype, total, begin)
+    trained = np.unpackbits(np.frombuffer(record, np.uint8, -1, end), count=total).astype(bool) if marked else None
+    return (tokens, sizes, np.stack([files, numbers], axis=1)), trained
 
 
 def place(document: str) -> tuple[str, int]:

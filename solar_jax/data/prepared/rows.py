@@ -22,6 +22,7 @@ import tokenizers
 from etils import epath
 
 from solar_jax.config import DataConfig
+from solar_jax.data.chat.encoding import Rules
 from solar_jax.data.packing import Row, unpack
 from solar_jax.data.prepared import records
 from solar_jax.errors import UserError
@@ -48,13 +49,19 @@ class PreparedRows:
     files: tuple[tuple[str, ...], ...]  # for each shard, the file names that its records refer to by index
     targets: int  # as counted in the manifest
     key: str  # hash of the manifest, which keeps local copies of different folders apart
+    marked: bool = False  # whether the rows are of records, which say what is trained
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
     def __getitem__(self, index: SupportsIndex) -> Row:
-        _, (tokens, sizes, _) = self._pieces(int(index))
-        return unpack(self.packing, tokens, sizes, self.length, self.mask_documents)
+        tokens, sizes, trained = self.sequences(int(index))
+        return unpack(self.packing, tokens, sizes, self.length, self.mask_documents, trained)
+
+    def sequences(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Returns row `index`: tokens [N], sizes [P], and which tokens are trained [N] bool, None for all."""
+        _, (tokens, sizes, _), trained = self._pieces(index)
+        return tokens, sizes, trained
 
     @property
     def tokens(self) -> int:
@@ -63,7 +70,7 @@ class PreparedRows:
 
     def documents(self, index: int) -> list[str]:
         """Returns the ids of the documents in a row, in the row's order."""
-        shard, (_, _, places) = self._pieces(index)
+        shard, (_, _, places), _ = self._pieces(index)
         names = (records.name(self.files[shard][file], record) for file, record in places.tolist())
         return list(dict.fromkeys(names))
 
@@ -71,15 +78,15 @@ class PreparedRows:
     def _firsts(self) -> np.ndarray:
         return np.cumsum([0, *(rows for _, rows in self.shards)])
 
-    def _pieces(self, index: int) -> tuple[int, records.Pieces]:
-        """Returns the shard of a row and the row's stored pieces."""
+    def _pieces(self, index: int) -> tuple[int, records.Pieces, records.Trained]:
+        """Returns the shard of a row, its stored pieces, and which tokens are trained."""
         row = range(len(self))[index]
         shard = int(np.searchsorted(self._firsts, row, side="right")) - 1
         file, rows = self.shards[shard]
         record = row - int(self._firsts[shard])
         try:
             found = _reader(self.folder, file, rows, self.key).read([record])[0]
-            return shard, records.decode(found, self.dtype)
+            return shard, *records.decode(found, self.dtype, self.marked)
         except (RuntimeError, ValueError, IndexError) as e:
             sentence = " ".join(str(e).split())
             raise UserError(f"{self.folder}/{file}: row {record} is damaged: {sentence}.") from e
@@ -113,8 +120,9 @@ def is_prepared(path: str) -> bool:
 
 
 def open_prepared(
-    path: str, tokenizer: tokenizers.Tokenizer, eos: int, cfg: DataConfig, vocab_size: int = 0
-) -> Prepared:
+    path: str, tokenizer: tokenizers.Tokenizer, eos: int, cfg: DataConfig, vocab_size: int = 0,
+    rules: Rules | None = None,
+) -> Prepared:  # fmt: skip
     """Opens the rows of a prepared folder, whose held-out split was fixed when it was prepared.
 
     Raises:
@@ -127,9 +135,15 @@ def open_prepared(
         ("format", manifest["format"], FORMAT),
         ("config.data.sequence_length", manifest["sequence_length"], cfg.sequence_length),
         ("config.data.packing", manifest["packing"], cfg.packing),
+        ("config.data.format", manifest.get("records", {}).get("form", "text"), cfg.format),
     ):
         if found != expected:
             raise UserError(f"{path}: was prepared with {what}={found!r}, but this run has {expected!r}.")
+    if rules is not None and manifest["records"]["rules"] != (now := rules.fingerprint()):
+        raise UserError(
+            f"{path}: was prepared with other rules (hash {manifest['records']['rules'][:12]}, this run's "
+            f"{now[:12]}): the tokenizer, the template, config.data.train_on, too_long or keep_ties differ."
+        )
     ours = records.tokenizer_hash(tokenizer, eos)
     if manifest["tokenizer"]["hash"] != ours:
         raise UserError(
@@ -154,6 +168,7 @@ def open_prepared(
             files=tuple(tuple(manifest["sources"][s["source"]]["files"]) for s in shards),
             targets=sum(s["tokens"] for s in shards),
             key=hashlib.sha256(text.encode()).hexdigest()[:16],
+            marked=rules is not None,
         )
     return Prepared(parts["train"], parts["heldout"], manifest)
 

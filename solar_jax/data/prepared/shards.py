@@ -38,7 +38,7 @@ class Shards:
             self.finished.append(json.loads(self._facts_file(len(self.finished)).read_text()))
         self._resumed = len(self.finished)
         if self._concat is not None and self._resumed:
-            tokens, sizes, places = records.decode(base64.b64decode(self.finished[-1]["left"]), dtype)
+            (tokens, sizes, places), _ = records.decode(base64.b64decode(self.finished[-1]["left"]), dtype)
             self._concat.left = tokens, sizes.astype(np.int64), places.astype(np.int64)
         self._file: Any = None
         self._facts: Facts = {}
@@ -67,7 +67,15 @@ class Shards:
             self._partial().unlink(missing_ok=True)
             with self._told():
                 self._file = records.writer(str(self._partial()))
-            self._facts = {"done": 0, "rows": 0, "tokens": 0, "documents": 0, "document_tokens": 0, "matches": []}
+            self._facts = {
+                "done": 0,
+                "rows": 0,
+                "tokens": 0,
+                "documents": 0,
+                "document_tokens": 0,
+                "matches": [],
+                "left_out": {},
+            }
         rows, targets = packed.rows, packed.targets
         if packed.stream is not None and self._concat is not None:
             rows, targets = self._concat(packed.stream)
@@ -78,6 +86,8 @@ class Shards:
         for key, value in (added | {"document_tokens": packed.tokens}).items():
             self._facts[key] += value
         self._facts["matches"] += [[m.document, m.evaluation, m.words, m.places] for m in packed.matches]
+        for reason, ids in packed.left_out.items():
+            self._facts["left_out"].setdefault(reason, []).extend(ids)
         if self._facts["done"] == BLOCKS_A_SHARD:
             self._finish()
 
