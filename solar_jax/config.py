@@ -6,7 +6,6 @@ keys, wrong types and impossible values before anything is allocated. The datacl
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import typing
@@ -27,6 +26,18 @@ def _not_negative(group: str, values: Any, *keys: str) -> None:
     for key in keys:
         if not 0 <= (value := getattr(values, key)) < math.inf:  # a NaN is refused too
             raise UserError(f"config.{group}.{key} must be finite and not negative, found {value}.")
+
+
+def _between(least: float, below: float, group: str, values: Any, *keys: str) -> None:
+    for key in keys:
+        if not least <= (value := getattr(values, key)) < below:
+            raise UserError(f"config.{group}.{key} must be at least {least:g} and under {below:g}, found {value}.")
+
+
+def _above_0(group: str, values: Any, *keys: str) -> None:
+    for key in keys:
+        if not 0 < (value := getattr(values, key)) < math.inf:
+            raise UserError(f"config.{group}.{key} must be above 0, found {value}.")
 
 
 def _one_of(group: str, values: Any, **known: tuple[str, ...]) -> None:
@@ -120,11 +131,10 @@ class DataConfig:
         _at_least(1, "data", self, "sequence_length")
         _not_negative("data", self, "workers")
         _one_of("data", self, packing=("best_fit", "concat"), holdout=("hash", "position"))
-        _one_of("data", self, format=FORMATS, train_on=("answers", "last", "all"), too_long=("cut", "drop"))
+        _one_of("data", self, train_on=("answers", "last", "all"), too_long=("cut", "drop"))
         if self.format != "text" and self.packing != "best_fit":
             raise UserError(
-                f"config.data.format={self.format!r} needs config.data.packing='best_fit', found {self.packing!r}: "
-                "a conversation is not cut at the end of a row."
+                f"config.data.format={self.format!r} needs config.data.packing='best_fit', as records stay whole."
             )
         if not self.sources:
             raise UserError("config.data.sources must name at least one text, found ().")
@@ -151,10 +161,9 @@ class TrainConfig:
     epochs: float = 0.0  # where steps is 0: passes over the rows of all sources
 
     def check(self) -> None:
+        _not_negative("train", self, "accumulation", "max_skipped", "spike", "epochs")
+        _at_least(0 if self.epochs else 1, "train", self, "steps")
         _at_least(1, "train", self, "batch_size")
-        _not_negative("train", self, "accumulation", "max_skipped", "spike", "epochs", "steps")
-        if not (self.steps or self.epochs):
-            raise UserError("config.train.steps must be at least 1, found 0; or give config.train.epochs.")
         if self.batch_size % max(1, self.accumulation):
             raise UserError(
                 f"config.train.batch_size={self.batch_size} must be a multiple of "
@@ -164,45 +173,34 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceConfig:
-    """Tuning on pairs (config.data.format = pairs)."""
-
     losses: tuple[str, ...] = ("sigmoid",)  # summed; entries NAME[:WEIGHT], names of training.preferences.LOSSES
-    beta: float = 0.1
+    beta: float = 0.1  # strength of the pull to the reference; simpo: of the margin
     label_smoothing: float = 0.0  # sigmoid, robust: the share of pairs that may be labelled the wrong way round
     gamma: float = 0.5  # simpo: the margin that it aims at
     chunks: str = ""  # sDPO: source, difficulty:N, random:N or listed:FILE; "": one pass over all pairs
     cache: str = ""  # folder of the reference's log-probabilities, which runs may share; "": reference/ in the run's
 
     def check(self) -> None:
-        if not 0 < self.beta < math.inf:
-            raise UserError(f"config.preferences.beta must be above 0, found {self.beta}.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(
-                f"config.preferences.label_smoothing must be at least 0 and under 0.5, found {self.label_smoothing}."
-            )
+        _above_0("preferences", self, "beta")
+        _between(0, 0.5, "preferences", self, "label_smoothing")
         _not_negative("preferences", self, "gamma")
-        if not self.losses:
-            raise UserError("config.preferences.losses must name at least one loss, found ().")
+
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters in place of the layers that config.train.trainable names."""
-
-    rank: int = 0  # 0: the parameters themselves train
+    rank: int = 0  # of adapters that train in place of the layers of config.train.trainable; 0: those themselves train
     alpha: float = 16.0  # the adapter is scaled by alpha / rank
     variant: str = "lora"  # lora, rslora (scaled by alpha / sqrt(rank)) or dora (also trains magnitudes)
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")  # projections that have one
+    targets: tuple[str, ...] = PROJECTIONS  # projections that have one
 
     def check(self) -> None:
         _not_negative("lora", self, "rank", "alpha")
         _one_of("lora", self, variant=("lora", "rslora", "dora"))
-        known = ("q", "k", "v", "o", "gate", "up", "down")
-        for name in self.targets:
-            if name not in known:
-                raise UserError(f"config.lora.targets must be among {', '.join(known)}, found {name!r}.")
-        if self.rank and not self.targets:
-            raise UserError("config.lora.targets must name at least one projection, found ().")
+        if not self.targets or set(self.targets) - set(PROJECTIONS):
+            raise UserError(f"config.lora.targets must be among {', '.join(PROJECTIONS)}, found {self.targets}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,11 +223,8 @@ class OptimizerConfig:
         for key in ("final_fraction", "decay_fraction", "warmup_fraction"):
             if not 0 <= (value := getattr(self, key)) <= 1:
                 raise UserError(f"config.optimizer.{key} must lie between 0 and 1, found {value}.")
-        for key in ("b1", "b2"):
-            if not 0 <= (value := getattr(self, key)) < 1:  # Adam divides by 1 - b ** t
-                raise UserError(f"config.optimizer.{key} must be at least 0 and under 1, found {value}.")
-        if not 0 < self.eps < math.inf:  # a gradient of 0 would give 0 / 0
-            raise UserError(f"config.optimizer.eps must be above 0, found {self.eps}.")
+        _between(0, 1, "optimizer", self, "b1", "b2")  # Adam divides by 1 - b ** t
+        _above_0("optimizer", self, "eps")  # a gradient of 0 would give 0 / 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,9 +314,7 @@ class Config:
         if not self.seed >= 0:
             raise UserError(f"config.seed must be finite and not negative, found {self.seed}.")
         if not self.source:
-            raise UserError(
-                "config.source must name a checkpoint (HF folder, hub id, .gguf file or smollm2), found ''."
-            )
+            raise UserError("config.source must name a checkpoint (HF folder, hub id, .gguf or smollm2), found ''.")
         if self.checkpoint.keep_best and not self.evaluation.every:
             raise UserError(
                 f"config.checkpoint.keep_best={self.checkpoint.keep_best} needs held-out losses of checkpoints: a "
@@ -330,10 +323,6 @@ class Config:
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-FORMATS = (
-    "text", "conversations", "messages", "sharegpt", "prompt_completion", "alpaca", "openorca", "gsm8k",
-    "pairs", "orca_pairs", "alpaca_pairs", "preference",
-)  # fmt: skip
 
 # Keys of older config files and runs -> (new name, {old value: new value})
 RENAMED = {"train.compute_dtype": ("train.precision", {"float32": "float32", "bfloat16": "mixed"})}
@@ -362,24 +351,6 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
 @functools.cache
 def _say_once(text: str) -> None:
     print(text, flush=True)
-
-
-def check_override(path: str) -> None:
-    """Raises a UserError unless `path`, as in `--config.train.steps`, is a key of the tree."""
-    if (new := RENAMED.get(path.removeprefix("config."))) is not None:
-        raise UserError(f"{path} is not a key of the config any more; it is config.{new[0]} now.")
-    cls: Any = Config
-    done = "config"
-    for key in path.split(".")[1:]:
-        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
-        if key not in names:
-            near = difflib.get_close_matches(key, names, 1)
-            hint = (
-                f"did you mean {done}.{near[0]}?" if near else f"{done} has {', '.join(names) or 'no keys of its own'}."
-            )
-            raise UserError(f"{done}.{key} is not a key of the config; {hint}")
-        cls = typing.get_type_hints(cls)[key]
-        done += f".{key}"
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

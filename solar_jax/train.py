@@ -86,7 +86,7 @@ from solar_jax.training.chunks import check_chunks
 from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.partition import make_partition
 from solar_jax.training.preemption import listen_for_preemption
-from solar_jax.training.preferences import make_mixture
+from solar_jax.training.preferences import make_loss
 from solar_jax.training.report import announce, draw, result_table, summarise
 from solar_jax.training.run import Run, say
 from solar_jax.training.stages import RECIPES
@@ -217,7 +217,7 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
 def check_names(config: Config) -> None:
     """Raises a UserError for a name in the config that is in no table, or a package that is missing."""
     make_optimizer(config.optimizer, max(1, config.train.steps), precision(config.train), seed=config.seed)
-    make_mixture(config.preferences)
+    make_loss(config.preferences)
     check_chunks(config.preferences.chunks)
     parse_size(config.export.max_shard_size)
     check_packages(config.logging)

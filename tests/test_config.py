@@ -7,7 +7,8 @@ import pathlib
 import ml_collections
 import pytest
 
-from solar_jax.config import Config, check_override, defaults, resolve
+from solar_jax.cli.config_keys import check_override
+from solar_jax.config import Config, defaults, resolve
 from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import make_layer_map

@@ -131,7 +131,7 @@ def test_transformers_loads_the_healed_model_with_our_logits(finished):
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     config, folder, summary = finished
-    monkeypatch.setattr(train, "CONTINUED_PRETRAINING", None)
+    monkeypatch.setattr(train, "RECIPES", None)
     assert train.run(config, folder) == summary
 
 

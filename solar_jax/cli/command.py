@@ -19,8 +19,9 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from solar_jax.cli.config_files import find_config
+from solar_jax.cli.config_keys import check_override
 from solar_jax.cli.help import HELP, command_help, version
-from solar_jax.config import DTYPES, GrowthConfig, check_override
+from solar_jax.config import DTYPES, GrowthConfig
 from solar_jax.errors import Interrupted, UserError
 from solar_jax.growth.operators import OPERATORS
 from solar_jax.storage import paths

@@ -5,7 +5,8 @@ import runpy
 from collections.abc import Mapping
 from typing import Any
 
-from solar_jax.config import Config, check_override, resolve
+from solar_jax.cli.config_keys import check_override
+from solar_jax.config import Config, resolve
 from solar_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]

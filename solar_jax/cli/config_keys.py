@@ -1,12 +1,15 @@
 """Every key of the config with its default and the comment beside it, read from the source of `config.py`."""
 
 import dataclasses
+import difflib
 import inspect
 import re
 import typing
 from collections.abc import Iterator
+from typing import Any
 
-from solar_jax.config import Config
+from solar_jax.config import RENAMED, Config
+from solar_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +50,21 @@ def _comments(cls: type) -> dict[str, str]:
         elif line.startswith("    def "):
             break
     return {name: " ".join(parts) for name, parts in found.items()}
+
+
+def check_override(path: str) -> None:
+    """Raises a UserError unless `path`, as in `--config.train.steps`, is a key of the tree."""
+    if (new := RENAMED.get(path.removeprefix("config."))) is not None:
+        raise UserError(f"{path} is not a key of the config any more; it is config.{new[0]} now.")
+    cls: Any = Config
+    done = "config"
+    for key in path.split(".")[1:]:
+        names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            hint = (
+                f"did you mean {done}.{near[0]}?" if near else f"{done} has {', '.join(names) or 'no keys of its own'}."
+            )
+            raise UserError(f"{done}.{key} is not a key of the config; {hint}")
+        cls = typing.get_type_hints(cls)[key]
+        done += f".{key}"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from solar_jax.config import DataConfig
-from solar_jax.data.chat.formats import contents, kind_of, read_record
+from solar_jax.data.chat.formats import FORMS, contents, kind_of, read_record
 from solar_jax.data.files import find_files
 from solar_jax.data.readers import WHOLE, read_documents
 from solar_jax.errors import UserError
@@ -78,7 +78,9 @@ def parse_sources(
 
 
 def sources_of(cfg: DataConfig) -> list[Source]:
-    """The sources that a config names; raises as `parse_sources`."""
+    """The sources that a config names; raises as `parse_sources`, or for a form of records that does not exist."""
+    if cfg.format not in FORMS:
+        raise UserError(f"config.data.format must be one of {', '.join(FORMS)}, found {cfg.format!r}.")
     return parse_sources(cfg.sources, cfg.text_key, cfg.skip_empty, cfg.format)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from solar_jax.config import TrainConfig
 
 WINDOW, LEAST = 64, 16  # losses that a spike is judged by: at most, at least
+SAME_LOSS = {"float32": 1e-3, "bfloat16": 2e-2}  # the reference's rows may be packed otherwise than the policy's
 FLOOR = 1e-3  # nats; the running deviation is at least this, so that a flat loss has no spikes
 
 
@@ -22,6 +23,10 @@ class Spike(Exception):
 
 class NotFinite(Exception):
     """Raised for a step whose loss or gradient is non-finite and that may not be skipped."""
+
+
+class NotReference(Exception):
+    """Raised where the reference's log-probabilities are not those of the model that training starts from."""
 
 
 class Guard:
@@ -75,3 +80,21 @@ def _is_finite(record: dict[str, Any]) -> bool:
 def storable(record: dict[str, Any]) -> dict[str, Any]:
     """Returns a record as JSON can hold it: None for non-finite values."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
+def check_first_loss(loss: float, expected: float, compute: str) -> None:
+    """Checks the first step of a policy that is its reference.
+
+    Args:
+      loss: of the step.
+      expected: the loss where both are equal.
+      compute: the dtype of matmuls, which decides what rounding may do.
+
+    Raises:
+      NotReference: the loss is another one.
+    """
+    if abs(loss - expected) > SAME_LOSS[compute] * max(1.0, abs(expected)):
+        raise NotReference(
+            f"the first loss is {loss:.6f}, but where the policy equals the reference it is {expected:.6f}; the "
+            "reference's log-probabilities are not those of this model"
+        )

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from solar_jax.cli.progress import duration
 from solar_jax.config import ModelConfig, OptimizerConfig
 from solar_jax.data.pipeline import Feed
 from solar_jax.errors import Interrupted, UserError
@@ -25,15 +24,16 @@ from solar_jax.model.flops import flops_per_token, mfu
 from solar_jax.model.precision import compute_dtype, precision
 from solar_jax.model.shapes import Params
 from solar_jax.monitoring import metrics
-from solar_jax.monitoring.goodput import StepClock, StepSeconds, step_note
+from solar_jax.monitoring.goodput import StepClock
 from solar_jax.monitoring.profiling import Profiler
 from solar_jax.monitoring.watchdog import Watchdog
 from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.parallel import rules
 from solar_jax.training import preemption
-from solar_jax.training.guards import Guard, NotFinite, Spike, storable
+from solar_jax.training.guards import Guard, NotFinite, NotReference, Spike, check_first_loss, storable
 from solar_jax.training.optimizer import learning_rate, make_optimizer
 from solar_jax.training.prefetch import Prefetcher
+from solar_jax.training.report import step_line
 from solar_jax.training.run import (
     Arm,
     Run,
@@ -48,8 +48,6 @@ from solar_jax.training.run import (
 from solar_jax.training.state import abstract_state, first_opt_state, state_shardings, stored_form
 from solar_jax.training.step import make_train_step
 
-# Of the first loss, by the dtype of matmuls: the reference's rows are packed otherwise than the policy's.
-_SAME_LOSS = {"float32": 1e-3, "bfloat16": 2e-2}
 ROLLBACKS = 3  # at most, to one checkpoint
 DOCUMENTS = 20  # named at most when a step goes wrong
 
@@ -356,28 +354,21 @@ class _Session:
             **{f"{name}_seconds": value for name, value in spent.outside.items()},
             "memory_peak_gib": None if peaks is None else max(peaks),
         }
-        if flight.step == 1 and self._run.first_loss is not None:
-            self._check_first(record["loss"], self._run.first_loss)
         try:
+            if flight.step == 1 and self._run.first_loss is not None:
+                check_first_loss(record["loss"], self._run.first_loss, compute_dtype(self._run.config.train).name)
             self._guard.check(record)
         except NotFinite as e:
             raise UserError(self._not_finite(flight.step, str(e))) from None
+        except NotReference as e:
+            raise UserError(f"{self._arm.folder}: {self._arm.name}: {e}.") from None
         finally:
             if self._run.config.train.max_skipped:
                 record["skipped"] = self._guard.skipped
             stored = storable(record)
             self._lines.append(stored)
             self._run.writers.write(self._arm.name, flight.step, stored)
-            say(_line(self._arm.name, self._last, record, spent, self._clock.eta()))
-
-    def _check_first(self, loss: float, expected: float) -> None:
-        """Raises a UserError where a policy that is its reference does not have the loss that this gives."""
-        allowed = _SAME_LOSS[jnp.dtype(compute_dtype(self._run.config.train)).name] * max(1.0, abs(expected))
-        if abs(loss - expected) > allowed:
-            raise UserError(
-                f"{self._arm.folder}: {self._arm.name}: the first loss is {loss:.6f}, but where the policy equals the "
-                f"reference it is {expected:.6f}; the reference's log-probabilities are not those of this model."
-            )
+            say(step_line(self._arm.name, self._last, record, spent, self._clock.eta()))
 
     def _not_finite(self, step: int, problem: str) -> str:
         """Returns the error message that a run with non-finite values ends with."""
@@ -401,13 +392,3 @@ def _rates(cfg: OptimizerConfig, steps: int) -> np.ndarray:
     """Computes every update's learning rate at once; one at a time, they would queue behind the devices' steps."""
     rate = learning_rate(cfg, steps)
     return np.asarray(jax.jit(jax.vmap(lambda i: jnp.asarray(rate(i), jnp.float32)))(jnp.arange(steps)))
-
-
-def _line(name: str, steps: int, r: dict[str, Any], spent: StepSeconds, eta: float) -> str:
-    """Formats one step's log line."""
-    used = "" if r["mfu"] is None else f"  mfu {100 * r['mfu']:.1f} %"
-    return (
-        f"{name} step {r['step']:>{len(str(steps))}}/{steps}  loss {r['loss']:.4f}  lr {r['learning_rate']:.2e}  "
-        f"grad {r['grad_norm']:.2f}  {r['tokens_per_second']:,.0f} tok/s{used}{step_note(spent)}  "
-        f"{duration(eta)} left"
-    )

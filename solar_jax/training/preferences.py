@@ -122,7 +122,7 @@ LOSSES: dict[str, Kind] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixture:
+class LossSum:
     """A weighted sum of losses."""
 
     cfg: PreferenceConfig
@@ -149,13 +149,15 @@ class Mixture:
         return float(self.of_pairs(Sides(zero, zero, zero, zero, one, one)))
 
 
-def make_mixture(cfg: PreferenceConfig) -> Mixture:
+def make_loss(cfg: PreferenceConfig) -> LossSum:
     """The losses that `config.preferences.losses` names, entries "NAME[:WEIGHT]".
 
     Raises:
       UserError: an entry is unknown or has a weight that is no number.
     """
     parts = []
+    if not cfg.losses:
+        raise UserError("config.preferences.losses must name at least one loss, found ().")
     for entry in cfg.losses:
         name, _, text = entry.partition(":")
         if name not in LOSSES:
@@ -167,7 +169,7 @@ def make_mixture(cfg: PreferenceConfig) -> Mixture:
         if not 0 < weight < math.inf:
             raise UserError(f"config.preferences.losses: the weight of {name} must be above 0, found {text!r}.")
         parts.append((name, weight))
-    return Mixture(cfg, tuple(parts))
+    return LossSum(cfg, tuple(parts))
 
 
 # ---- Sums over the sequences of rows ---------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def shares(batch: Batch, sequences: int) -> Batch:
     return batch | {name: mask * pairs / jnp.maximum(jnp.sum(mask), 1.0) for name, mask in masks.items()}
 
 
-def preference_objective(mixture: Mixture, length: int) -> Objective:
+def preference_objective(mixture: LossSum, length: int) -> Objective:
     """The objective of pairs in rows of T = `length` tokens; its count is that of the pairs.
 
     The names of what is logged are TRL's, and "kl", the mean of both answers' log-ratios.
@@ -284,7 +286,7 @@ def _prefers(margin: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(margin) < _TIE, 0.5, (margin > 0).astype(jnp.float32))
 
 
-def preference_measures(mixture: Mixture, length: int, end: int) -> Measures:
+def preference_measures(mixture: LossSum, length: int, end: int) -> Measures:
     """Held-out measures of pairs.
 
     The loss; the share of pairs with the higher reward on the chosen side ("accuracy", a half for equal ones), and with

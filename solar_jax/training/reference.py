@@ -29,7 +29,7 @@ from solar_jax.parallel import processes, rules
 from solar_jax.storage.paths import is_local
 from solar_jax.training.partition import Partition, everything
 from solar_jax.training.preferences import sequence_sums
-from solar_jax.training.state import parameter_shardings
+from solar_jax.training.state import model_shardings
 from solar_jax.training.step import make_forward
 
 _EVERY = 15.0  # seconds between lines of progress, and between writes
@@ -116,6 +116,6 @@ def make_sequence_step(
 
     return jax.jit(
         sums,
-        in_shardings=(parameter_shardings(cfg, mesh, partition), rules.batch_sharding(mesh)),
+        in_shardings=(model_shardings(cfg, mesh, partition), rules.batch_sharding(mesh)),
         out_shardings=rules.replicated(mesh),
     )

@@ -19,6 +19,7 @@ from solar_jax.model.flops import flops_per_token
 from solar_jax.model.precision import compute_dtype
 from solar_jax.model.shapes import parameter_count
 from solar_jax.monitoring import metrics
+from solar_jax.monitoring.goodput import StepSeconds, step_note
 from solar_jax.training.partition import Partition
 from solar_jax.training.run import Run, say
 from solar_jax.training.run_folder import flat
@@ -96,11 +97,12 @@ def summarise(run: Run, seconds: float) -> dict[str, Any]:
     evals = run.evals.read()
     loss = {(r["arm"], r["step"]): r["loss"] for r in evals}
     last = max(step for arm, step in loss if arm == run.arm)
+    first = run.arm if run.kind == "text" else evals[0]["arm"]  # of chunks, the first one's start
     more = {
         f"{when}_{key}": value
         for r in evals
-        for when, step in (("start", 0), ("final", last))
-        if (r["arm"], r["step"]) == (run.arm, step)
+        for when, place in (("start", (first, 0)), ("final", (run.arm, last)))
+        if (r["arm"], r["step"]) == place
         for key, value in r.items()
         if key not in ("arm", "step", "loss")
     }
@@ -112,7 +114,7 @@ def summarise(run: Run, seconds: float) -> dict[str, Any]:
         "name": config.name,
         "kind": run.kind,
         "base_loss": loss.get(("base", 0)),
-        "zero_token_loss": loss[run.arm, 0],
+        "zero_token_loss": loss[first, 0],
         "final_loss": loss[run.arm, last],
         "control_loss": loss.get(("control", config.train.steps)),
         **more,
@@ -180,3 +182,13 @@ def _tuning_table(s: dict[str, Any]) -> str:
         line += f"   end token {100 * s[f'{when}_end_probability']:.1f} %"
         lines.append(line)
     return "\n".join(lines)
+
+
+def step_line(name: str, steps: int, r: dict[str, Any], spent: StepSeconds, eta: float) -> str:
+    """Formats one step's log line."""
+    used = "" if r["mfu"] is None else f"  mfu {100 * r['mfu']:.1f} %"
+    return (
+        f"{name} step {r['step']:>{len(str(steps))}}/{steps}  loss {r['loss']:.4f}  lr {r['learning_rate']:.2e}  "
+        f"grad {r['grad_norm']:.2f}  {r['tokens_per_second']:,.0f} tok/s{used}{step_note(spent)}  "
+        f"{duration(eta)} left"
+    )

@@ -240,4 +240,7 @@ def add_model(workdir: pathlib.Path, c: Checkpoint, config: Config, base: str | 
         made = pathlib.Path(temporary) / MODEL_FOLDER
         _write_model(made, config, c, base)
         for file in sorted(made.rglob("*"), key=lambda f: f.name == "config.json"):
-            paths.write_file(workdir / MODEL_FOLDER / file.relative_to(made).as_posix(), file.read_bytes())
+            target = workdir / MODEL_FOLDER / file.relative_to(made).as_posix()
+            if is_local(workdir):
+                target.parent.mkdir(parents=True, exist_ok=True)
+            paths.write_file(target, file.read_bytes())

@@ -25,12 +25,12 @@ def state_shardings(
     partition = partition or everything(cfg)
     opt_state = jax.eval_shape(optimizer.init, partition.shapes(cfg))
     return {
-        "params": parameter_shardings(cfg, mesh, partition),
+        "params": model_shardings(cfg, mesh, partition),
         "opt_state": rules.like_parameters(opt_state, partition.config(cfg), mesh, partition.lora),
     }
 
 
-def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh, partition: Partition) -> Params:
+def model_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh, partition: Partition) -> Params:
     """Shardings of the model's parameters, and of the adapter that trains in their place."""
     found = rules.parameter_shardings(cfg, mesh)
     return found if partition.lora is None else found | {"lora": rules.adapter_shardings(partition.lora, mesh)}

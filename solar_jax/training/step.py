@@ -33,7 +33,7 @@ from solar_jax.training.objectives import (
     token_values,
 )  # fmt: skip
 from solar_jax.training.partition import Partition, everything
-from solar_jax.training.state import State, parameter_shardings, state_shardings
+from solar_jax.training.state import State, model_shardings, state_shardings
 
 LOGITS = 2**26  # of one chunk of the loss, on one device: 256 MiB in float32
 
@@ -213,7 +213,7 @@ def make_measure_step(
 
     return jax.jit(
         over_slices(mesh, summed),
-        in_shardings=(parameter_shardings(cfg, mesh, partition), rules.batch_sharding(mesh)),
+        in_shardings=(model_shardings(cfg, mesh, partition), rules.batch_sharding(mesh)),
         out_shardings=rules.replicated(mesh),
     )
 

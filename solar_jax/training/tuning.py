@@ -17,7 +17,7 @@ from solar_jax.training import run_folder
 from solar_jax.training.chunks import make_chunks
 from solar_jax.training.loop import train_arm
 from solar_jax.training.objectives import answer_measures
-from solar_jax.training.preferences import make_mixture, preference_measures, preference_objective
+from solar_jax.training.preferences import make_loss, preference_measures, preference_objective
 from solar_jax.training.reference import log_probs
 from solar_jax.training.run import Arm, Run, first_params, say
 
@@ -51,7 +51,7 @@ def tune_on_pairs(run: Run, corpus: Corpus, end: int) -> None:
     the start of the whole run, so that chunks compare. The last chunk's arm is the run itself, the others are in
     chunk1/, chunk2/ and so on.
     """
-    config, mixture = run.config, make_mixture(run.config.preferences)
+    config, mixture = run.config, make_loss(run.config.preferences)
     cache = pathlib.Path(config.preferences.cache) if config.preferences.cache else run.workdir / REFERENCE
 
     def reference(c: Checkpoint, parts: list) -> LogProbs:

@@ -220,18 +220,12 @@ def test_a_hub_id_whose_files_cannot_be_listed_is_looked_for_in_the_cache(tmp_pa
     assert find_checkpoint("upstage/SOLAR-10.7B") == tiny
 
 
-def test_of_an_adapter_the_base_is_taken_and_that_is_said(tmp_path, tiny, capsys):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny)}))
-    assert find_checkpoint(str(tmp_path)) == tiny
-    assert f"{tmp_path} is an adapter: using its base {tiny} without the adapter" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("base", [None, "", 3, "SELF"])
 def test_an_adapter_without_a_model_as_its_base_is_refused(tmp_path, base):
     content = {"base_model_name_or_path": str(tmp_path) if base == "SELF" else base}
     (tmp_path / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"adapter_config\.json: "):
-        find_checkpoint(str(tmp_path))
+        open_checkpoint(str(tmp_path))
 
 
 def test_a_path_may_start_at_home_or_here(tiny, monkeypatch):

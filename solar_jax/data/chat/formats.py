@@ -200,6 +200,9 @@ PAIRS: dict[str, tuple[tuple[str, ...], Reader]] = {
 KINDS = {"conversations": CONVERSATIONS, "pairs": PAIRS}
 
 
+FORMS = ("text", *(name for kind, table in KINDS.items() for name in (kind, *table)))  # config.data.format
+
+
 def kind_of(form: str) -> str:
     """The kind of record that config.data.format names: a name of `KINDS`, or "text"."""
     return form if form in KINDS else next((kind for kind, table in KINDS.items() if form in table), "text")

@@ -15,13 +15,26 @@ def test_a_record_holds_what_it_was_made_of(vocabulary, dtype):
     data = records.encode((tokens, sizes, places), dtype)
     # A count; of each piece its size, file and record; the tokens.
     assert len(data) == 4 + 2 * (4 + 4 + 8) + 4 * int(dtype[-1])
-    for found, expected in zip(records.decode(data, dtype), (tokens, sizes, places), strict=True):
+    pieces, trained = records.decode(data, dtype)
+    for found, expected in zip(pieces, (tokens, sizes, places), strict=True):
         np.testing.assert_array_equal(found, expected)
+    assert trained is None
+
+
+def test_a_record_of_a_conversation_says_what_is_trained():
+    pieces = np.arange(11), np.array([4, 7]), np.array([[0, 0], [0, 1]])
+    trained = np.array([0, 1, 1, 0, 1, 0, 0, 1, 0, 1, 1], bool)
+    data = records.encode(pieces, "<u2", trained)
+    found, marks = records.decode(data, "<u2", marked=True)
+    np.testing.assert_array_equal(found[0], pieces[0])
+    np.testing.assert_array_equal(marks, trained)
+    with pytest.raises(ValueError, match="the sizes sum to 11 tokens"):  # read as text it is refused, not misread
+        records.decode(data, "<u2")
 
 
 def test_a_record_that_lacks_tokens_is_no_record():
     data = records.encode((np.arange(4), np.array([4]), np.array([[0, 0]])), "<u2")
-    with pytest.raises(ValueError, match="the sizes sum to 4 tokens, found 3"):
+    with pytest.raises(ValueError, match="the sizes sum to 4 tokens, found 6 bytes"):
         records.decode(data[:-2], "<u2")
 
 
