@@ -75,7 +75,7 @@ class Template:
         try:
             compiled = _compiled(self.text, self.date)
             marked = compiled.render(messages=list(map(_with_reasoning, messages)), **(dict(self.specials) | how))
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as e:
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
             raise UserError(f"{self.name}: the chat template fails: {' '.join(str(e).split()).rstrip('.')}.") from e
         spans: list[Span] = []
         parts, length, begin = [], 0, 0
