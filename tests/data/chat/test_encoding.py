@@ -109,7 +109,8 @@ def test_chats_by_prefixes_are_the_marked_ones(smollm2):
     """SmolLM2's own template marks nothing; its turns are ChatML's, as are those of the template that marks."""
     marked = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}"
+        "{% generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
     for record in CHATS:
@@ -134,7 +135,8 @@ def test_pairs_are_trls(smollm2, smollm2_tokenizer, tmp_path):
     )
     model = hf_model(vocab_size=len(smollm2_tokenizer))
     made = DPOTrainer(
-        model, args=args, train_dataset=datasets.Dataset.from_list(PAIRS), processing_class=smollm2_tokenizer,
+        model, ref_model=hf_model(vocab_size=len(smollm2_tokenizer)), args=args,
+        train_dataset=datasets.Dataset.from_list(PAIRS), processing_class=smollm2_tokenizer,
     ).train_dataset  # fmt: skip
     for record, row in zip(PAIRS, made, strict=True):
         sides = encoded(smollm2_rules(smollm2, "pairs"), record)
@@ -230,7 +232,8 @@ def test_what_is_too_long_is_cut_or_dropped_and_what_has_nothing_left_is_dropped
         ({"prompt": "ab", "chosen": "the same x", "rejected": "the same y"}, 16, encoding.EQUAL),
         ({"prompt": "ab", "chosen": "yes", "rejected": " "}, LENGTH, encoding.EMPTY),
         ({"prompt": "ab" * 9, "chosen": "yes", "rejected": "no"}, 16, encoding.PROMPT_FILLS),
-        ({"prompt": "ab", "chosen": "y", "rejected": "n", "score_chosen": 7, "score_rejected": 7}, LENGTH, encoding.TIE),
+        ({"prompt": "ab", "chosen": "y", "rejected": "n", "chosen-rating": 7, "rejected-rating": 7}, LENGTH,
+         encoding.TIE),
         ({"prompt": "ab", "chosen": "y", "rejected": "n", "metadata": {"score_chosen": 1, "score_rejected": 1}}, LENGTH,
          encoding.TIE),
     ],
