@@ -107,8 +107,8 @@ class GrowthConfig:
 class DataConfig:
     # Each entry is "PATH[?text=COLUMN&epochs=N&limit=TOKENS&as=text][:weight]": a file of text, JSONL or JSON (.gz and
     # .zst too), Parquet, Arrow or ArrayRecord, a folder or glob of them, local, in a bucket or on the hub
-    # (hf://datasets/...), or "pydoc-topics", the documentation topics that every CPython carries. Weights are shares of
-    # the tokens. ?as=text reads a file of any kind as plain text.
+    # (hf://datasets/...), or the documentation that every CPython carries: pydoc-topics, pydoc-functions (records).
+    # Weights are shares of the tokens; of records, multiples of a source's size. ?as=text reads any file as plain text.
     sources: tuple[str, ...] = ("pydoc-topics",)
     text_key: str = "text"  # the JSON key or column of the text, where a source does not say ?text=
     skip_empty: bool = True  # documents whose text is empty or null are skipped and counted; False refuses them

@@ -96,9 +96,11 @@ def plan(
     begin = time.monotonic()
     base = config.model if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
     layer_map = make_layer_map(base.num_hidden_layers, config.growth)
-    cfg, partition = grown_config(base, layer_map), make_partition(config.train.trainable, layer_map)
+    cfg, partition = grown_config(base, layer_map), make_partition(config.train.trainable, layer_map, config.lora)
     step_tokens = config.train.batch_size * config.data.sequence_length
     tokens = config.train.steps * step_tokens if tokens is None else tokens
+    if not tokens and config.train.epochs:
+        raise UserError("plan needs --tokens where the config counts epochs: it opens no data.")
     if not tokens > 0:
         raise UserError(f"--tokens must be above 0, found {tokens}.")
     show(
@@ -135,7 +137,7 @@ def show(text: str) -> None:
 
 
 def flops(cfg: ModelConfig, config: Config, *, causal: bool = True) -> float:
-    return flops_per_token(cfg, config.data.sequence_length, causal=causal)
+    return flops_per_token(cfg, config.data.sequence_length, causal=causal, adapters=config.lora.rank > 0)
 
 
 def read_prices(file: str | None) -> dict[str, float]:

@@ -67,6 +67,7 @@ from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.cli.progress import byte_bar, duration
 from solar_jax.data.chat.encoding import Rules, load_rules
 from solar_jax.data.doubts import tokens_of_text
+from solar_jax.data.embedded import EMBEDDED
 from solar_jax.data.packing import block_characters
 from solar_jax.data.prepared import manifest, records
 from solar_jax.data.prepared.blocks import Work
@@ -74,7 +75,7 @@ from solar_jax.data.prepared.build import SHARDS, write_shards
 from solar_jax.data.prepared.decontamination import Index, make_index
 from solar_jax.data.prepared.rows import MANIFEST, is_prepared
 from solar_jax.data.prepared.shards import BLOCKS_A_SHARD
-from solar_jax.data.sources import EMBEDDED, Source, choice, sources_of
+from solar_jax.data.sources import Source, choice, sources_of
 from solar_jax.storage.atomic_folder import check_space, check_target, new_folder, partial
 from solar_jax.storage.json_files import read_json
 
@@ -191,7 +192,7 @@ def _expected_bytes(source: Source) -> int:
         raise UserError(f"config.data.sources: {path}: is already prepared; list it in the sources of train instead.")
     if source.limit or source.epochs != Source(path).epochs:
         raise UserError(f"config.data.sources: {path}: ?limit= and ?epochs= are for train; prepare uses all of it.")
-    if path == EMBEDDED:
+    if path in EMBEDDED:
         return 1 << 19
     total = 0
     for file in find_files(path, source.plain).files:

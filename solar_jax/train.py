@@ -65,6 +65,7 @@ from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.checkpoints.views import grown
 from solar_jax.checkpoints.write_hf import parse_size
 from solar_jax.data.chat.encoding import load_rules
+from solar_jax.data.chat.formats import kind_of
 from solar_jax.data.corpus import heldout_rows, load_corpus
 from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, training_rows
 from solar_jax.growth.apply import grown_config
@@ -219,6 +220,14 @@ def check_names(config: Config) -> None:
     make_optimizer(config.optimizer, max(1, config.train.steps), precision(config.train), seed=config.seed)
     make_loss(config.preferences)
     check_chunks(config.preferences.chunks)
+    kind = kind_of(config.data.format)
+    for key, used, without in (
+        ("train.control", config.train.control, kind != "text"),
+        ("preferences.chunks", config.preferences.chunks, kind != "pairs"),
+        ("mesh.context", config.mesh.context > 1, kind != "text"),
+    ):
+        if used and without:
+            raise UserError(f"config.{key} is not for config.data.format={config.data.format!r}; leave it out.")
     parse_size(config.export.max_shard_size)
     check_packages(config.logging)
 

@@ -88,3 +88,21 @@ def test_processes_that_convert_together_write_what_one_writes(source, tmp_path)
     for name in files - {"lineage.json", "certificate.json", "README.md"}:
         for folder in ("hf2", "back1", "back2"):
             assert (tmp_path / folder / name).read_bytes() == (tmp_path / "hf1" / name).read_bytes()
+
+
+def test_two_processes_tune_on_pairs_with_the_losses_of_one(source, tmp_path):
+    records = [
+        {"prompt": f"question {i}", "chosen": f"yes {i * i}", "rejected": "no " * (1 + i % 3)} for i in range(60)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for count in (1, 2):
+        run_together(
+            count, "solar_jax.train", f"--config={REPO}/configs/sdpo.py:smollm2", f"--workdir={tmp_path / str(count)}",
+            f"--config.source={source / 'model'}", f"--config.data.sources={tmp_path / 'pairs.jsonl'}",
+            "--config.data.sequence_length=128", "--config.data.template=solar", "--config.train.steps=3",
+            "--config.train.batch_size=4", "--config.preferences.chunks=random:2", "--config.evaluation.every=2",
+            "--config.evaluation.windows=4", "--config.evaluation.batch_size=4", "--config.checkpoint.every=2",
+        )  # fmt: skip
+    assert_same_run(tmp_path / "2", tmp_path / "1")
+    for part in ("1", "2"):
+        assert lines(tmp_path / part / "chunk1" / "metrics.jsonl")[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -22,6 +25,7 @@ from solar_jax.errors import UserError
 from solar_jax.training import loop, preferences, stages, tuning
 from tests.test_train import make_config, metrics
 
+REPO = pathlib.Path(__file__).parents[1]
 WORDS = "deeper models heal with few tokens when layers copy what came before them and answers end"
 
 
@@ -299,6 +303,49 @@ def test_what_cannot_be_tuned_on_is_refused_before_anything_is_written(tiny, cha
     with pytest.raises(UserError, match=expected):
         train.run(config, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def launched(recipe: str, tiny, data: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
+    """A recipe on the tiny model, in a process of its own."""
+    flags = {
+        "source": tiny, "data.sources": data, "data.sequence_length": 128, "data.template": "solar", "train.steps": 6,
+        "train.batch_size": 4, "evaluation.windows": 4, "evaluation.batch_size": 4, "checkpoint.every": 2,
+        "optimizer.learning_rate": 1e-3,
+    }  # fmt: skip
+    command = [sys.executable, "-u", "-m", "solar_jax.train", f"--config={REPO}/configs/{recipe}.py:smollm2"]
+    command += [f"--workdir={workdir}", *(f"--config.{key}={value}" for key, value in flags.items())]
+    return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "moments"),
+    [
+        ("sft", ["tuned step 3/"]),
+        ("dpo", ["reference: ", "tuned step 3/"]),
+        ("sdpo", ["chunk1 step 3/", "tuned step 3/"]),
+    ],
+)
+def test_a_recipe_that_is_killed_and_asked_to_stop_ends_in_the_same_bits(tiny, chats, pairs, tmp_path, recipe, moments):
+    data = chats if recipe == "sft" else pairs[0]
+    whole = launched(recipe, tiny, data, tmp_path / "whole")
+    said = whole.communicate(timeout=200)[0]
+    assert whole.returncode == 0, said
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        for moment in moments:
+            process = launched(recipe, tiny, data, tmp_path / number.name)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith(moment):
+                    process.send_signal(number)
+                    break
+            process.communicate(timeout=100)
+            assert process.returncode in (-number, 75)
+        process = launched(recipe, tiny, data, tmp_path / number.name)
+        said = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, said
+        assert metrics(tmp_path / number.name) == metrics(tmp_path / "whole")
+        assert weights(tmp_path / number.name) == weights(tmp_path / "whole")
 
 
 def test_the_devices_of_these_tests_are_eight():

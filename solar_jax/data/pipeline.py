@@ -31,7 +31,9 @@ def addresses(corpus: Corpus, seed: int) -> grain.MapDataset:
 
 
 def _shares(corpus: Corpus) -> list[int]:
-    return row_shares([source.weight for source, _ in corpus.train], [r.tokens / len(r) for _, r in corpus.train])
+    """The sources' shares of the rows. Records are read equally often, times their weight; of text, tokens count."""
+    a_row = [rows.tokens / len(rows) if source.kind == "text" else 1 / len(rows) for source, rows in corpus.train]
+    return row_shares([source.weight for source, _ in corpus.train], a_row)
 
 
 def training_rows(corpus: Corpus, seed: int, known: LogProbs | None = None) -> grain.MapDataset:

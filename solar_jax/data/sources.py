@@ -12,12 +12,12 @@ from typing import Any
 
 from solar_jax.config import DataConfig
 from solar_jax.data.chat.formats import FORMS, contents, kind_of, read_record
+from solar_jax.data.embedded import EMBEDDED, FUNCTIONS, TOPICS, records, topics
 from solar_jax.data.files import find_files
 from solar_jax.data.readers import WHOLE, read_documents
 from solar_jax.errors import UserError
 from solar_jax.storage.paths import is_local
 
-EMBEDDED = "pydoc-topics"
 _NAMED = 4  # files or kinds that a message names
 _SMALL = 8  # a source with fewer than this times `every` documents is split by rank, so that neither part is empty
 
@@ -27,7 +27,7 @@ MOST_PASSES = 4.0  # beyond some four passes over the same text, more of them ar
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    path: str  # a file, folder, glob, URL of one, or EMBEDDED
+    path: str  # a file, folder, glob, URL of one, or a name in EMBEDDED
     weight: float = 1.0  # share of the tokens relative to the other sources
     text_key: str = "text"  # the column or JSON key that holds the text
     epochs: float = MOST_PASSES  # most passes that a run may make
@@ -89,7 +89,7 @@ def check_sources(cfg: DataConfig) -> None:
     for source in sources_of(cfg):
         path = source.path
         if (
-            path != EMBEDDED
+            path not in EMBEDDED
             and is_local(path)
             and not glob.has_magic(path)
             and not pathlib.Path(path).expanduser().exists()
@@ -146,12 +146,16 @@ def documents(source: Source, on_empty: Callable[[], None] = lambda: None) -> It
       UserError: the source is missing or damaged, or a document has no text and such are not skipped; the message
         names file, record and column.
     """
-    if source.path == EMBEDDED:
-        if source.kind != "text":
-            raise UserError(f"config.data.sources: {EMBEDDED} holds text, but config.data.format is {source.form!r}.")
-        from pydoc_data.topics import topics
-
-        yield from (Document(f"{EMBEDDED}:{name}", topics[name]) for name in sorted(topics) if topics[name])
+    if source.path in EMBEDDED:
+        if (source.path == TOPICS) != (source.kind == "text"):
+            holds = "text" if source.path == TOPICS else "conversations and pairs"
+            raise UserError(f"config.data.sources: {source.path} holds {holds}; config.data.format is {source.form!r}.")
+        if source.path == TOPICS:
+            yield from (Document(f"{TOPICS}:{name}", text) for name, text in topics())
+        else:
+            for name, record in records(source.kind):
+                found = read_record(record, f"{FUNCTIONS}:{name}", source.form)
+                yield Document(f"{FUNCTIONS}:{name}", contents(found), record)
         return
     for file in find_files(source.path, source.plain).files:
         key = source.text_key if source.kind == "text" else WHOLE
@@ -173,8 +177,8 @@ def choice(source: Source) -> str:
     Raises:
       UserError: as `documents`.
     """
-    if source.path == EMBEDDED:
-        return f"{EMBEDDED}, the documentation topics of this Python"
+    if source.path in EMBEDDED:
+        return f"{source.path}, the documentation of this Python"
     found = find_files(source.path, source.plain)
     kinds = sorted({file.ending or "no ending" for file in found.files})
     said = f"{source.path}: {len(found.files):,} file(s) of {', '.join(kinds[:_NAMED])}"

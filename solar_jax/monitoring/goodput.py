@@ -15,7 +15,7 @@ from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.paths import is_local
 
 OUTSIDE = ("evaluation", "checkpoint")  # work between steps, reported by name
-LEDGER = (*OUTSIDE, "compilation", "lost")  # lost: steps repeated after a restart
+LEDGER = (*OUTSIDE, "compilation", "reference", "lost")  # lost: steps repeated after a restart
 _RECENT = 20  # steps in the running median
 
 

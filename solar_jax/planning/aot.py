@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from solar_jax.config import Config, ModelConfig
+from solar_jax.data.chat.formats import kind_of
 from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice, described_devices
 from solar_jax.model.precision import precision
@@ -15,8 +16,10 @@ from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.planning import hlo_cost
 from solar_jax.planning.hlo_cost import read_program
+from solar_jax.training.objectives import next_token
 from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.partition import Partition
+from solar_jax.training.preferences import make_loss, preference_objective
 from solar_jax.training.state import abstract_state, state_shardings
 from solar_jax.training.step import make_train_step
 
@@ -46,9 +49,8 @@ def lower_step(
       config: the run.
       mesh: of devices of one kind, real or described.
     """
-    optimizer = make_optimizer(
-        config.optimizer, config.train.steps, precision(config.train), seed=config.seed, mesh=mesh
-    )
+    steps = max(1, config.train.steps)  # not known yet where the config counts epochs
+    optimizer = make_optimizer(config.optimizer, steps, precision(config.train), seed=config.seed, mesh=mesh)
     policy = precision(config.train)
     state = abstract_state(
         cfg, policy.weights, optimizer, state_shardings(cfg, optimizer, mesh, partition), partition,
@@ -56,9 +58,13 @@ def lower_step(
     )  # fmt: skip
     rows = rules.padded_rows(config.train.batch_size, mesh, config.train.accumulation)
     shape, sharding = (rows, config.data.sequence_length), rules.batch_sharding(mesh)
-    batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, dtype in BATCH_TYPES.items()}
+    pairs, objective, types = kind_of(config.data.format) == "pairs", next_token, BATCH_TYPES
+    if pairs:
+        objective = preference_objective(make_loss(config.preferences), config.data.sequence_length)
+        types = BATCH_TYPES | {"reference": jnp.float32}
+    batch = {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, dtype in types.items()}
     platform = mesh.devices.flat[0].platform
-    step = make_train_step(cfg, config.train, config.data.sequence_length, optimizer, mesh, partition)
+    step = make_train_step(cfg, config.train, config.data.sequence_length, optimizer, mesh, partition, objective)
     return step.trace(state, batch).lower(lowering_platforms=(platform,))
 
 

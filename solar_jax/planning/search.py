@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from solar_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
+from solar_jax.data.chat.formats import kind_of
 from solar_jax.errors import UserError
 from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice
@@ -99,6 +100,8 @@ def meshes(config: Config, devices: Devices) -> Iterator[MeshConfig]:
     On anything but a TPU the cost of a collective is unknown. There all devices go to fsdp if that is open, or as many
     as divide the model and the others to data: `options` takes the first that it can.
     """
+    if kind_of(config.data.format) != "text" and config.mesh.context == 0:  # their rows are not split
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, context=1))
     axes = [axis for axis in AXES if axis != "slice"]
     given = {axis: getattr(config.mesh, axis) for axis in axes}
     free = [axis for axis in axes if given[axis] == 0]
@@ -186,7 +189,7 @@ def _rank(option: Option) -> tuple[float, ...]:
 def need(cfg: ModelConfig, option: Option, partition: Partition | None = None) -> Need:
     """Estimates the device memory that an option needs."""
     policy, config = precision(option.config.train), option.config
-    state = _state(cfg, config.optimizer, config.train.steps, policy, config.seed, option.mesh, partition)
+    state = _state(cfg, config.optimizer, max(1, config.train.steps), policy, config.seed, option.mesh, partition)
     return estimate(cfg, option.config.train, option.config.data.sequence_length, state, option.mesh, partition)
 
 

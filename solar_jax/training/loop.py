@@ -186,7 +186,7 @@ class _Session:
         self._last = config.train.steps
         self._rates = _rates(config.optimizer, config.train.steps)
         self._step_tokens = config.train.batch_size * config.data.sequence_length  # per step
-        self._flops = flops_per_token(cfg, config.data.sequence_length)
+        self._flops = flops_per_token(cfg, config.data.sequence_length, adapters=config.lora.rank > 0)
         self._peak = chips.peak_flops(jax.devices()[0])
         self._clock = StepClock(self._last - done)
         log = config.logging

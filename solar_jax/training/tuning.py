@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import time
 from typing import Any
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
@@ -55,7 +56,10 @@ def tune_on_pairs(run: Run, corpus: Corpus, end: int) -> None:
     cache = pathlib.Path(config.preferences.cache) if config.preferences.cache else run.workdir / REFERENCE
 
     def reference(c: Checkpoint, parts: list) -> LogProbs:
-        return log_probs(parts, c.cfg, first_params(run, c), config, run.mesh, cache, say)
+        begin = time.perf_counter()
+        found = log_probs(parts, c.cfg, first_params(run, c), config, run.mesh, cache, say)
+        run.ledger.add("reference", time.perf_counter() - begin)
+        return found
 
     every_row = [(rows, list(range(len(rows)))) for _, rows in corpus.train]
     held_out = heldout_indices(corpus, config.evaluation.windows)

@@ -8,8 +8,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from solar_jax.data.embedded import TOPICS
 from solar_jax.data.sources import (
-    EMBEDDED,
     Document,
     Source,
     choice,
@@ -74,7 +74,7 @@ def test_a_source_is_read_the_same_twice(tmp_path):
 
 
 def test_the_embedded_corpus_is_pythons_topics_by_name():
-    assert read(EMBEDDED) == [topics[name] for name in sorted(topics)]
+    assert read(TOPICS) == [topics[name] for name in sorted(topics)]
 
 
 def parts(path: pathlib.Path | str, every: int, rule: str) -> tuple[list[str], list[str]]:
@@ -87,7 +87,7 @@ def parts(path: pathlib.Path | str, every: int, rule: str) -> tuple[list[str], l
 
 def test_every_eighth_topic_is_held_out_from_the_first_on():
     names = sorted(topics)
-    training, heldout = parts(EMBEDDED, 8, "position")
+    training, heldout = parts(TOPICS, 8, "position")
     assert heldout == [topics[name] for name in names[0::8]]
     assert training == [topics[name] for i, name in enumerate(names) if i % 8 != 0]
     assert len(training) + len(heldout) == len(names)

@@ -128,6 +128,10 @@ def _openorca(record: dict[str, Any], where: str) -> Conversation:
     return Conversation([*user, _answer(_text(record, "response", where))])
 
 
+def _metamath(record: dict[str, Any], where: str) -> Conversation:
+    return Conversation([*_said(_text(record, "query", where)), _answer(_text(record, "response", where))])
+
+
 def _gsm8k(record: dict[str, Any], where: str) -> Conversation:
     return Conversation([*_said(_text(record, "question", where)), _answer(_text(record, "answer", where))])
 
@@ -190,6 +194,7 @@ CONVERSATIONS: dict[str, tuple[tuple[str, ...], Reader]] = {
     "prompt_completion": (("prompt", "completion"), _prompt_completion),
     "alpaca": (("instruction", "output"), _alpaca),
     "openorca": (("question", "response"), _openorca),
+    "metamath": (("query", "response"), _metamath),
     "gsm8k": (("question", "answer"), _gsm8k),
 }
 PAIRS: dict[str, tuple[tuple[str, ...], Reader]] = {

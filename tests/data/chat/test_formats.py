@@ -29,6 +29,7 @@ MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
         ("alpaca", {"instruction": "q", "input": "more", "output": "a"}, [("user", "q\n\nmore"), A]),
         ("openorca", {"id": "x", "system_prompt": "s", "question": "q", "response": "a"}, [("system", "s"), Q, A]),
         ("openorca", {"system_prompt": "", "question": "q", "response": "a"}, [Q, A]),
+        ("metamath", {"type": "MATH", "query": "q", "original_question": "o", "response": "a"}, [Q, A]),
         ("gsm8k", {"question": "q", "answer": "a"}, [Q, A]),
     ],
 )  # fmt: skip
@@ -120,5 +121,5 @@ def test_text_is_not_taken_for_records(tmp_path, name):
     with pytest.raises(UserError, match=r"must hold records \(\.jsonl, \.json"):
         list(documents(source))
     (source,) = sources_of(DataConfig(format="conversations"))
-    with pytest.raises(UserError, match="pydoc-topics holds text"):
+    with pytest.raises(UserError, match="pydoc-topics holds text; config"):
         list(documents(source))

@@ -1,0 +1,59 @@
+"""Text and records that every CPython carries, so that the small recipes need no download."""
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+TOPICS = "pydoc-topics"  # the documentation topics, as text
+FUNCTIONS = "pydoc-functions"  # questions about functions of the standard library, as conversations or pairs
+EMBEDDED = (TOPICS, FUNCTIONS)
+_MODULES = (
+    "builtins", "math", "itertools", "functools", "collections", "string", "re", "json", "statistics", "random",
+    "os.path", "shutil", "datetime", "textwrap", "operator", "bisect", "heapq", "pathlib", "inspect", "zlib",
+)  # fmt: skip
+
+
+def topics() -> Iterator[tuple[str, str]]:
+    """Yields (name, text) of each documentation topic."""
+    from pydoc_data.topics import topics as found
+
+    yield from ((name, found[name]) for name in sorted(found) if found[name])
+
+
+def functions() -> list[tuple[str, str]]:
+    """The functions and methods of some modules, with the first paragraph of what their documentation says."""
+    found: dict[str, str] = {}
+    for name in _MODULES:
+        module = importlib.import_module(name)
+        for key, value in sorted(vars(module).items()):
+            if key.startswith("_") or not (callable(value) or inspect.isclass(value)):
+                continue
+            found.setdefault(f"{name}.{key}", _first_paragraph(value))
+            if inspect.isclass(value):
+                for method, its in sorted(vars(value).items()):
+                    if not method.startswith("_") and callable(its):
+                        found.setdefault(f"{name}.{key}.{method}", _first_paragraph(its))
+    said: set[str] = set()
+    return [(k, text) for k, text in found.items() if text and not (text in said or said.add(text))]
+
+
+def _first_paragraph(value: Any) -> str:
+    text = inspect.getdoc(value) or ""
+    paragraphs = [p for p in text.split("\n\n") if p.strip() and "->" not in p and not p.startswith(" ")]
+    return " ".join(paragraphs[0].split()) if paragraphs else ""
+
+
+def records(kind: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields (name, record) of each function.
+
+    Conversations ask what a function does; the answer is its documentation. Of a pair, the chosen answer is that, and
+    the rejected one the documentation of the next function.
+    """
+    found = functions()
+    for i, (name, text) in enumerate(found):
+        prompt = f"What does {name.removeprefix('builtins.')} do in Python?"
+        if kind == "conversations":
+            yield name, {"prompt": prompt, "completion": text}
+        else:
+            yield name, {"prompt": prompt, "chosen": text, "rejected": found[(i + 1) % len(found)][1]}
