@@ -15,7 +15,7 @@ from solar_jax.data.packing import Rows, best_fit, blocks
 from solar_jax.data.sources import Document
 from solar_jax.errors import UserError
 
-TOKENS_A_SEQUENCE = 32  # of a row of T tokens at most T / 32 are sequences of pairs
+TOKENS_A_SEQUENCE = 16  # a row of T tokens has at most T / 16 sequences of pairs
 
 
 def most_sequences(length: int) -> int:
