@@ -25,7 +25,7 @@ def config_of(pairs: list[str], work: pathlib.Path, seed: int, chunks: str, args
     config.name, config.source, config.seed = "sdpo", args.source, seed
     config.growth.operator = "identity"
     config.data.sources, config.data.format = tuple(pairs), "pairs"
-    config.data.sequence_length, config.data.holdout_every = 512, 8
+    config.data.sequence_length, config.data.holdout_every = 512, 3
     config.preferences.beta, config.preferences.chunks = args.beta, chunks
     config.preferences.cache = str(work / "reference")
     config.train.epochs, config.train.batch_size = 1.0, 4

@@ -24,11 +24,13 @@ _MODEL = "model."  # absent in checkpoints of a model without its head
 _LAYER = re.compile(r"(.*?)layers\.0\.input_layernorm\.weight")
 
 _FREQUENCIES = re.compile(r"(^|\.)((original_)?inv_freq|rope\.freqs)$")
+_TABLES = re.compile(r"(^|\.)(cos|sin)_cached$")  # of cosines or sines by position, [..., positions, H or H / 2]
 # Buffers of attention and rope that hold no weights, in any generation of transformers and of Meta's code.
 _DERIVED = re.compile(
     r"(^|\.)((original_)?inv_freq|rope\.freqs|freqs_cis|freqs_c(os|is)|freqs_sin|(cos|sin)_cached|"
     r"rotary_emb\.\w+|masked_bias|(self_attn|attn|attention)\.bias|causal_mask|position_ids)$"
 )
+_TABLE_ERROR = 1e-2  # of a value up to 1, which bfloat16 rounds by up to 0.004
 # dtype of a stored frequency -> (relative, absolute) rounding error that it may have
 _ROUNDING = {"float32": (1e-4, 0.0), "bfloat16": (1e-2, 0.0), "float16": (2e-3, 6e-8)}
 
@@ -56,6 +58,8 @@ def resolved(c: Checkpoint) -> Checkpoint:
     for found, name in name_of.items():
         if _FREQUENCIES.search(name):
             _check_frequencies(c, found)
+        elif _TABLES.search(name):
+            _check_table(c, found)
     head, embed = TENSORS["lm_head"].hf, TENSORS["embed"].hf
     if c.cfg.tie_word_embeddings and embed not in stored and head in stored:
         stored[embed] = stored.pop(head)
@@ -163,6 +167,24 @@ def strange(names: set[str]) -> str:
     if len(prefixes) == 1:
         return f"{some(names)}; their names begin with {prefixes.pop()!r} where {_MODEL!r} is expected"
     return some(names)
+
+
+def _check_table(c: Checkpoint, name: str) -> None:
+    """Raises a UserError if the second row of a stored table, position 1, is not that of config.json's frequencies."""
+    if name not in c.dtype_of:
+        return
+    half, shape = c.cfg.head_dim // 2, c.shape_of[name]
+    function = np.cos if name.endswith("cos_cached") else np.sin
+    if len(shape) >= 2 and shape[-2] > 1 and shape[-1] in (half, 2 * half):
+        row = np.asarray(c.read(name), np.float64).reshape(-1, shape[-2], shape[-1])[0, 1, :half]
+        for cfg in (c.cfg, dataclasses.replace(c.cfg, rope_scaling="")):
+            factor = cfg.rope_attention_factor or 1.0
+            if np.allclose(row, factor * function(rope_frequencies(cfg)), atol=_TABLE_ERROR):
+                return
+    raise UserError(
+        f"{c.where}: {name} must hold {function.__name__}(position x frequency) of config.json's rope_theta="
+        f"{c.cfg.rope_theta:g}, [positions, {2 * half}]; found another table, {list(shape)}."
+    )
 
 
 def _check_frequencies(c: Checkpoint, name: str) -> None:

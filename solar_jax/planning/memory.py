@@ -99,7 +99,8 @@ def estimate(
     moving = partition.keys(state["params"])
     layers = shard_count(moving["layers"]) if partition.lora is None else 0
     trained = layers * partition.count // cfg.num_hidden_layers + shard_count(moving) - layers
-    gradients = trained * width + (count * width if count * width != parameters else 0)
+    copied = count * width != parameters and partition.lora is None  # else the model is held in the compute dtype
+    gradients = trained * width + (count * width if copied else 0)
     gradients += 4 * trained if train.accumulation > 1 else 0
     rows = padded_rows(train.batch_size, mesh, train.accumulation) / train.accumulation
     tokens = rows * length / (axis_size(mesh, "slice") * ways("BT", ACTIVATIONS, mesh))

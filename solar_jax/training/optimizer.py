@@ -67,7 +67,8 @@ def _per_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation
     """Applies `tx` to every layer separately, so that reductions over an array, such as norms, are per layer."""
 
     def split(tree: Any) -> tuple[Any, Any]:
-        return {"layers": tree["layers"]}, {name: x for name, x in tree.items() if name != "layers"}
+        stacks = {name: tree[name] for name in ("layers", "lora") if name in tree}
+        return stacks, {name: x for name, x in tree.items() if name not in stacks}
 
     def stacked(layers: Params) -> Any:
         """Returns the vmap axes: 0 for arrays with an axis L, None for scalars."""

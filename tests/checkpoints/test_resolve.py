@@ -123,14 +123,20 @@ def inv_freq(theta: float = 10000.0, dtype: torch.dtype = torch.float32, half: i
     return (theta ** -(torch.arange(0, 2 * half, 2) / (2 * half))).to(dtype)
 
 
+def cached(function, theta: float = 10000.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A table of old transformers: [8 positions, 24]."""
+    angles = torch.outer(torch.arange(8.0), inv_freq(theta))
+    return function(torch.cat([angles, angles], dim=-1)).to(dtype)
+
+
 BUFFERS = {
     ROTARY: inv_freq(),
     "model.rotary_emb.inv_freq": inv_freq(),
     "model.rotary_emb.original_inv_freq": inv_freq(dtype=torch.bfloat16),
     "model.layers.1.self_attn.rotary_emb.inv_freq": inv_freq(dtype=torch.float16),
     "rope.freqs": inv_freq(),
-    "model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(1, 1, 8, 24),
-    "model.layers.0.self_attn.rotary_emb.sin_cached": torch.ones(1, 1, 8, 24),
+    "model.layers.0.self_attn.rotary_emb.cos_cached": cached(torch.cos)[None, None],
+    "model.layers.0.self_attn.rotary_emb.sin_cached": cached(torch.sin, dtype=torch.bfloat16),
     "freqs_cis": torch.ones(8, 12),
     "model.layers.0.self_attn.masked_bias": torch.tensor(-1e9),
     "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
@@ -189,3 +195,12 @@ def test_vectors_of_a_gguf_that_need_float32_keep_it(tmp_path):
     for name, x in tensors.items():
         if x.ndim == 1:
             np.testing.assert_array_equal(c.read(name), x)
+
+
+@pytest.mark.parametrize("name", ["cos_cached", "sin_cached"])
+@pytest.mark.parametrize("wrong", ["theta", "shape"])
+def test_a_table_of_angles_that_contradicts_the_config_is_refused(folder, name, wrong):
+    function = torch.cos if name == "cos_cached" else torch.sin
+    table = cached(function, 500000.0) if wrong == "theta" else cached(function)[:, :7].contiguous()
+    rename(folder, lambda n: n, {f"model.layers.0.self_attn.rotary_emb.{name}": table})
+    assert f"{name} must hold {name[:3]}(position x frequency)" in refusal(str(folder))

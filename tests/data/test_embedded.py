@@ -1,0 +1,38 @@
+"""What every CPython carries: questions about its functions, as conversations and as pairs."""
+
+import math
+
+import pytest
+
+from solar_jax.config import DataConfig
+from solar_jax.data import embedded
+from solar_jax.data.sources import documents, sources_of
+from solar_jax.errors import UserError
+
+
+def read(kind: str) -> dict:
+    (source,) = sources_of(DataConfig(sources=(embedded.FUNCTIONS,), format=kind))
+    return {d.id: d.record for d in documents(source)}
+
+
+def test_answers_are_the_documentation_of_what_was_asked_about():
+    found = read("conversations")
+    assert len(found) > 500
+    record = found["pydoc-functions:math.sqrt"]
+    assert record == {"prompt": "What does math.sqrt do in Python?", "completion": "Return the square root of x."}
+    assert "Return the square root of x." in math.sqrt.__doc__
+    assert len({r["completion"] for r in found.values()}) == len(found)
+
+
+def test_the_rejected_answer_of_a_pair_is_another_functions():
+    pairs, answers = read("pairs"), read("conversations")
+    assert pairs.keys() == answers.keys()
+    for name, record in pairs.items():
+        assert record["chosen"] == answers[name]["completion"]
+        assert record["rejected"] != record["chosen"]
+
+
+def test_records_are_not_taken_for_text():
+    (source,) = sources_of(DataConfig(sources=(embedded.FUNCTIONS,)))
+    with pytest.raises(UserError, match="pydoc-functions holds conversations and pairs"):
+        list(documents(source))
