@@ -175,6 +175,17 @@ def test_prepared_records_train_as_those_of_the_files(answered, chats, tmp_path)
     assert not (tmp_path / "other").exists()
 
 
+def test_prepared_pairs_train_as_those_of_the_files(tiny, pairs, tmp_path):
+    config = config_of(tiny, [pairs[0]], "pairs", train_steps=3)
+    made = prepare.prepare(config, tmp_path / "prepared", prepare.Options(workers=1))
+    assert made["totals"]["train"]["rows"] > 0
+    prepared = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=(str(tmp_path / "prepared"),)))
+    train.run(config, tmp_path / "files")
+    train.run(prepared, tmp_path / "folder")
+    assert metrics(tmp_path / "folder") == metrics(tmp_path / "files")
+    assert weights(tmp_path / "folder") == weights(tmp_path / "files")
+
+
 def test_preferences_are_learnt_chunk_by_chunk(preferred):
     _, folder, summary = preferred
     first, *_ = map(json.loads, (folder / "chunk1/metrics.jsonl").read_text().splitlines())

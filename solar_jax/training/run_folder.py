@@ -53,7 +53,10 @@ def _lists(tree: Any) -> Any:
 _TEXT = "data.json"
 
 # Keys, or groups of keys, that do not affect training results: a restart may change them.
-_FREE = ("logging", "data.workers", "preferences.cache", *(f"checkpoint.{key}" for key in ("keep", "keep_every", "keep_best", "restore")))
+_FREE = (
+    "logging", "data.workers", "preferences.cache",
+    *(f"checkpoint.{key}" for key in ("keep", "keep_every", "keep_best", "restore")),
+)  # fmt: skip
 TOKENIZER, DATA = "tokenizer", "data"  # other names that --allow_changed accepts
 RULES = "rules"  # of records: template, its date, and a hash of everything that their tokens depend on
 _DIFFERENCES = 4  # shown at most
