@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import math
-import pathlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
@@ -14,10 +14,12 @@ from solar_jax.data.chat.pairs import LogProbs
 from solar_jax.data.corpus import AnyRows, Corpus, heldout_indices, heldout_rows
 from solar_jax.data.pipeline import addresses, batch_documents, heldout_batches, passes, training_rows
 from solar_jax.parallel import processes, rules
+from solar_jax.storage import paths
 from solar_jax.training import run_folder
 from solar_jax.training.chunks import make_chunks
 from solar_jax.training.loop import train_arm
 from solar_jax.training.objectives import answer_measures
+from solar_jax.training.partition import make_partition
 from solar_jax.training.preferences import make_loss, preference_measures, preference_objective
 from solar_jax.training.reference import log_probs
 from solar_jax.training.run import Arm, Run, first_params, say
@@ -52,31 +54,31 @@ def tune_on_pairs(run: Run, corpus: Corpus, end: int) -> None:
     the start of the whole run, so that chunks compare. The last chunk's arm is the run itself, the others are in
     chunk1/, chunk2/ and so on.
     """
-    config, mixture = run.config, make_loss(run.config.preferences)
-    cache = pathlib.Path(config.preferences.cache) if config.preferences.cache else run.workdir / REFERENCE
+    config, loss = run.config, make_loss(run.config.preferences)
+    cache = paths.path(config.preferences.cache) if config.preferences.cache else run.workdir / REFERENCE
 
-    def reference(c: Checkpoint, parts: list) -> LogProbs:
+    def reference(c: Checkpoint, wanted: list[tuple[AnyRows, Iterable[int]]]) -> LogProbs:
         begin = time.perf_counter()
-        found = log_probs(parts, c.cfg, first_params(run, c), config, run.mesh, cache, say)
+        partition = make_partition(config.train.trainable, c.layer_map, config.lora)
+        found = log_probs(wanted, c.cfg, first_params(run, c, partition), config, run.mesh, cache, say)
         run.ledger.add("reference", time.perf_counter() - begin)
         return found
 
-    every_row = [(rows, list(range(len(rows)))) for _, rows in corpus.train]
-    held_out = heldout_indices(corpus, config.evaluation.windows)
+    chunks = make_chunks(corpus, config, lambda: reference(run.grown, [(r, range(len(r))) for _, r in corpus.train]))
     known: LogProbs | None = None
-    if mixture.needs_reference:
-        known = reference(run.grown, list(held_out))
+    if loss.needs_reference:  # of the start: the held-out pairs and the first chunk's
+        first = _read(chunks[0], with_steps(config, row_count(chunks[0])))
+        known = reference(run.grown, [*heldout_indices(corpus, config.evaluation.windows), *first])
     measured = dataclasses.replace(
         run,
-        objective=preference_objective(mixture, config.data.sequence_length),
-        measures=preference_measures(mixture, config.data.sequence_length, end),
+        objective=preference_objective(loss, config.data.sequence_length),
+        measures=preference_measures(loss, config.data.sequence_length, end),
         heldout=heldout_batches(
             heldout_rows(corpus, config.evaluation.windows, known),
             rules.padded_rows(config.evaluation.batch_size, run.mesh),
             rules.batch_sharding(run.mesh),
         ),
     )
-    chunks = make_chunks(corpus, config, lambda: reference(run.grown, every_row))
     start, base = run.grown, None
     for i, chunk in enumerate(chunks):
         last = i == len(chunks) - 1
@@ -89,7 +91,8 @@ def tune_on_pairs(run: Run, corpus: Corpus, end: int) -> None:
                 f"chunk {i + 1} of {len(chunks)}: {pairs:,} pairs, {its.train.steps} steps, read "
                 f"{max(readings):.2f} times"
             )
-        known = reference(start, _read(chunk, its)) if mixture.needs_reference else None
+        if i and loss.needs_reference:
+            known = reference(start, _read(chunk, its))
         if len(chunks) > 1:
             run_folder.add_model(folder, start, config, base)
         arm_run = dataclasses.replace(
@@ -97,7 +100,7 @@ def tune_on_pairs(run: Run, corpus: Corpus, end: int) -> None:
             config=its,
             rows=training_rows(chunk, config.seed, known),
             documents=functools.partial(batch_documents, chunk, config.seed),
-            first_loss=mixture.at_reference(),
+            first_loss=loss.at_reference(),
         )
         train_arm(arm_run, Arm(name, start, folder, config.train.trainable, config.lora))
         processes.wait(f"{name} is trained")
@@ -105,7 +108,7 @@ def tune_on_pairs(run: Run, corpus: Corpus, end: int) -> None:
             start, base = open_checkpoint(str(folder)), str(folder)
 
 
-def _read(corpus: Corpus, config: Config) -> list[tuple[AnyRows, list[int]]]:
+def _read(corpus: Corpus, config: Config) -> list[tuple[AnyRows, Iterable[int]]]:
     """The rows of each source that a run of these steps reads."""
     wanted: list[set[int]] = [set() for _ in corpus.train]
     places: Any = addresses(corpus, config.seed)
