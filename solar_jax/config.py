@@ -118,8 +118,8 @@ class DataConfig:
     workers: int = 0  # processes that make batches; 0: a thread
     packing: str = "best_fit"  # documents packed to fill rows; "concat": one stream, cut every T tokens
     mask_documents: bool = True  # tokens see only their own document within a packed row
-    # Records: "text", "conversations" (tunes on their answers) or "pairs" (tunes on preferences), whose forms are told
-    # apart by their keys, or one form by its name in data.chat.formats, such as sharegpt or orca_pairs.
+    # Records: "text", "conversations" (tunes on their answers) or "pairs" (tunes on preferences), whose forms are known
+    # by their keys, or one form by its name in data.chat.formats, such as sharegpt or orca_pairs.
     format: str = "text"
     template: str = "tokenizer"  # of conversations: the tokenizer's, solar, chatml, none (plain text), or a Jinja file
     train_on: str = "answers"  # of conversations: answers, last (the last answer), or all

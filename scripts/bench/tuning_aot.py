@@ -60,9 +60,9 @@ def main() -> None:
         partition = make_partition(config.train.trainable, layer_map, config.lora)
         step = compile_step(grown_config(config.model, layer_map), config, wanted, partition=partition)
         overlapped, serial = step.program.seconds()
-        told = ""
+        compared = ""
         if first is not None:
-            told = (
+            compared = (
                 f"; of {args.kinds.split(',')[0]}'s memory {step.total / first[0]:.3f}, of its time "
                 f"{overlapped / first[1]:.3f} / {serial / first[2]:.3f}"
             )
@@ -70,7 +70,8 @@ def main() -> None:
         print(
             f"{kind:<9}{args.slice}  {args.batch} x {args.length}, remat {args.remat}: {step.total / GIB:6.2f} GiB a "
             f"device (arguments {step.arguments / GIB:.2f}, temporaries {step.temporaries / GIB:.2f}), step "
-            f"{overlapped:.3f} / {serial:.3f} s (overlapped / serial), compiled in {step.compiled_seconds:.0f} s{told}",
+            f"{overlapped:.3f} / {serial:.3f} s (overlapped / serial), compiled in {step.compiled_seconds:.0f} s"
+            f"{compared}",
             flush=True,
         )
 

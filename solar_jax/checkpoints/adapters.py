@@ -104,7 +104,7 @@ _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weig
 
 
 def is_peft(path: pathlib.Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
+    """Returns whether a folder holds an adapter and no model."""
     return (path / PEFT_CONFIG).is_file() and not (path / "config.json").exists()
 
 

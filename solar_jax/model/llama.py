@@ -177,7 +177,7 @@ class Block(nnx.Module):
             return constrain(getattr(self, name)[...], LAYER_AXES[name])
 
         def adapted(y: jax.Array, h: jax.Array, name: str) -> jax.Array:
-            """What a projection gives with its adapter: y + (h A) B, scaled to DoRA's magnitude where there is one."""
+            """Adds a projection's adapter: y + (h A) B, scaled to DoRA's magnitude where there is one."""
             if name + "_lora_a" not in self.adapters:
                 return y
             w = LAYER_AXES[name + "_proj"]

@@ -30,7 +30,7 @@ class Forward:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a step minimises.
+    """A quantity that a step minimises.
 
     loss   (forward, batch) -> summed loss, what it is summed over, further sums to be reported as means
     whole  (a step's batch, before it is split into microbatches) -> the batch with what depends on all of it

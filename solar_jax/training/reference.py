@@ -40,8 +40,8 @@ def weights_key(params: Params, config: Config) -> str:
     found: dict[str, int] = {}
     for path, x in jax.tree.leaves_with_path(params):
         found |= checksums.together(checksums.sums(checksums.views({checksums.name_of(path): x})))
-    told = json.dumps([found, str(compute_dtype(config.train))], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    content = json.dumps([found, str(compute_dtype(config.train))], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def log_probs(
@@ -70,7 +70,8 @@ def log_probs(
         return known
     length, size = config.data.sequence_length, rules.padded_rows(config.evaluation.batch_size, mesh)
     step = make_sequence_step(cfg, config, mesh, partition or everything(cfg))
-    groups, begin, told = list(_rows(missing, length)), time.perf_counter(), time.perf_counter()
+    groups, begin = list(_rows(missing, length)), time.perf_counter()
+    reported = begin
     for k in range(0, len(groups), size):
         some = groups[k : k + size]
         rows = [_row([missing[key] for key in keys], length) for keys in some]
@@ -80,10 +81,10 @@ def log_probs(
             for i, key in enumerate(keys):
                 known[key] = float(sums[row, 2 * i]), float(sums[row, 2 * i + 1])
                 file.append({"pair": key, "chosen": known[key][0], "rejected": known[key][1]})
-        if time.perf_counter() - told > _EVERY:
+        if time.perf_counter() - reported > _EVERY:
             file.flush()
-            told = time.perf_counter()
-            left = (told - begin) / (k + len(some)) * (len(groups) - k - len(some))
+            reported = time.perf_counter()
+            left = (reported - begin) / (k + len(some)) * (len(groups) - k - len(some))
             say(f"reference: {k + len(some):,} of {len(groups):,} rows, {duration(left)} left")
     file.flush()
     return known

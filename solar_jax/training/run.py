@@ -51,7 +51,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What the run trains on: "text", "conversations" or "pairs"."""
+        """Kind of records that the run trains on: "text", "conversations" or "pairs"."""
         return kind_of(self.config.data.format)
 
     @property
@@ -132,7 +132,7 @@ def evaluate(
 
 
 def measures_line(run: Run, arm: str, step: int) -> str:
-    """What was measured beside the held-out loss, as the end of a line; "" if nothing."""
+    """Measures beside the held-out loss, as the end of a line; "" if there are none."""
     record = next((r for r in run.evals.read() if r["arm"] == arm and r["step"] == step), {})
     said = ""
     if "accuracy" in record:

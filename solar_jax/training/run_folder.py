@@ -221,7 +221,7 @@ def _fill(
 
 
 def _write_model(folder: pathlib.Path, config: Config, c: Checkpoint, base: str | None = None) -> None:
-    """What makes a folder of checkpoints a model: its config, its tokenizer and its lineage.
+    """Writes what makes a folder of checkpoints a model: its config, its tokenizer and its lineage.
 
     `base` is what adapters adapt, where that is another model than the config's source with its growth.
     """

@@ -185,14 +185,16 @@ def _answers(
 ) -> list[Span]:  # fmt: skip
     """The spans of the answers: those the template marks, or those between prefixes of the conversation."""
     answers = [i for i, m in enumerate(found.messages) if m["role"] == "assistant"]
+    if marked and all(i >= found.prompt and found.messages[i].get("weight", 1) != 0 for i in answers):
+        return marked
     if marked and len(marked) == len(answers):
         spans: dict[int, Span | None] = dict(zip(answers, marked, strict=True))
     else:
         spans = {i: _between_prefixes(template, found, i, text, how) for i in answers if i >= found.prompt}
         if answers and spans.get(answers[-1], ()) is None:
             raise UserError(
-                f"{template.name}: the prompt for the last answer is no prefix of the whole conversation, so that it "
-                "cannot be told what is trained; a template with {% generation %} can tell."
+                f"{template.name}: the prompt for the last answer is no prefix of the whole conversation, so the "
+                "trained tokens are unknown; a template with {% generation %} marks them."
             )
     wanted = [i for i in answers if i >= found.prompt and found.messages[i].get("weight", 1) != 0]
     return [span for i in wanted if (span := spans[i]) is not None]
@@ -231,7 +233,7 @@ TRAINED: dict[str, Callable[..., Sequence[Span]]] = {"answers": _answers, "last"
 # ---- Facts of a tokenizer and a template -----------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class _Writes:
-    """What a template writes, found by a probe."""
+    """Facts of a template, found by a probe."""
 
     specials: bool  # any special token
     end: bool  # one after an answer

@@ -219,7 +219,7 @@ def read_record(record: Any, where: str, form: str) -> Conversation | Pair:
     Args:
       record: as a file holds it.
       where: its name, for messages.
-      form: a name of `KINDS`, whose forms are told apart by the record's keys, or the name of one form.
+      form: a name of `KINDS`, whose forms are known by the record's keys, or the name of one form.
 
     Raises:
       UserError: it is of no known form, or a part of it is missing or of another type.

@@ -51,7 +51,7 @@ class Template:
 
     @property
     def needs_date(self) -> bool:
-        """Whether the output depends on the day."""
+        """True if the output depends on the day."""
         return "strftime_now" in self.text
 
     def render(
