@@ -69,7 +69,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
 
     config.name = "sdpo_smollm2"
     config.source = "smollm2"
-    config.data.sources = ("pydoc-functions",)
+    config.data.sources = ("pydoc-functions?limit=30000",)
     config.data.sequence_length = 512
     config.data.holdout_every = 8
     config.preferences.chunks = "difficulty:2"

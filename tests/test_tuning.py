@@ -145,7 +145,8 @@ def test_microbatches_and_the_mesh_change_no_loss(answered, tmp_path, changes):
     )
     train.run(other, tmp_path / "run")
     for ours, theirs in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
-        assert ours[1:3] == pytest.approx(theirs[1:3], rel=1e-4)
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
+        assert ours[2] == pytest.approx(theirs[2], rel=1e-4)  # of a gradient's norm
 
 
 @pytest.mark.parametrize("moment", ["tuned step 5", "tuned: written"])

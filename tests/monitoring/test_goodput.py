@@ -92,7 +92,8 @@ def test_goodput_counts_from_the_very_first_start_what_went_into_steps_that_coun
     assert found["goodput"] == 0.5  # 50 of 100 seconds
     assert (found["starts"], found["wall_seconds"]) == (2, 100.0)
     assert found["spent_seconds"] == {
-        "compute": 50.0, "data": 2.0, "evaluation": 0.0, "checkpoint": 5.0, "compilation": 0.0, "lost": 6.0,
+        "compute": 50.0, "data": 2.0, "evaluation": 0.0, "checkpoint": 5.0, "compilation": 0.0, "reference": 0.0,
+        "lost": 6.0,
         "other": 37.0,
     }  # fmt: skip
     assert goodput_line(found) == (
