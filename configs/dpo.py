@@ -15,9 +15,9 @@ Full size
   licences  UltraFeedback MIT, Orca DPO pairs Apache-2.0
 
 :smollm2, the same file at the size of a laptop
-  trains    SmolLM2-135M-Instruct to prefer the right function's documentation to its neighbour's, 780 pairs
-  needs     5 GiB of memory, about 8 minutes on 2 cores
-  expect    held-out loss 0.693 (ln 2) before; after it 0.5, preference accuracy from 50 to about 75 %
+  trains    SmolLM2-135M-Instruct to prefer the right function's documentation to its neighbour's, 273 pairs
+  needs     5 GiB of memory, about 4 minutes on 2 cores
+  expect    held-out loss 0.693 (ln 2) before and 0.658 after, preference accuracy 68 +- 8 % on 38 held-out pairs
 """
 
 import ml_collections

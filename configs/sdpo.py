@@ -12,7 +12,9 @@ Full size
 
 :smollm2, the same file at the size of a laptop
   trains    SmolLM2-135M-Instruct on the pairs of configs/dpo.py, easiest first in two chunks
-  needs     5 GiB of memory, about 10 minutes on 2 cores
+  needs     5 GiB of memory, about 4 minutes on 2 cores
+  expect    from the result of configs/sft.py:smollm2, held-out loss 0.693 before, 0.626 and 0.615 after the two chunks,
+            preference accuracy 76 +- 7 % on 38 held-out pairs
 """
 
 import ml_collections
