@@ -255,9 +255,9 @@ def _summary(made: dict[str, Any], out: pathlib.Path, seconds: float) -> str:
         )
     both = [made["totals"][part] for part in ("train", "heldout")]
     room = sum(t["rows"] for t in both) * made["sequence_length"]
-    real = sum(t["tokens"] for t in both) / max(1, room)
+    real, kind = sum(t["tokens"] for t in both) / max(1, room), "trained" if "records" in made else "real"
     lines.append(
-        f"{out}: {sum(t['rows'] for t in both):,} rows, {100 * real:.2f} % real tokens, "
+        f"{out}: {sum(t['rows'] for t in both):,} rows, {100 * real:.2f} % {kind} tokens, "
         f"{sum(t['bytes'] for t in both) / 1e6:,.1f} MB, in {duration(seconds)}"
     )
     return "\n".join(lines)
