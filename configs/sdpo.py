@@ -17,71 +17,22 @@ Full size
             preference accuracy 76 +- 7 % on 38 held-out pairs
 """
 
+import pathlib
+import runpy
+
 import ml_collections
 
-from solar_jax.config import defaults
 from solar_jax.errors import UserError
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
     if size not in ("full", "smollm2"):
         raise UserError(f"configs/sdpo.py has the sizes full and smollm2, found {size!r}.")
-    config = defaults()
-    config.growth.operator = "identity"
-    config.data.format = "pairs"
-    config.preferences.losses = ("sigmoid",)
-    config.preferences.beta = 0.1
-    config.preferences.chunks = "source"
-    config.train.epochs = 1.0  # a chunk
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_fraction = 0.1
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.final_fraction = 0.0
-
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("dpo.py")))["get_config"](size)
     if size == "full":
-        config.name = "sdpo"
-        config.source = "runs/sft"
-        config.fallback = "configs/sdpo.py:smollm2"
-        config.model.vocab_size = 32000
-        config.model.hidden_size = 4096
-        config.model.intermediate_size = 14336
-        config.model.num_hidden_layers = 48
-        config.model.num_attention_heads = 32
-        config.model.num_key_value_heads = 8
-        config.model.head_dim = 128
-        config.model.rope_theta = 10000.0
-        config.model.rms_norm_eps = 1e-5
-        config.data.sources = (
-            "hf://datasets/Intel/orca_dpo_pairs",
-            "hf://datasets/allenai/ultrafeedback_binarized_cleaned/data/train_prefs*.parquet",
-        )
-        config.data.template = "solar"
-        config.data.sequence_length = 2048
-        config.data.holdout_every = 100
-        config.train.batch_size = 64  # chosen
-        config.train.accumulation = 0
-        config.train.precision = "mixed"
-        config.optimizer.learning_rate = 5e-7
-        config.evaluation.every = 100
-        config.evaluation.windows = 256
-        config.evaluation.batch_size = 64
-        config.checkpoint.every = 100
-        config.export.dtype = "bfloat16"
-        return config
-
-    config.name = "sdpo_smollm2"
-    config.source = "smollm2"
-    config.data.sources = ("pydoc-functions?limit=30000",)
-    config.data.sequence_length = 512
-    config.data.holdout_every = 8
-    config.preferences.chunks = "difficulty:2"
-    config.train.batch_size = 2
-    config.train.remat = "matmuls"
-    config.train.precision = "float32"
-    config.optimizer.learning_rate = 5e-6
-    config.evaluation.windows = 32
-    config.evaluation.batch_size = 8
-    config.checkpoint.every = 20
-    config.checkpoint.keep = 1
-    config.export.dtype = "float32"
+        config.name, config.fallback = "sdpo", "configs/sdpo.py:smollm2"
+        config.preferences.chunks = "source"
+    else:
+        config.name = "sdpo_smollm2"
+        config.preferences.chunks = "difficulty:2"
     return config
