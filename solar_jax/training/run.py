@@ -24,7 +24,7 @@ from solar_jax.monitoring.trackers import Writers
 from solar_jax.parallel import rules
 from solar_jax.training.objectives import Measures, Objective, next_token, text_measures
 from solar_jax.training.partition import Partition, make_partition
-from solar_jax.training.step import make_measure_step, means
+from solar_jax.training.step import make_eval_step, means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +118,10 @@ def evaluate(
     for record in run.evals.read():
         if record["arm"] == arm and record["step"] == step:
             return record["loss"]
-    measure = make_measure_step(
+    eval_step = make_eval_step(
         cfg, run.config.train, run.config.data.sequence_length, run.mesh, run.measures, partition
     )
-    found = means(measure, params, run.heldout)
+    found = means(eval_step, params, run.heldout)
     values = {name: value for name, (value, _) in found.items()}
     if "accuracy" in found:
         value, pairs = found["accuracy"]

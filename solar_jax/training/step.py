@@ -2,7 +2,7 @@
 
 import functools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +35,8 @@ from solar_jax.training.objectives import (
 from solar_jax.training.partition import Partition, everything
 from solar_jax.training.state import State, model_shardings, state_shardings
 
+# (params, batch) -> sums by name, each with what it is summed over; "loss" is among them
+EvalStep = Callable[[Params, Batch], Mapping[str, tuple[jax.Array, jax.Array]]]
 LOGITS = 2**26  # of one chunk of the loss, on one device: 256 MiB in float32
 
 
@@ -181,30 +183,13 @@ def make_train_step(
 
 @functools.cache  # evaluations come again and again; each new jit would compile again
 def make_eval_step(
-    cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh
-) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """A jitted (params, batch) -> summed loss in nats, number of targets; of the unquantised model."""
-    forward = make_forward(cfg, train, length, mesh)
-
-    def summed(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return text_measures(forward(params), batch)["loss"]
-
-    return jax.jit(
-        over_slices(mesh, summed),
-        in_shardings=(rules.parameter_shardings(cfg, mesh), rules.batch_sharding(mesh)),
-        out_shardings=rules.replicated(mesh),
-    )
-
-
-@functools.cache
-def make_measure_step(
     cfg: ModelConfig,
     train: TrainConfig,
     length: int,
     mesh: Mesh,
-    measures: Measures,
+    measures: Measures = text_measures,
     partition: Partition | None = None,
-) -> Callable[[Params, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+) -> EvalStep:
     """A jitted (params, batch) -> sums by name, each with what it is summed over; of the unquantised model."""
     forward, partition = make_forward(cfg, train, length, mesh), partition or everything(cfg)
 
@@ -218,19 +203,13 @@ def make_measure_step(
     )
 
 
-def means(
-    step: Callable[[Params, Batch], dict[str, tuple[jax.Array, jax.Array]]], params: Params, batches: list[Batch]
-) -> dict[str, tuple[float, float]]:
+def means(eval_step: EvalStep, params: Params, batches: list[Batch]) -> dict[str, tuple[float, float]]:
     """The mean of each measure over all batches, and what it is over; the sums are added in float64."""
-    found = [jax.tree.map(float, step(params, batch)) for batch in batches]
-    total = {name: sum(f[name][0] for f in found) for name in found[0]}
-    count = {name: sum(f[name][1] for f in found) for name in found[0]}
+    found = [jax.tree.map(float, eval_step(params, batch)) for batch in batches]
+    total, count = ({name: sum(f[name][i] for f in found) for name in found[0]} for i in (0, 1))
     return {name: (total[name] / max(count[name], 1.0), count[name]) for name in total}
 
 
-def mean_loss(
-    eval_step: Callable[[Params, Batch], tuple[jax.Array, jax.Array]], params: Params, batches: list[Batch]
-) -> float:
-    """Mean loss a target over all batches, in nats; the sums are added in float64."""
-    sums = [eval_step(params, batch) for batch in batches]
-    return sum(float(loss) for loss, _ in sums) / sum(float(targets) for _, targets in sums)
+def mean_loss(eval_step: EvalStep, params: Params, batches: list[Batch]) -> float:
+    """The mean loss over all batches, in nats."""
+    return means(eval_step, params, batches)["loss"][0]

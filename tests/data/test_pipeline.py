@@ -273,7 +273,8 @@ def test_filling_up_the_last_heldout_batch_leaves_the_mean_loss_alone(corpus, ro
 
     def summed(params, batch):  # a loss that depends on every token
         del params
-        return (batch["weights"] * (batch["targets"] + 0.1 * batch["tokens"])).sum(), batch["weights"].sum()
+        loss = (batch["weights"] * (batch["targets"] + 0.1 * batch["tokens"])).sum()
+        return {"loss": (loss, batch["weights"].sum())}
 
     losses = [r["weights"] * (r["targets"] + 0.1 * r["tokens"]) for r in kept]
     expected = np.sum(losses) / np.sum([r["weights"] for r in kept])
