@@ -1,12 +1,14 @@
 """Tuning end to end on a tiny model: conversations, pairs, chunks and adapters, resumed, on other meshes, prepared."""
 
 import dataclasses
+import datetime
 import json
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from solar_jax import prepare, train
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.config import Config
+from solar_jax.data.chat import encoding
 from solar_jax.data.chat.encoding import load_rules
 from solar_jax.data.corpus import load_corpus
 from solar_jax.data.pipeline import addresses
@@ -174,6 +177,42 @@ def test_prepared_records_train_as_those_of_the_files(answered, chats, tmp_path)
     ):
         train.run(text, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_records_are_deduplicated_and_searched_for_evaluation_sets(tiny, tmp_path):
+    leaked = "which planet of the solar system has the largest number of known moons around it today"
+    records = [{"prompt": sentence(i, 3), "completion": sentence(i + 1000, 20)} for i in range(40)]
+    records += [records[3], {"prompt": leaked, "completion": "Saturn."}]
+    file, evaluations = tmp_path / "chats.jsonl", tmp_path / "evaluation.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    evaluations.write_text(json.dumps({"question": leaked + "?"}) + "\n")
+    # By position, so that the record that is searched for is not held out.
+    config = config_of(tiny, [file], "conversations", data_holdout="position", data_sequence_length=256)
+    options = prepare.Options(workers=1, dedup=True, decontaminate=(str(evaluations),))
+    (source,) = prepare.prepare(config, tmp_path / "prepared", options)["sources"]
+    assert (source["documents"], source["duplicates"], source["contaminated"]) == (42, 1, 1)
+    assert source["train"]["documents"] + source["heldout"]["documents"] == 40
+
+
+def test_a_template_writes_the_day_on_which_its_run_began(tiny, chats, tmp_path, monkeypatch):
+    (tmp_path / "dated.jinja").write_text(
+        "{{ strftime_now('%Y-%m-%d') }} {% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    )
+    config = config_of(tiny, [chats], "conversations", data_template=str(tmp_path / "dated.jinja"))
+
+    def today(day: str) -> None:
+        date = types.SimpleNamespace(today=lambda: datetime.date.fromisoformat(day))
+        monkeypatch.setattr(encoding, "datetime", types.SimpleNamespace(date=date))
+
+    today("2026-11-28")
+    train.run(config, tmp_path / "whole")
+    interrupted(config, tmp_path / "run", "tuned step 3", monkeypatch)
+    today("2026-11-29")
+    train.run(config, tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert json.loads((tmp_path / "run/data.json").read_text())["rules"]["date"] == "2026-11-28"
+    train.run(config, tmp_path / "next")  # begun a day later: other tokens
+    assert metrics(tmp_path / "next") != metrics(tmp_path / "whole")
 
 
 def test_prepared_pairs_train_as_those_of_the_files(tiny, pairs, tmp_path):
