@@ -77,6 +77,15 @@ def hf_model(kind: str = "llama", seed: int = 0, **changes) -> transformers.PreT
     return model
 
 
+def moved(model: transformers.PreTrainedModel, seed: int, by: float = 1e-3) -> transformers.PreTrainedModel:
+    """The model with noise added: near its start, as after fine-tuning."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(by * torch.randn_like(p))
+    return model
+
+
 def byte_tokenizer() -> tokenizers.Tokenizer:
     """256 bytes and three special tokens; every text encodes to as many tokens as it has bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

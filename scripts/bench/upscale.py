@@ -21,8 +21,8 @@ import time
 import ml_dtypes
 import numpy as np
 
-from solar_jax.checkpoints.checkpoint import check_tensors, row_blocks
-from solar_jax.checkpoints.hf_folder import open_folder
+from solar_jax.checkpoints.checkpoint import row_blocks
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
 from solar_jax.errors import UserError
 from solar_jax.formats.safetensors import Piece, write_safetensors
@@ -91,8 +91,7 @@ def measure(command: list[str]) -> dict[str, float]:
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
     """Returns the SHA-256 of every tensor."""
-    c = open_folder(folder)
-    check_tensors(c)
+    c = open_checkpoint(str(folder))
     out = {}
     for name, shape in c.shape_of.items():
         digest = hashlib.sha256(f"{shape} {c.dtype_of[name]}".encode())

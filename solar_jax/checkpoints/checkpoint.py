@@ -56,6 +56,8 @@ class Checkpoint:
     lineage: dict[str, Any] | None = None  # the content of lineage.json
     origins: dict[str, Origin] = dataclasses.field(default_factory=dict)  # for a view's tensors
     view: View | None = None  # None: opened, not computed
+    merged_from: tuple["Checkpoint", ...] = ()  # the inputs of a merge
+    recipe: dict[str, Any] | None = None  # of a merge, for its lineage
 
     def origin(self, name: str) -> Origin:
         return self.origins.get(name, (self.where, name))

@@ -9,12 +9,13 @@ from solar_jax.storage.paths import is_local, read_small
 
 LINEAGE = "lineage.json"
 CERTIFICATE = "certificate.json"
+CANDIDATES = "candidates.json"  # measures of the merges among which this one was chosen
 CARD, BASE_CARD = "README.md", "README.base.md"  # the model's own card, and that of the model that it was made from
 # Not copied to checkpoints made from this one: weights in any format, and files that describe only those weights.
 LEFT_BEHIND = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.index.json",
-    "config.json", LINEAGE, CERTIFICATE, "README.md", ".*", "training_args*", "trainer_state.json", "optimizer*",
-    "*_results.json", "consolidated*", "params.json",  # the last two: Mistral's and Meta's native formats
+    "config.json", LINEAGE, CERTIFICATE, CANDIDATES, "README.md", ".*", "training_args*", "trainer_state.json",
+    "optimizer*", "*_results.json", "consolidated*", "params.json",  # the last two: Mistral's and Meta's native formats
 )  # fmt: skip
 
 

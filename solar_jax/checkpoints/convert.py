@@ -79,7 +79,7 @@ def convert_checkpoint(
     job = {
         "source": lineage.fingerprint(c.source), "form": target.form, "dtype": c.cast_to, "limit": limit,
         "layer_map": dataclasses.asdict(c.layer_map), "versions": lineage.versions(), "processes": count,
-    }  # fmt: skip
+    } | ({"merge": c.source.recipe} if c.source.recipe else {})  # fmt: skip
     more |= {"base_model": base} if (base := base_model(c)) else {}
     record = lineage.lineage_record(c, made_by, form=target.form, dtype=c.common_dtype, **more)
     with _shared_folder(target, job) as (folder, has, put):

@@ -81,7 +81,7 @@ def lineage_record(c: Checkpoint, made_by: str, **more: Any) -> dict[str, Any]:
 
     Args:
       c: the checkpoint, usually a view; its `source` is the parent.
-      made_by: "upscale", "convert" or "train".
+      made_by: "upscale", "convert", "merge" or "train".
       more: additional keys, with JSON values.
     """
     layer_map = c.layer_map
@@ -95,9 +95,19 @@ def lineage_record(c: Checkpoint, made_by: str, **more: Any) -> dict[str, Any]:
         "scale": None if set(layer_map.scale) == {1.0} else list(layer_map.scale),
         **more,
         "source": public_fingerprint(c.source),
+        **({"merge": _public_values(c.source.recipe)} if c.source.recipe else {}),
         "versions": versions(),
-        "parents": [c.lineage] if c.lineage else [],
+        "parents": [x.lineage for x in c.source.merged_from or (c,) if x.lineage],
     }
+
+
+def _public_values(value: Any) -> Any:
+    """JSON in which every local path is reduced as `public` does."""
+    if isinstance(value, dict):
+        return {key: _public_values(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public_values(one) for one in value]
+    return public(value) if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
 
 def write_record(folder: pathlib.Path, content: dict[str, Any], name: str) -> None:

@@ -1,7 +1,6 @@
 """A run and its arms: shared state, first weights and held-out loss."""
 
 import dataclasses
-import math
 import pathlib
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from solar_jax.monitoring.trackers import Writers
 from solar_jax.parallel import rules
 from solar_jax.training.objectives import Measures, Objective, next_token, text_measures
 from solar_jax.training.partition import Partition, make_partition
-from solar_jax.training.step import make_eval_step, means
+from solar_jax.training.step import make_eval_step, means, with_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +120,7 @@ def evaluate(
     eval_step = make_eval_step(
         cfg, run.config.train, run.config.data.sequence_length, run.mesh, run.measures, partition
     )
-    found = means(eval_step, params, run.heldout)
-    values = {name: value for name, (value, _) in found.items()}
-    if "accuracy" in found:
-        value, pairs = found["accuracy"]
-        values |= {"accuracy_error": math.sqrt(value * (1 - value) / max(1.0, pairs)), "pairs": pairs}
+    values = with_error(means(eval_step, params, run.heldout))
     run.evals.append({"arm": arm, "step": step} | values)
     run.writers.write(arm, step, {f"heldout_{name}": value for name, value in values.items()})
     return values["loss"]

@@ -1,6 +1,7 @@
 """The training step and the evaluation step: pure functions of state and batch, compiled for a mesh."""
 
 import functools
+import math
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -208,6 +209,15 @@ def means(eval_step: EvalStep, params: Params, batches: list[Batch]) -> dict[str
     found = [jax.tree.map(float, eval_step(params, batch)) for batch in batches]
     total, count = ({name: sum(f[name][i] for f in found) for name in found[0]} for i in (0, 1))
     return {name: (total[name] / max(count[name], 1.0), count[name]) for name in total}
+
+
+def with_error(found: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Values of measures, each given with what it is a mean over; an accuracy with its standard error and its pairs."""
+    values = {name: value for name, (value, _) in found.items()}
+    if "accuracy" in found:
+        value, pairs = found["accuracy"]
+        values |= {"accuracy_error": math.sqrt(value * (1 - value) / max(1.0, pairs)), "pairs": pairs}
+    return values
 
 
 def mean_loss(eval_step: EvalStep, params: Params, batches: list[Batch]) -> float:
