@@ -157,9 +157,9 @@ def make_data(making: Making) -> dict[str, Any]:
     usable = [seed for seed in seeds if seed.record not in left_out]
     if not usable:
         record, found = next(iter(left_out.items()))
+        why = f"{found.reason} ({found.details})" if found.details else found.reason
         raise UserError(
-            f"--questions: {making.questions}: none of {len(seeds)} questions can be used; record {record}: "
-            f"{found.reason} {found.details} {found.evaluation}".strip()
+            f"--questions: {making.questions}: none of {len(seeds)} questions can be used; record {record}: {why}."
         )
     endpoint = Endpoint(making.endpoint, making.key, timeout=making.timeout, retries=making.retries)
     model = endpoint.served_model(making.model)

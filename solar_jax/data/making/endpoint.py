@@ -153,6 +153,7 @@ class Endpoint:
                 raise TypeError
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as e:
             raise _Nonsense(self._found(body)) from e
+        text = text.encode(errors="replace").decode()  # JSON may hold half of a surrogate pair
         return Reply(text, str(choice.get("finish_reason") or ""), str(value.get("model") or model), *tokens)
 
     def _count(self, why: str) -> None:

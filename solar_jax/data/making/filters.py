@@ -26,6 +26,7 @@ REASONS = {
     "duplicate": "the rephrased question occurred before",
 }
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_SHOWN = 200  # characters of a line
 _CUT = {"length", "content_filter"}  # finish reasons
 Check = Callable[[Seed, str], str | None]  # (seed, text) -> details if it fails
 
@@ -58,7 +59,7 @@ def _changed_numbers(seed: Seed, question: str) -> str | None:
 def _no_final_number(seed: Seed, answer: str) -> str | None:
     del seed
     last = ([line for line in answer.splitlines() if line.strip()] or [""])[-1]
-    return f"its last line is {last.strip()!r}" if final_number(answer) is None else None
+    return f"its last line is {last.strip()[:_SHOWN]!r}" if final_number(answer) is None else None
 
 
 def _wrong_final_number(seed: Seed, answer: str) -> str | None:
@@ -87,4 +88,6 @@ def incomplete(reply: Reply, text: str, what: str) -> Dropped | None:
 
 def contaminated(index: Index | None, where: str, text: str) -> Dropped | None:
     match: Match | None = index.matches(Document(where, text)) if index else None
-    return Dropped("contaminated", f"shares {match.words!r}", match.evaluation) if match else None
+    if match is None:
+        return None
+    return Dropped("contaminated", f"shares {match.words!r} with {match.evaluation}", match.evaluation)

@@ -22,7 +22,8 @@ _FLUSH_EVERY = 1.0  # seconds; most that a power cut loses
 
 def check_job(out: pathlib.Path, job: dict[str, Any]) -> None:
     """Raises a UserError unless a folder is free or was begun with the same settings."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    begun_to_write = f".{JOB_FILE}.tmp"  # left by a process that was killed within its first write
+    if not out.exists() or (out.is_dir() and all(file.name == begun_to_write for file in out.iterdir())):
         return
     if not (out / JOB_FILE).is_file():
         raise UserError(f"{out}: already exists and is no job of make_data; give a new folder.")

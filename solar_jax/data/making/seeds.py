@@ -65,6 +65,10 @@ def _text_under(record: dict[str, Any], key: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = "empty text" if isinstance(value, str) else type(value).__name__
         raise UserError(f"{where}: {key!r} must hold text, found {found}; the record has the keys {sorted(record)}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where}: the text under {key!r} has a lone surrogate, which is not a character.") from e
     return value.strip()
 
 

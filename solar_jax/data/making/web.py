@@ -46,7 +46,7 @@ class Web:
     def __init__(self, url: str, timeout: float):
         self._url, self._timeout = urllib.parse.urlsplit(url), timeout
         self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
 
     def request(self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None) -> Response:
         """Sends a request and returns the response, whatever its status; redirections are not followed.
@@ -75,8 +75,9 @@ class Web:
         return Response(response.status, dict(response.headers), content)
 
     def close(self) -> None:
-        """Ends the requests that are under way."""
+        """Ends the requests that are under way, and those that may yet begin."""
         with self._lock:
+            self._closed = True
             for sock in self._open:
                 _cut(sock)
 
@@ -93,6 +94,8 @@ class Web:
         timer.daemon = True
         with self._lock:
             self._open.add(sock)
+            if self._closed:
+                _cut(sock)
         timer.start()
         try:
             yield over

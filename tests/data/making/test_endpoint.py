@@ -1,6 +1,7 @@
 """The client against a stub: what it retries, how long it waits, when it gives up, and what it says then."""
 
 import itertools
+import threading
 import time
 
 import pytest
@@ -43,6 +44,12 @@ def test_an_answer_is_read_with_model_and_tokens():
     assert reply.text.endswith("How many are 3 and 4?")
     assert stub.keys == {"Bearer secret"}
     assert stub.requests == [REQUEST]
+
+
+def test_half_a_surrogate_pair_becomes_a_character():
+    body = said("x").body.replace(b'"x"', b'"x \\ud83d"')
+    with serving(Stub(answers(Sent(200, body)))) as stub:
+        assert Endpoint(stub.url).chat(REQUEST).text == "x ?"
 
 
 def test_an_endpoint_that_counts_no_tokens_is_read_too():
@@ -201,6 +208,20 @@ def test_a_slow_answer_is_cut_even_if_every_byte_comes_in_time():
     slow.drip = 0.05
     with serving(Stub(answers(slow))) as stub, pytest.raises(Unanswered, match=r"no (complete )?answer within 0.2 s"):
         Endpoint(stub.url, timeout=0.2, retries=0).chat(REQUEST)
+
+
+def test_closing_ends_a_request_that_is_under_way():
+    with serving(Stub(delay=30)) as stub:
+        client = Endpoint(stub.url, retries=3)
+        threading.Thread(target=lambda: (wait_for(stub), client.close()), daemon=True).start()
+        with pytest.raises(Unanswered, match="was closed"):
+            client.chat(REQUEST)
+    assert len(stub.requests) == 1
+
+
+def wait_for(stub: Stub) -> None:
+    while not stub.requests:
+        time.sleep(0.001)
 
 
 def test_closing_ends_a_request_that_waits_for_its_next_try():
