@@ -31,13 +31,12 @@ _PLAIN = (
     (re.compile(r"\*\*|`"), ""),
 )
 _VULGAR = re.compile(r"[¼-¾⅐-⅞]")
+# Marks that a final number stands behind. What the first two mark must be it: then no earlier mark is read.
+_HASHES = re.compile(r"^[ \t]*####[ \t]*([^\n]*)", re.MULTILINE)
 _BOXED = re.compile(r"\\f?boxed\s*\{")
-# Marks that a final number stands behind -> True if what follows must be it: then no earlier mark is read.
-_MARKS = (
-    (re.compile(r"^[ \t]*####[ \t]*([^\n]*)", re.MULTILINE), True),
-    (re.compile(r"\banswer\b[\s*]*(?:is|:|=)[\s:*]*([^\n]*)", re.IGNORECASE), False),
-)
+_SAID = re.compile(r"\banswer\b[\s*]*(?:is|:|=)[\s:*]*([^\n]*)", re.IGNORECASE)
 _SENTENCE = re.compile(r"[.!?](?=\s|$)")
+_LONGEST = 300  # characters in which a number and its unit are looked for; a model may repeat itself without end
 _MOST_DIGITS = 100  # of a number; Python itself refuses some thousand
 # fmt: off
 _ONES = (
@@ -61,15 +60,13 @@ def final_number(answer: str) -> Fraction | None:
     It stands behind `####`, in `\boxed{}` or behind "the answer is", whichever comes last; or it is the result or the
     only number of the last line. Currency, percent signs and units are ignored.
     """
-    found = [(m.start(), _up_to_brace(answer, m.end()), True) for m in _BOXED.finditer(answer)]
-    for mark, binding in _MARKS:
-        found += [(m.start(), _sentence(m[1]), binding) for m in mark.finditer(answer)]
-    for _, text, binding in sorted(found, reverse=True):
-        number = _stated(text)
-        if number is not None or binding:
+    marks = [m for pattern in (_HASHES, _BOXED, _SAID) for m in pattern.finditer(answer)]
+    for mark in sorted(marks, key=lambda m: m.start(), reverse=True):
+        number = _stated(_up_to_brace(answer, mark.end()) if mark.re is _BOXED else _sentence(mark[1]))
+        if number is not None or mark.re is not _SAID:
             return number
     last = next((line for line in reversed(answer.splitlines()) if line.strip()), "")
-    if found or not last:
+    if marks or not last:
         return None
     if "=" in last:
         return _stated(_sentence(last.rpartition("=")[2]))
@@ -103,7 +100,7 @@ def _named(text: str) -> tuple[collections.Counter[Fraction], collections.Counte
 
 def _stated(text: str) -> Fraction | None:
     """Returns the number that a text begins with, if nothing but a unit follows."""
-    text = _plain(text).strip()
+    text = _plain(text[:_LONGEST]).strip()
     match = _STATED.match(text)
     if match is None or not _REST.match(text, match.end()):
         return None

@@ -61,7 +61,7 @@ def test_the_final_number_is_found_however_it_is_written(answer, expected):
         r"\boxed{2\pi}", r"\boxed{10^5}", r"\boxed{5!}", "The answer is 5 apples and 3 pears.", "The answer is 3, 4",
         "The answer is 1/0", "#### 1,23", "The answer is 7:30.", "The answer is 3x10", "The answer is 5-7",
         "A) 3\nB) 4\nThe answer is B.", "first 3, then 4", "9" * 5000, f"#### {'9' * 5000}",
-        r"an early \boxed{4}, but then \boxed{x}",
+        r"an early \boxed{4}, but then \boxed{x}", r"\boxed{" * 20000,  # a model that repeats itself
     ],
 )  # fmt: skip
 def test_what_is_not_one_number_is_none(answer):
