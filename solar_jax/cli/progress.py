@@ -1,4 +1,4 @@
-"""Progress of work that takes minutes: a byte bar with speed and ETA, and a timer for work of unknown size."""
+"""Progress of work that takes minutes: bars of bytes or items with ETA, and a timer for work of unknown size."""
 
 import contextlib
 import sys
@@ -22,6 +22,22 @@ def byte_bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
         def update(n: int) -> None:
             with lock:
                 bar.update(n)
+
+        yield update
+
+
+@contextlib.contextmanager
+def count_bar(total: int, done: int, what: str) -> Iterator[Callable[[int, str], None]]:
+    """Shows a bar with the time left on standard error; yields a function of what was done since, and a note."""
+    live = sys.stderr.isatty()
+    with tqdm.tqdm(
+        total=total, initial=done, desc=what, unit="", dynamic_ncols=live, mininterval=0.2 if live else 15,
+        maxinterval=60,
+    ) as bar:  # fmt: skip
+
+        def update(n: int, note: str) -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(n)
 
         yield update
 
