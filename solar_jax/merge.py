@@ -164,12 +164,17 @@ def merge_best(
 
 def _measure(configs: Sequence[str], reference: str | None) -> Callable[[Checkpoint], Measured]:
     from solar_jax.cli.config_files import load_config  # imported here, since few merges are measured
+    from solar_jax.parallel.mesh import make_mesh
+    from solar_jax.planning import search
     from solar_jax.training.measuring import open_heldout
+    from solar_jax.training.partition import everything
 
     heldout = {}
     for name in configs:
         config = load_config(name)
-        heldout[name] = open_heldout(config, open_checkpoint(reference or config.source))
+        c = open_checkpoint(reference or config.source)
+        option, _ = search.choose(c.cfg, config, search.present(), everything(c.cfg))
+        heldout[name] = open_heldout(option.config, c, make_mesh(option.config.mesh))
     return lambda c: {name: rows.of(c) for name, rows in heldout.items()}
 
 

@@ -17,10 +17,7 @@ from solar_jax.data.pipeline import Batch, heldout_batches
 from solar_jax.model.precision import precision
 from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.parallel import rules
-from solar_jax.parallel.mesh import make_mesh
-from solar_jax.planning import search
 from solar_jax.training.objectives import Measures, answer_measures, text_measures
-from solar_jax.training.partition import everything
 from solar_jax.training.preferences import make_loss, preference_measures
 from solar_jax.training.reference import log_probs
 from solar_jax.training.step import make_eval_step, means, with_error
@@ -51,20 +48,18 @@ def _params(config: Config, mesh: jax.sharding.Mesh, c: Checkpoint) -> Params:
     return load_params(c, rules.parameter_shardings(c.cfg, mesh), dtypes)
 
 
-def open_heldout(config: Config, c: Checkpoint, cache: pathlib.Path | None = None) -> HeldOut:
+def open_heldout(config: Config, c: Checkpoint, mesh: jax.sharding.Mesh, cache: pathlib.Path | None = None) -> HeldOut:
     """Opens a config's held-out rows, tokenised as for `c`; of pairs, `c` is the reference model.
 
     Args:
-      config: of a run; its data, preferences, evaluation, precision and mesh count.
+      config: of a run, with nothing left to the planner; its data, preferences, evaluation and precision count.
       c: a model with the tokenizer and template.
+      mesh: of the evaluation.
       cache: folder of the reference's log-probabilities; a temporary one if None.
 
     Raises:
-      UserError: bad data, or a model that does not fit on the devices.
+      UserError: bad data.
     """
-    option, _ = search.choose(c.cfg, config, search.present(), everything(c.cfg))
-    config = dataclasses.replace(option.config, preferences=config.preferences)
-    mesh = make_mesh(config.mesh)
     tokenizer, eos = load_tokenizer(c), eos_id(c)
     encoding = load_rules(config.data, c.companions, c.where, tokenizer, eos)
     corpus = load_corpus(config.data, tokenizer, eos, c.cfg.vocab_size, encoding)
