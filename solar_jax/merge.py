@@ -122,7 +122,7 @@ Measured = Mapping[str, Mapping[str, float]]  # by config: measures by name
 
 def merge_best(
     candidates: Sequence[Candidate], models: Sequence[str], configs: Sequence[str], target: Target, *,
-    reference: str | None = None, verify: bool = False,
+    reference: str | None = None, verify: bool = False, numbers: str = "",
 ) -> str:  # fmt: skip
     """Measures candidate merges and writes the best one, with the table of all as candidates.json.
 
@@ -133,6 +133,7 @@ def merge_best(
       target: where the best is written.
       reference: of pairs, if it is not their config's source.
       verify: as in `merge`.
+      numbers: Markdown for the model card, before the candidates' table.
 
     Returns:
       The name of the best.
@@ -157,7 +158,7 @@ def merge_best(
         view, companions=view.companions | {CANDIDATES: (json.dumps(table, indent=2) + "\n").encode()}
     )
     losses = {name: of[configs[0]]["loss"] for name, of in found.items()}
-    convert_checkpoint(view, target, "merge", verify=verify, losses=losses, candidates=table)
+    convert_checkpoint(view, target, "merge", verify=verify, losses=losses, numbers=numbers, candidates=table)
     print(f"{target.out}: written")
     return best
 

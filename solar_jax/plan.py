@@ -1,6 +1,9 @@
 """Plan a run on TPU slices before renting them: memory, mesh, remat policy, time and price.
 
     python -m solar_jax.plan --config configs/dus_48l.py --slice v5p-128,v6e-256 [--tokens 3e11] [--compile]
+    python -m solar_jax.plan --config configs/solar/chain.py --slice v5p-128,v5e-256
+
+Of a chain every training stage is planned, and the cheapest slice of each is named.
 
 What the config leaves open (axes of `config.mesh` set to 0, `train.remat="auto"`, `train.accumulation=0`) is searched.
 Memory and time are estimated from shapes; `--compile` replaces them with the TPU compiler's own figures, which takes
@@ -16,6 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from solar_jax.chaining.stages import Chain, is_chain, resolve_chain
 from solar_jax.cli import command
 from solar_jax.config import Config, ModelConfig, resolve
 from solar_jax.errors import UserError
@@ -36,7 +40,12 @@ def check() -> None:
     f = flags.FLAGS
     if f.config is None or not f.slice:
         raise UserError("plan needs --config FILE and --slice NAME, for example --slice=v5p-128,v6e-256.")
-    resolve(f.config)
+    if is_chain(f.config):
+        resolve_chain(f.config)
+        if f.tokens is not None:
+            raise UserError("--tokens is for one run; a chain's stages state their own.")
+    else:
+        resolve(f.config)
 
 
 if __name__ == "__main__":
@@ -44,6 +53,7 @@ if __name__ == "__main__":
 
 import jax
 
+from solar_jax.chaining.planned import planned_stages
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.cli.progress import duration, ticking
 from solar_jax.growth.apply import grown_config
@@ -77,24 +87,76 @@ class Result:
 def main(argv: Sequence[str]) -> None:
     del argv
     f = flags.FLAGS
+    slices, prices = [find_slice(name) for name in f.slice], read_prices(f.prices)
+    if is_chain(f.config):
+        plan_chain(
+            resolve_chain(f.config), slices, compiles=f.compile, prices=prices, time_limit=f.time_limit, file=f.json
+        )
+        return
     plan(
-        resolve(f.config), [find_slice(name) for name in f.slice],
-        compiles=f.compile, tokens=f.tokens, prices=read_prices(f.prices), time_limit=f.time_limit, file=f.json,
+        resolve(f.config), slices, compiles=f.compile, tokens=f.tokens, prices=prices, time_limit=f.time_limit,
+        file=f.json,
     )  # fmt: skip
+
+
+def plan_chain(
+    chain: Chain, slices: Sequence[Slice], *, compiles: bool, prices: dict[str, float], time_limit: float,
+    file: str | None,
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Plans every training stage on each slice, and prints the cheapest one that each fits on.
+
+    Returns:
+      The rows of each stage, which `--json` writes.
+    """
+    found, lines, hours, total = {}, [], 0.0, 0.0
+    for one in planned_stages(chain, pathlib.Path("runs") / chain.name):
+        show(f"\n==== {one.stage.name}: {one.stage.config}")
+        tokens = one.stage.tokens or None
+        rows = plan(
+            one.config, slices, compiles=compiles, tokens=tokens, prices=prices, time_limit=time_limit, base=one.base
+        )
+        found[one.stage.name] = rows
+        best = min([r for r in rows if r["fits"]], key=lambda r: r["dollars"], default=None)
+        if best is None:
+            lines.append(f"{one.stage.name:<10}fits none of these slices")
+            continue
+        hours, total = hours + best["hours"], total + best["dollars"]
+        lines.append(
+            f"{one.stage.name:<10}{best['slice']:<14}{best['hbm_gib']:>8.1f}{best['step_seconds']:>9.3f}"
+            f"{best['hours']:>10.2f}{dollars(best['dollars']):>12}"
+        )
+    show(f"\n{chain.name}\n{'stage':<10}{'slice':<14}{'HBM GiB':>8}{'step s':>9}{'hours':>10}{'dollars':>12}")
+    show("\n".join([*lines, f"{'all':<10}{'':<31}{hours:>10.2f}{dollars(total):>12}"]))
+    show("merges and measures: minutes on the hosts of the last slice, not counted")
+    if file:
+        write_json(pathlib.Path(file), {"stages": found})
+    return found
 
 
 def plan(
     config: Config, slices: Sequence[Slice], *, compiles: bool = False, tokens: float | None = None,
     prices: dict[str, float] | None = None, time_limit: float = 1800.0, file: str | None = None,
+    base: ModelConfig | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Plans a run on each slice, prints the plan, and returns the rows that `--json` writes.
+
+    Args:
+      config: the run.
+      slices: where.
+      compiles: whether the TPU compiler checks each choice.
+      tokens: in all; the config's own if None.
+      prices: dollars per chip-hour by chip, in place of list prices.
+      time_limit: seconds after which no further compilation is started.
+      file: where the rows are written.
+      base: shape of the model that the run starts from; that of the config or of its source if None.
 
     Raises:
       UserError: the config, or the mesh that it asks for, is impossible.
     """
     # ---- The run ----------------------------------------------------------------------------------------------------
     begin = time.monotonic()
-    base = config.model if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
+    if base is None:
+        base = config.model if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
     layer_map = make_layer_map(base.num_hidden_layers, config.growth)
     cfg, partition = grown_config(base, layer_map), make_partition(config.train.trainable, layer_map, config.lora)
     step_tokens = config.train.batch_size * config.data.sequence_length

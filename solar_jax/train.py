@@ -59,13 +59,15 @@ if __name__ == "__main__":
 
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.companions import template_files, template_text, with_end
 from solar_jax.checkpoints.hf_config import differences
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.checkpoints.views import grown
 from solar_jax.checkpoints.write_hf import parse_size
-from solar_jax.data.chat.encoding import load_rules
+from solar_jax.data.chat.encoding import Rules, load_rules
 from solar_jax.data.chat.formats import kind_of
+from solar_jax.data.chat.template import NAMED
 from solar_jax.data.corpus import heldout_rows, load_corpus
 from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, training_rows
 from solar_jax.growth.apply import grown_config
@@ -91,7 +93,8 @@ from solar_jax.training.preferences import make_loss
 from solar_jax.training.report import announce, draw, result_table, summarise
 from solar_jax.training.run import Run, say
 from solar_jax.training.stages import RECIPES
-from solar_jax.training.tuning import row_count, with_steps
+from solar_jax.training.step_count import with_steps
+from solar_jax.training.tuning import row_count
 
 
 def main(argv: Sequence[str]) -> None:
@@ -151,6 +154,8 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
         return summary
     date = run_folder.template_date(folder)
     encoding = load_rules(config.data, checkpoint.companions, checkpoint.where, tokenizer, eos, date)
+    if encoding is not None:
+        deeper = answering(deeper, encoding)
     corpus = load_corpus(config.data, tokenizer, eos, checkpoint.cfg.vocab_size, encoding)
     text = run_folder.text_record(checkpoint, corpus, encoding)
     if goes_on:
@@ -213,6 +218,15 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     say(f"\n{result_table(summary)}\n{goodput_line(summary['time'])}")
     say(f"{folder}: summary.json, metrics.jsonl, loss.png, checkpoints/, hf/")
     return summary
+
+
+def answering(c: Checkpoint, encoding: Rules) -> Checkpoint:
+    """A model that carries the chat template that it is tuned with, and stops at the token that ends an answer."""
+    found, text = c.companions, encoding.template.text
+    files = {} if text in (template_text(found), NAMED["none"]) else template_files(text, found)
+    return dataclasses.replace(
+        c, companions=found | files | with_end(found, c.hf_config.get("eos_token_id"), encoding.end)
+    )
 
 
 def check_names(config: Config) -> None:

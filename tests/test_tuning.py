@@ -110,6 +110,16 @@ def test_answers_are_learnt_and_what_was_left_out_is_counted_by_reason(answered,
     assert (folder / "loss.png").exists()
 
 
+def test_the_exported_model_has_the_template_it_was_trained_with_and_stops_where_answers_end(answered, tiny):
+    _, folder, _ = answered
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    messages = [{"role": "user", "content": "red"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "### User:\nred\n\n### Assistant:\n"
+    assert not (tiny / "chat_template.jinja").exists(), "it is not the base's"
+    assert transformers.GenerationConfig.from_pretrained(folder / "hf").eos_token_id in (2, [2])
+
+
 def test_the_loss_of_answers_is_that_of_transformers(answered, tiny, chats):
     """The first step's: summed over the trained tokens of all microbatches, divided by their number."""
     config, folder, _ = answered

@@ -1,8 +1,10 @@
 """Small files of a checkpoint folder: which ones are copied with a model, and a check that none lies elsewhere."""
 
 import glob
+import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from solar_jax.errors import UserError
 from solar_jax.storage.paths import is_local, read_small
@@ -11,6 +13,7 @@ LINEAGE = "lineage.json"
 CERTIFICATE = "certificate.json"
 CANDIDATES = "candidates.json"  # measures of the merges among which this one was chosen
 CARD, BASE_CARD = "README.md", "README.base.md"  # the model's own card, and that of the model that it was made from
+TEMPLATE, TOKENIZER_CONFIG, GENERATION = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
 # Not copied to checkpoints made from this one: weights in any format, and files that describe only those weights.
 LEFT_BEHIND = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ckpt", "*.index.json",
@@ -34,6 +37,48 @@ def companions(folder: pathlib.Path) -> dict[str, bytes]:
     except OSError as e:
         raise UserError(f"{e.filename or folder}: cannot be read: {e.strerror}.") from e
     return found
+
+
+def _object(found: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(found.get(name, b"{}"))
+    except ValueError as e:
+        raise UserError(f"{name} is not JSON: {e}.") from e
+    return content if isinstance(content, dict) else {}
+
+
+def template_files(text: str, found: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Returns the files that make `text` the chat template of a model with the companions `found`."""
+    files, config = {TEMPLATE: text.encode()}, _object(found, TOKENIZER_CONFIG)
+    if config.pop("chat_template", None) is not None:  # the file alone counts then
+        files[TOKENIZER_CONFIG] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    return files
+
+
+def template_text(found: Mapping[str, bytes]) -> str | None:
+    """Returns the default chat template of a model with the companions `found`."""
+    if TEMPLATE in found:
+        return found[TEMPLATE].decode()
+    own = _object(found, TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(own, list):  # named templates
+        own = next((one.get("template") for one in own if one.get("name") == "default"), None)
+    return own if isinstance(own, str) else None
+
+
+def with_end(found: Mapping[str, bytes], eos: Any, end: int) -> dict[str, bytes]:
+    """Returns generation_config.json if it must be changed so that generation stops at the token `end` too.
+
+    Args:
+      found: the companions.
+      eos: `eos_token_id` of config.json, which counts where generation_config.json has none.
+      end: the token that ends an answer.
+    """
+    content = _object(found, GENERATION)
+    known = content.get("eos_token_id", eos)
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    if end in ids:
+        return {}
+    return {GENERATION: json.dumps(content | {"eos_token_id": [*ids, end]}, indent=2).encode()}
 
 
 def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:

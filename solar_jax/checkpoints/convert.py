@@ -41,7 +41,7 @@ class Target:
 
 def convert_checkpoint(
     c: Checkpoint, target: Target, made_by: str, *, verify: bool = False, losses: Mapping[str, float] | None = None,
-    **more: Any,
+    numbers: str = "", **more: Any,
 ) -> None:  # fmt: skip
     """Writes a checkpoint to the target; the folder appears once it is complete.
 
@@ -53,6 +53,7 @@ def convert_checkpoint(
       made_by: the command, for the lineage.
       verify: compare the result with its source and add certificate.json.
       losses: held-out loss in nats per token by model, for the model card of an HF folder.
+      numbers: Markdown of other results, for the card too.
       more: additional lineage keys.
 
     Raises:
@@ -99,7 +100,7 @@ def convert_checkpoint(
             if hf:
                 # A run's folder has the name, its export is always `hf`.
                 name = target.out.parent.name if made_by == "train" else target.out.name
-                (model / CARD).write_text(model_card(c, name, made_by, losses))
+                (model / CARD).write_text(model_card(c, name, made_by, losses, numbers))
         if verify and local:
             processes.wait(f"{target.out} is written")
             if index == 0:

@@ -21,14 +21,17 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```"""
 
 
-def model_card(c: Checkpoint, name: str, made_by: str, losses: Mapping[str, float] | None = None) -> str:
+def model_card(
+    c: Checkpoint, name: str, made_by: str, losses: Mapping[str, float] | None = None, numbers: str = ""
+) -> str:
     """Writes the card of a checkpoint.
 
     Args:
       c: the checkpoint, usually a view.
       name: of the model: its folder's, or its repository's.
-      made_by: "upscale", "convert" or "train".
+      made_by: "upscale", "convert", "merge" or "train".
       losses: held-out loss in nats per token by model, where it was measured.
+      numbers: Markdown of other results.
     """
     base, license_name = base_model(c), _license(c)
     record = _origin(c)
@@ -53,6 +56,8 @@ def model_card(c: Checkpoint, name: str, made_by: str, losses: Mapping[str, floa
         body += [picture(c.layer_map, parameter_count(c.source.cfg), parameter_count(c.cfg)), "```", ""]
     elif grown and "source_layers" in record:
         body += ["## Layer map", "", f"Source layer of each layer: {record['source_layers']}", ""]
+    if numbers:
+        body += ["## Stages", "", numbers, ""]
     if losses:
         body += ["## Held-out loss", "", "| model | nats per token |", "|---|---|"]
         body += [f"| {model} | {loss:.4f} |" for model, loss in losses.items()] + [""]

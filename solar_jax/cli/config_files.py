@@ -15,8 +15,12 @@ FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def recipes() -> dict[str, pathlib.Path]:
-    """Returns the recipes that come with the package, by name."""
-    return {file.stem: file for folder in FOLDERS for file in sorted(folder.glob("*.py"))}
+    """Returns the recipes that come with the package by name, such as dus_48l or solar/chain."""
+    return {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for folder in FOLDERS
+        for file in sorted(folder.rglob("*.py"))
+    }
 
 
 def find_config(text: str) -> str:
@@ -29,10 +33,9 @@ def find_config(text: str) -> str:
     if pathlib.Path(path).is_file():
         return text
     found = recipes()
-    name = pathlib.PurePath(path)
     # A path as in the documentation, given where there is no checkout, means the recipe of that name.
-    if name.name.removesuffix(".py") in found and name.parent in (pathlib.PurePath("."), pathlib.PurePath("configs")):
-        return f"{found[name.name.removesuffix('.py')]}{colon}{argument}"
+    if (name := path.removeprefix("./").removeprefix("configs/").removesuffix(".py")) in found:
+        return f"{found[name]}{colon}{argument}"
     raise UserError(f"--config: {path}: no such file, and no recipe of that name; recipes are {', '.join(found)}.")
 
 

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import tokenizers
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
+from solar_jax.checkpoints.companions import template_files, template_text
 from solar_jax.checkpoints.tensor_table import TENSORS
 from solar_jax.data.chat.template import NAMED
 from solar_jax.errors import UserError
@@ -19,7 +19,7 @@ from solar_jax.merging.tensors import ROUND
 
 _EMBEDDINGS = (TENSORS["embed"].hf, TENSORS["lm_head"].hf)
 _MOST_READS = 64  # runs of rows that are read one by one; with more, the full tensor is read once
-TEMPLATE_FILE, TOKENIZER_CONFIG, TOKENIZER = "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 
 Rows = list[tuple[str, int]]  # (model, row) whose mean is an embedding; empty: zeros
 
@@ -270,7 +270,7 @@ def chat_template_files(
     if wanted is None:
         return {}
     if wanted == "auto":
-        found = [text for c in models.values() if (text := _template_of(c.companions))]
+        found = [text.strip() for c in models.values() if (text := template_text(c.companions))]
         if not found:
             print("chat_template: auto finds none in the models; the result has none", flush=True)
             return {}
@@ -281,19 +281,4 @@ def chat_template_files(
         text = wanted
     else:
         raise UserError(f"chat_template must be auto, {', '.join(NAMED)} or Jinja text, found {wanted!r}.")
-    files = {TEMPLATE_FILE: text.encode()}
-    config = json.loads(companions.get(TOKENIZER_CONFIG, b"{}"))
-    if "chat_template" in config:  # the file alone counts then
-        files[TOKENIZER_CONFIG] = json.dumps(
-            {k: v for k, v in config.items() if k != "chat_template"}, indent=2
-        ).encode()
-    return files
-
-
-def _template_of(companions: Mapping[str, bytes]) -> str | None:
-    if TEMPLATE_FILE in companions:
-        return companions[TEMPLATE_FILE].decode().strip()
-    found = json.loads(companions.get(TOKENIZER_CONFIG, b"{}")).get("chat_template")
-    if isinstance(found, list):  # named templates
-        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
-    return found.strip() if isinstance(found, str) else None
+    return template_files(text, companions)

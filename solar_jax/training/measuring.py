@@ -9,7 +9,7 @@ import jax
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
-from solar_jax.config import Config
+from solar_jax.config import Config, ModelConfig
 from solar_jax.data.chat.encoding import load_rules
 from solar_jax.data.chat.formats import kind_of
 from solar_jax.data.corpus import heldout_indices, heldout_rows, load_corpus
@@ -20,7 +20,7 @@ from solar_jax.parallel import rules
 from solar_jax.training.objectives import Measures, answer_measures, text_measures
 from solar_jax.training.preferences import make_loss, preference_measures
 from solar_jax.training.reference import log_probs
-from solar_jax.training.step import make_eval_step, means, with_error
+from solar_jax.training.step import EvalStep, make_eval_step, means, with_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +31,14 @@ class HeldOut:
     mesh: jax.sharding.Mesh
     batches: list[Batch]
     measures: Measures
-
-    @property
-    def kind(self) -> str:
-        """Kind of records: "text", "conversations" or "pairs"."""
-        return kind_of(self.config.data.format)
+    _steps: dict[ModelConfig, EvalStep] = dataclasses.field(default_factory=dict)  # compiled, by shape
 
     def of(self, c: Checkpoint) -> dict[str, float]:
         """Measures of a model by name: "loss" in nats, and with pairs "accuracy" and its standard error."""
-        step = make_eval_step(c.cfg, self.config.train, self.config.data.sequence_length, self.mesh, self.measures)
-        return with_error(means(step, _params(self.config, self.mesh, c), self.batches))
+        if c.cfg not in self._steps:
+            length = self.config.data.sequence_length
+            self._steps[c.cfg] = make_eval_step(c.cfg, self.config.train, length, self.mesh, self.measures)
+        return with_error(means(self._steps[c.cfg], _params(self.config, self.mesh, c), self.batches))
 
 
 def _params(config: Config, mesh: jax.sharding.Mesh, c: Checkpoint) -> Params:
@@ -48,14 +46,14 @@ def _params(config: Config, mesh: jax.sharding.Mesh, c: Checkpoint) -> Params:
     return load_params(c, rules.parameter_shardings(c.cfg, mesh), dtypes)
 
 
-def open_heldout(config: Config, c: Checkpoint, mesh: jax.sharding.Mesh, cache: pathlib.Path | None = None) -> HeldOut:
-    """Opens a config's held-out rows, tokenised as for `c`; of pairs, `c` is the reference model.
+def open_heldout(config: Config, c: Checkpoint, mesh: jax.sharding.Mesh, *, with_reference: bool = True) -> HeldOut:
+    """Opens a config's held-out rows, tokenised as for `c`.
 
     Args:
       config: of a run, with nothing left to the planner; its data, preferences, evaluation and precision count.
       c: a model with the tokenizer and template.
       mesh: of the evaluation.
-      cache: folder of the reference's log-probabilities; a temporary one if None.
+      with_reference: `c` is the reference of pairs; without one only measures that need none mean something.
 
     Raises:
       UserError: bad data.
@@ -72,10 +70,9 @@ def open_heldout(config: Config, c: Checkpoint, mesh: jax.sharding.Mesh, cache: 
         loss = make_loss(config.preferences)
         assert encoding is not None
         measures = preference_measures(loss, length, encoding.end)
-        if loss.needs_reference:
+        if loss.needs_reference and with_reference:
             with tempfile.TemporaryDirectory() as folder:
-                wanted = heldout_indices(corpus, windows)
-                place = cache or pathlib.Path(folder)
+                wanted, place = heldout_indices(corpus, windows), pathlib.Path(folder)
                 known = log_probs(wanted, c.cfg, _params(config, mesh, c), config, mesh, place, lambda text: None)
     size = rules.padded_rows(config.evaluation.batch_size, mesh)
     batches = heldout_batches(heldout_rows(corpus, windows, known), size, rules.batch_sharding(mesh))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -23,17 +22,10 @@ from solar_jax.training.partition import make_partition
 from solar_jax.training.preferences import make_loss, preference_measures, preference_objective
 from solar_jax.training.reference import log_probs
 from solar_jax.training.run import Arm, Run, first_params, say
+from solar_jax.training.step_count import with_steps
 
 _MANY = 1000  # rows between two looks at whether all are wanted
 REFERENCE = "reference"  # folder of the reference's log-probabilities
-
-
-def with_steps(config: Config, rows: int) -> Config:
-    """The config with its steps counted, where it asks for passes over so many rows."""
-    if config.train.steps:
-        return config
-    steps = max(1, math.ceil(config.train.epochs * rows / config.train.batch_size))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def row_count(corpus: Corpus) -> int:
