@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import pathlib
+import runpy
 import types
 
 import jax
 import pytest
 
 from solar_jax import plan
+from solar_jax.chaining.stages import resolve_chain
 from solar_jax.config import resolve
 from solar_jax.errors import UserError
 from solar_jax.hardware.slices import find_slice
@@ -133,3 +135,18 @@ def test_prices_that_are_none_are_refused(tmp_path: pathlib.Path, content, said)
 def test_tokens_have_to_be_some():
     with pytest.raises(UserError, match=r"--tokens must be above 0, found -1"):
         plan.plan(FULL, V5P, tokens=-1.0)
+
+
+def test_a_chain_is_planned_stage_by_stage_and_the_cheapest_slice_of_each_adds_up(tmp_path, capsys):
+    chain = resolve_chain(runpy.run_path("configs/solar/chain.py")["get_config"]("full"))
+    file = tmp_path / "plan.json"
+    slices = [find_slice("v5e-8"), find_slice("v5p-128"), find_slice("v6e-256")]
+    rows = plan.plan_chain(chain, slices, compiles=False, prices={}, time_limit=1.0, file=str(file))
+    assert json.loads(file.read_text()) == {"stages": rows}
+    assert list(rows) == ["grow", "sft", "dpo", "sdpo"]
+    assert [row["fits"] for row in rows["grow"]] == [False, True, True]
+    alone = plan.plan(dataclasses.replace(FULL), slices[1:])
+    assert [row["hours"] for row in rows["grow"][1:]] == [row["hours"] for row in alone]
+    cheapest = sum(min(row["dollars"] for row in of if row["fits"]) for of in rows.values())
+    last = capsys.readouterr().out.split("solar_full")[1]
+    assert f"{cheapest:,.0f}" in next(line for line in last.splitlines() if line.startswith("all"))

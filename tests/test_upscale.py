@@ -219,6 +219,12 @@ COMMANDS = {
                                   "max_shard_size must be a size like 5GB, found 'big'"),
     "operator and slices": ("upscale --source={tiny} --out={out} --operator=dus --slices=0:4", "--slices"),
     "convert: flag missing": ("convert --source={tiny} --out={out}", "--to"),
+    "merge: nothing to do": ("merge --out={out}", "one of --config FILE, --method NAME and --candidates NAMES"),
+    "merge: unknown method": ("merge --method=magic --model={tiny} --out={out}", "found 'magic'"),
+    "merge: no model there": ("merge --method=linear --model={tmp}/nothing:0.5 --out={out}", "{tmp}/nothing: "),
+    "merge: no recipe there": ("merge --config={tmp}/no.yml --out={out}", "{tmp}/no.yml: cannot be read"),
+    "chain: a run, not a chain": ("chain --config=dus_48l:smollm2", "a file with stages"),
+    "chain: no such stage": ("chain --config=solar/chain:smollm2 --rerun=x", "--rerun=x: stages are grow, sft"),
 }  # fmt: skip
 
 
