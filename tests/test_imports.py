@@ -12,11 +12,12 @@ import solar_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "solar_jax"
-COMMANDS = ("train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain")
+COMMANDS = ("train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate")
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
     "errors", "config", "storage", "hardware", "model", "parallel", "growth", "cli", "formats", "orbax_store",
-    "checkpoints", "data", "merging", "monitoring", "training", "planning", "chaining", *COMMANDS, "__main__",
+    "checkpoints", "data", "merging", "monitoring", "decoding", "training", "planning", "chaining", *COMMANDS,
+    "__main__",
 )  # fmt: skip
 LONGEST = 400  # lines of a file
 
@@ -100,6 +101,7 @@ USES = {
     "upscale": {"orbax"},
     "convert": {"orbax"},
     "merge": {"orbax"},
+    "generate": {"flax", "optax"},
     "chain": {"optax", "orbax", "flax", "grain"},
     "prepare": set(),
     "make_data": set(),

@@ -73,6 +73,16 @@ def eos_id(c: Checkpoint) -> int:
     return first
 
 
+def end_ids(c: Checkpoint) -> list[int]:
+    """Returns every token that ends an answer, by config.json, generation_config.json or tokenizer_config.json."""
+    found = [
+        *_ids(_json(c, "generation_config.json").get("eos_token_id")),
+        *_ids(c.hf_config.get("eos_token_id")),
+        *_ids(_token_id(c, _json(c, "tokenizer_config.json").get("eos_token"))),
+    ]
+    return [i for i in dict.fromkeys(found) if type(i) is int and 0 <= i < c.cfg.vocab_size]
+
+
 def _ids(found: Any) -> list[Any]:
     if found is None or found == []:
         return []

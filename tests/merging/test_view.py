@@ -20,6 +20,7 @@ from solar_jax.config import LoraConfig
 from solar_jax.errors import UserError
 from solar_jax.merging.recipe import read_recipe, recipe_of, short_recipe
 from solar_jax.merging.view import merged
+from solar_jax.storage import paths
 from tests.conftest import hf_model, moved, save_hf
 
 LAYERS = 3
@@ -72,6 +73,17 @@ def test_inputs_and_results_may_be_of_any_format(folders, make, tmp_path):
     same(view(make(own)), expected)
     convert_checkpoint(view(make(own | {"a": folders["a"]})), Target(tmp_path / "out", "orbax"), "merge")
     same(open_checkpoint(str(tmp_path / "out")), expected)
+
+
+@pytest.mark.slow  # an emulated bucket
+@pytest.mark.parametrize("form", ["hf", "orbax"])
+def test_a_merge_goes_from_a_bucket_to_a_bucket(folders, bucket, form):
+    for name in ("base", "a", "b"):
+        if not paths.path(f"{bucket}/{name}/config.json").exists():
+            convert_checkpoint(open_checkpoint(folders[name]), Target(paths.path(f"{bucket}/{name}")), "convert")
+    own = {name: f"{bucket}/{name}" for name in ("base", "a", "b")}
+    convert_checkpoint(view(ties(own)), Target(paths.path(f"{bucket}/{form}"), form), "merge")
+    same(open_checkpoint(f"{bucket}/{form}"), view(ties(folders)))
 
 
 def test_rows_are_the_same_however_a_tensor_is_read(folders):

@@ -1,0 +1,273 @@
+"""Decoding engine: rows of a cache, each with a request of its own, that join and leave while others go on."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from solar_jax.config import ModelConfig
+from solar_jax.decoding.forward import Cache, Layout, cache_bytes, cached_hidden, empty_cache, laid_out
+from solar_jax.decoding.sampling import Sampling, Settings, next_tokens, settings_of
+from solar_jax.decoding.stops import TextStream
+from solar_jax.errors import UserError
+from solar_jax.hardware import chips
+from solar_jax.model.llama import unembed
+from solar_jax.model.shapes import Params
+
+# Lengths of prompts and of the cache are rounded up to one of these, each compiled once.
+BUCKETS = tuple(2**n for n in range(4, 21))
+_FIRST = 128  # the shortest cache
+_FULL = 0.9  # share of a device's memory that weights and cache may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt and how it is answered."""
+
+    tokens: tuple[int, ...]
+    max_new_tokens: int = 256
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    stops: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was generated: `text` without the end token and without the stop string."""
+
+    tokens: tuple[int, ...]
+    text: str
+    finish: str  # "stop" or "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class NewText:
+    """New text of a request."""
+
+    number: int  # of the request
+    text: str
+    answer: Answer | None = None  # once it is complete
+
+
+@dataclasses.dataclass
+class _Row:
+    number: int
+    request: Request
+    stream: TextStream
+    position: int  # of the token that is fed next
+    token: int  # that token
+    made: int = 0
+
+
+def bucket(length: int, most: int) -> int:
+    """Returns the bucket of a length: the next one, at most `most`."""
+    return min(next(size for size in BUCKETS if size >= length), most)
+
+
+class Engine:
+    """A model that answers requests."""
+
+    def __init__(
+        self, cfg: ModelConfig, params: Params, tokenizer: tokenizers.Tokenizer, *, ends: Sequence[int],
+        compute_dtype: Any = jnp.float32, rows: int = 1, context: int = 0,
+    ):  # fmt: skip
+        """Prepares a model.
+
+        Args:
+          cfg: the architecture.
+          params: the state, on its devices.
+          tokenizer: of the model.
+          ends: tokens that end an answer.
+          compute_dtype: dtype of matmuls, activations and cache.
+          rows: B, requests that are answered at a time.
+          context: most tokens of a prompt with its answer; the model's own if 0.
+        """
+        self.cfg, self.tokenizer, self.ends = cfg, tokenizer, frozenset(ends)
+        self.context = min(context or cfg.max_position_embeddings, cfg.max_position_embeddings)
+        self._dtype, self._rows = compute_dtype, rows
+        self._layout = Layout(unrolled=jax.default_backend() == "cpu")
+        lay_out = functools.partial(laid_out, cfg=cfg, compute_dtype=compute_dtype, layout=self._layout)
+        self._params = jax.jit(lay_out)(params)
+        self._length = 0
+        self._cache: Cache = {}
+        self._seen = jnp.zeros((rows, cfg.vocab_size), bool)
+        self._free = list(range(rows))[::-1]
+        self._active: dict[int, _Row] = {}
+        self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self._numbers = itertools.count()
+        self._prefill = jax.jit(self._prefill_fn, donate_argnums=(1, 2), static_argnames=("plain",))
+        self._decode = jax.jit(self._decode_fn, donate_argnums=(1, 2), static_argnames=("plain",))
+
+    def check(self, request: Request) -> None:
+        """Raises a UserError for a request that cannot be answered."""
+        if not request.tokens:
+            raise UserError("the prompt has no tokens.")
+        if request.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, found {request.max_new_tokens}.")
+        if (total := len(request.tokens) + request.max_new_tokens) > self.context:
+            raise UserError(
+                f"the prompt's {len(request.tokens)} tokens and {request.max_new_tokens} new ones are {total}, more "
+                f"than the context of {self.context}."
+            )
+        if (largest := max(request.tokens)) >= self.cfg.vocab_size:
+            raise UserError(f"the prompt has the token {largest}, but the model has {self.cfg.vocab_size}.")
+        self._check_memory(bucket(total, self.context))
+
+    def _check_memory(self, length: int) -> None:
+        needed = cache_bytes(self.cfg, self._rows, length, self._dtype)
+        weights = sum(x.nbytes for x in jax.tree.leaves(self._params))
+        devices = jax.local_devices()
+        room = (
+            int(_FULL * chips.memory_bytes(devices[0]) * (len(devices) if devices[0].platform != "cpu" else 1))
+            - weights
+        )
+        if needed > room:
+            most = room // max(1, cache_bytes(self.cfg, 1, length, self._dtype))
+            raise UserError(
+                f"the cache of {self._rows} rows of {length} tokens needs {needed:,} bytes, but {max(0, room):,} are "
+                f"left beside the weights: {max(0, most)} rows fit."
+            )
+
+    def submit(self, request: Request) -> int:
+        """Queues a request and returns its number.
+
+        Raises:
+          UserError: as in `check`.
+        """
+        self.check(request)
+        number = next(self._numbers)
+        self._waiting.append((number, request))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Drops a request, whether it waits or is being answered."""
+        self._waiting = collections.deque(item for item in self._waiting if item[0] != number)
+        for row, one in list(self._active.items()):
+            if one.number == number:
+                self._release(row)
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._waiting or self._active)
+
+    def step(self) -> list[NewText]:
+        """Admits requests to free rows, generates one token for each row, and returns what is new."""
+        pieces = []
+        while self._waiting and self._free:
+            pieces += self._admit(*self._waiting.popleft())
+        if not self._active:
+            return pieces
+        rows = [self._active.get(i) for i in range(self._rows)]
+        self._grow(max(row.position for row in rows if row) + 1)
+        tokens = np.array([row.token if row else 0 for row in rows], np.int32)
+        positions = np.array([row.position if row else 0 for row in rows], np.int32)
+        steps = np.array([row.made if row else 0 for row in rows], np.int32)
+        plain = all(row.request.sampling.is_plain for row in rows if row)
+        settings = settings_of([row.request.sampling if row else Sampling() for row in rows])
+        found, self._cache, self._seen = self._decode(
+            self._params, self._cache, self._seen, tokens, positions, settings, steps, plain=plain
+        )
+        for i, token in enumerate(np.asarray(found).tolist()):
+            if i in self._active:
+                self._active[i].position += 1
+                pieces += self._took(i, token)
+        return pieces
+
+    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
+        """Yields the answer of each request with its place among them, as they are completed."""
+        places = {self.submit(request): place for place, request in enumerate(requests)}
+        while not self.is_idle:
+            for piece in self.step():
+                if piece.answer is not None and piece.number in places:
+                    yield places[piece.number], piece.answer
+
+    def _admit(self, number: int, request: Request) -> list[NewText]:
+        row = self._free.pop()
+        length = len(request.tokens)
+        padded = bucket(length, self.context)
+        self._grow(max(padded, length + 1))
+        tokens = np.zeros((1, padded), np.int32)
+        tokens[0, :length] = request.tokens
+        found, self._cache, self._seen = self._prefill(
+            self._params, self._cache, self._seen, tokens, np.int32(length), np.int32(row),
+            settings_of([request.sampling]), plain=request.sampling.is_plain,
+        )  # fmt: skip
+        stream = TextStream(self.tokenizer, request.stops)
+        self._active[row] = _Row(number, request, stream, length, 0)
+        return self._took(row, int(found[0]))
+
+    def _took(self, row: int, token: int) -> list[NewText]:
+        """Takes a row's next token; returns the text that is new."""
+        one = self._active[row]
+        one.made += 1
+        one.token = token
+        ended = token in self.ends
+        new = "" if ended else one.stream.push(token)
+        finish = "stop" if ended or one.stream.stopped else "length" if one.made >= one.request.max_new_tokens else ""
+        if not finish:
+            return [NewText(one.number, new)] if new else []
+        new += one.stream.finish()
+        finish = "stop" if one.stream.stopped else finish
+        self._release(row)
+        return [NewText(one.number, new, Answer(tuple(one.stream.tokens), one.stream.text, finish))]
+
+    def _release(self, row: int) -> None:
+        del self._active[row]
+        self._free.append(row)
+
+    def _grow(self, length: int) -> None:
+        """Makes the cache hold so many positions."""
+        if length <= self._length:
+            return
+        wanted = bucket(max(length, _FIRST), self.context)
+        fresh = empty_cache(self.cfg, self._rows, wanted, self._dtype, self._layout)
+        if self._length:
+            axis = 1 if self._layout.unrolled else 2
+            fresh = jax.tree.map(
+                lambda new, old: jax.lax.dynamic_update_slice_in_dim(new, old, 0, axis), fresh, self._cache
+            )
+        self._cache, self._length = fresh, wanted
+
+    # ---- Programs ----------------------------------------------------------------------------------------------------
+    def _prefill_fn(
+        self, params: Params, cache: Cache, seen: jax.Array, tokens: jax.Array, length: jax.Array, row: jax.Array,
+        settings: Settings, *, plain: bool,
+    ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
+        """Fills a row of the cache with a prompt [1, P], of which `length` tokens are real; draws the next token."""
+        axis = 0 if self._layout.unrolled else 1
+        total = jax.tree.leaves(cache)[0].shape[axis + 1]
+        own = empty_cache(self.cfg, 1, total, self._dtype, self._layout)
+        positions = jnp.arange(tokens.shape[1])[None]
+        x, head, own = cached_hidden(
+            self.cfg, params, tokens, positions, own, compute_dtype=self._dtype, layout=self._layout
+        )
+        cache = jax.tree.map(lambda all, one: jax.lax.dynamic_update_slice_in_dim(all, one, row, axis), cache, own)
+        logits = unembed(jax.lax.dynamic_index_in_dim(x, length - 1, 1, keepdims=False), head)
+        mine = jnp.zeros((seen.shape[1],), bool).at[tokens[0]].max(positions[0] < length)
+        found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if not plain:
+            found = next_tokens(logits, settings, mine[None], jnp.zeros(1, jnp.int32))
+        seen = seen.at[row].set(mine.at[found[0]].set(True))
+        return found, cache, seen
+
+    def _decode_fn(
+        self, params: Params, cache: Cache, seen: jax.Array, tokens: jax.Array, positions: jax.Array,
+        settings: Settings, steps: jax.Array, *, plain: bool,
+    ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
+        """Feeds one token of every row [B] and draws the next."""
+        x, head, cache = cached_hidden(
+            self.cfg, params, tokens[:, None], positions[:, None], cache,
+            compute_dtype=self._dtype, layout=self._layout,
+        )  # fmt: skip
+        logits = unembed(x[:, 0], head)
+        found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if not plain:
+            found = next_tokens(logits, settings, seen, steps)
+            seen = seen.at[jnp.arange(len(found)), found].set(True)
+        return found, cache, seen

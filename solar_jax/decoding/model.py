@@ -1,0 +1,79 @@
+"""A checkpoint made ready to answer: weights on the devices, tokenizer, chat template, end tokens."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import tokenizers
+
+from solar_jax.checkpoints.checkpoint import Checkpoint, numpy_dtype
+from solar_jax.checkpoints.load import load_params
+from solar_jax.checkpoints.tokenizer import end_ids, load_tokenizer
+from solar_jax.config import MeshConfig, ModelConfig
+from solar_jax.data.chat.template import Template, load_template
+from solar_jax.decoding.engine import Engine
+from solar_jax.errors import UserError
+from solar_jax.model.shapes import Params
+from solar_jax.parallel import rules
+from solar_jax.parallel.mesh import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model and what stands around it."""
+
+    cfg: ModelConfig
+    params: Params
+    dtype: str
+    tokenizer: tokenizers.Tokenizer
+    ends: list[int]
+    companions: dict[str, bytes]
+    where: str
+
+    def engine(self, rows: int, context: int = 0) -> Engine:
+        """An engine that answers `rows` requests at a time."""
+        return Engine(
+            self.cfg, self.params, self.tokenizer,
+            ends=self.ends, compute_dtype=numpy_dtype(self.dtype), rows=rows, context=context,
+        )  # fmt: skip
+
+    @property
+    def template(self) -> Template:
+        """The chat template.
+
+        Raises:
+          UserError: there is none.
+        """
+        return load_template("tokenizer", self.companions, self.where)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, with those that the tokenizer puts around it."""
+        return self.tokenizer.encode(text).ids
+
+    def encode_chat(self, messages: Sequence[Any]) -> list[int]:
+        """The tokens of a conversation, up to where the answer begins.
+
+        Raises:
+          UserError: it is no conversation, or the template refuses it.
+        """
+        for i, message in enumerate(messages if isinstance(messages, list) else []):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise UserError(f"messages[{i}] must be an object with a role and content, found {message!r}.")
+        if not isinstance(messages, list) or not messages:
+            raise UserError(f"messages must be a list with at least one message, found {messages!r}.")
+        text = self.template.render(messages, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def load_model(c: Checkpoint, dtype: str) -> Loaded:
+    """Loads a checkpoint, its heads and MLP split over the devices as far as they divide."""
+    tokenizer = load_tokenizer(c)
+    ways = max(n for n in range(1, jax.device_count() + 1) if _divides(c.cfg, n) and jax.device_count() % n == 0)
+    mesh = make_mesh(MeshConfig(data=jax.device_count() // ways, fsdp=1, tensor=ways))
+    params = load_params(c, rules.parameter_shardings(c.cfg, mesh), numpy_dtype(dtype))
+    return Loaded(c.cfg, params, dtype, tokenizer, end_ids(c), c.companions, c.where)
+
+
+def _divides(cfg: ModelConfig, ways: int) -> bool:
+    return all(n % ways == 0 for n in (cfg.num_key_value_heads, cfg.num_attention_heads, cfg.intermediate_size))
