@@ -21,7 +21,7 @@ import ml_collections
 from solar_jax.errors import UserError
 
 # Training tokens of the stages that count epochs, for plans only.
-TOKENS = {"full": {"sft": 7.0e7, "dpo": 8.0e7, "sdpo": 8.0e7}, "smollm2": {"sft": 9.4e4, "dpo": 3.0e4, "sdpo": 3.0e4}}
+TOKENS = {"full": {"sft": 7.0e7, "dpo": 8.0e7, "sdpo": 8.0e7}, "smollm2": {"sft": 4.7e4, "dpo": 3.2e4, "sdpo": 3.2e4}}
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:

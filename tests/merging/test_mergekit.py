@@ -90,6 +90,14 @@ def test_every_bit_is_mergekits(folders, name, dtype, tmp_path):
     assert not differing(a, b)
 
 
+@pytest.mark.parametrize("name", ["passthrough", "slerp", "ties at density 1"])
+def test_every_bit_is_mergekits_where_the_head_is_the_embedding(name, tmp_path):
+    f = write_models(tmp_path / "models", "bfloat16", tie_word_embeddings=True)
+    a, b = both(yaml.safe_dump(BITS[name](f)), tmp_path)
+    assert "lm_head.weight" not in a
+    assert not differing(a, b)
+
+
 @pytest.mark.parametrize("changed", [{"dtype": "float32"}, {"dtype": "float32", "out_dtype": "bfloat16"}])
 def test_the_dtypes_of_arithmetic_and_result_are_the_recipes(folders, changed, tmp_path):
     recipe = BITS["task_arithmetic"](folders["bfloat16"]) | changed
