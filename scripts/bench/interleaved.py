@@ -17,11 +17,11 @@ TICKS = os.sysconf("SC_CLK_TCK")
 IDLE = 0.05  # fraction of all CPUs that other processes may use when a turn begins
 
 
-def serve(step: Callable[[int], float], profile: Callable[[], str], about: str = "") -> None:
+def serve(step: Callable[[int], float | dict[str, float]], profile: Callable[[], str], about: str = "") -> None:
     """Program side: takes a step or profiles one whenever a line on stdin says so, until stdin ends.
 
     Args:
-      step: takes the step with the given number and returns its loss once all of it is done.
+      step: takes the step with the given number and returns its loss, or figures by name, once all of it is done.
       profile: takes one more step and reports where its time went.
       about: information about this process for the other side.
     """
@@ -35,8 +35,9 @@ def serve(step: Callable[[int], float], profile: Callable[[], str], about: str =
             answer = profile()
         else:
             cpu, begin = time.process_time(), time.perf_counter()
-            loss = step(taken)
-            answer = {"wall": time.perf_counter() - begin, "cpu": time.process_time() - cpu, "loss": loss}
+            found = step(taken)
+            answer = {"wall": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
+            answer |= found if isinstance(found, dict) else {"loss": found}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -129,7 +130,8 @@ def alternate(programs: list[Program], warmup: int, repeats: int, patience: floa
             disturbed |= t["others"] > 2 * IDLE
             print(
                 f"{taken + 1:>3} {program.name:<16} {t['wall']:7.3f} s  CPU {t['cpu']:6.2f} s  "
-                f"others {100 * t['others']:3.0f} %  loss {t['loss']:.6f}",
+                f"others {100 * t['others']:3.0f} %"
+                + "".join(f"  {key} {t[key]:.6f}" for key in t if key not in ("wall", "cpu", "others")),
                 flush=True,
             )
         counts = taken >= warmup and not (disturbed and time.monotonic() < end)

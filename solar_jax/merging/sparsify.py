@@ -74,14 +74,15 @@ def largest(stack: Stack, densities: list[float], differences: Differences) -> l
             low, more = _crossing(counts, wanted[i] - above[i])
             thresholds[i], above[i] = bins[i] << 16 | low, above[i] + more
 
+    equals = np.zeros((len(some), stack.shape[0]), np.int64)
+
     def equal(rows: slice, xs: list[np.ndarray]) -> list[np.ndarray]:
         found = differences(xs)
-        total = np.zeros((len(some), stack.shape[0]), np.int64)
         for k, i in enumerate(some):
-            total[k, rows] = (magnitudes(found[i]) == thresholds[i]).sum(axis=1)
-        return [total]
+            equals[k, rows] = (magnitudes(found[i]) == thresholds[i]).sum(axis=1)
+        return []
 
-    (equals,) = stack.reduce(equal)
+    stack.reduce(equal)
     for k, i in enumerate(some):
         before = np.concatenate([[0], np.cumsum(equals[k])])
         masks[i] = _mask(thresholds[i], before, wanted[i] - above[i])
