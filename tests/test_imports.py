@@ -16,8 +16,8 @@ COMMANDS = ("train", "plan", "upscale", "convert", "merge", "prepare", "make_dat
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
     "errors", "config", "storage", "hardware", "model", "parallel", "growth", "cli", "formats", "orbax_store",
-    "checkpoints", "data", "merging", "monitoring", "decoding", "training", "planning", "chaining", *COMMANDS,
-    "__main__",
+    "checkpoints", "data", "merging", "monitoring", "decoding", "evaluation", "training", "planning", "chaining",
+    *COMMANDS, "__main__",
 )  # fmt: skip
 LONGEST = 400  # lines of a file
 
