@@ -112,6 +112,8 @@ def test_the_result_is_a_chat_model_with_the_history_of_every_stage(ran):
         record = (record["parents"] or [None])[0]
     assert stages == [("merge", None), ("train", "dpo"), ("train", "sft"), ("train", "grow")]
     card = (ran / "merge" / "README.md").read_text()
+    assert "of dpo, again, merged with solar_jax." in card
+    assert "- depth-up-scaling\n- merge\n" in card
     for name in ("base", "grow", "sft", "dpo", "again", "linear (0.5, 0.5)", "slerp (0.6, 0.4)"):
         assert f"| {name} |" in card
     table = json.loads((ran / "merge" / "candidates.json").read_text())

@@ -42,11 +42,14 @@ def model_card(
     front += [f"license: {license_name}"] if license_name else []
     front += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- solar_jax"]
     front += ["- depth-up-scaling"] if grown else []
+    front += ["- merge"] if c.source.recipe else []
     front += ["---", "", f"# {name}", ""]
     source = (record.get("source") or {}).get("where") or public(c.source.where)
     what = f"{base or source}, {'made deeper' if grown else 'converted'} with solar_jax"
     what += f" by `{operator}`" if grown else ""
     what += ", then trained." if trained else "; not trained since." if grown else "."
+    if c.source.recipe:
+        what = f"{c.source.where}, merged with solar_jax."
     size = (
         f"{c.cfg.num_hidden_layers} layers, {parameter_count(c.cfg):,} parameters, {c.common_dtype or 'mixed dtypes'}."
     )
@@ -72,7 +75,7 @@ def base_model(c: Checkpoint) -> str | None:
     """Returns the hub id of the model that everything began with, if it is known."""
     if repository := re.search(r"models--(.+?)--(.+?)/", c.source.where):
         return f"{repository[1]}/{repository[2]}"
-    oldest = c.source.lineage
+    oldest = _lineage(c)
     while oldest and oldest.get("parents"):
         oldest = oldest["parents"][0]
     for found in ((oldest or {}).get("base_model"), c.hf_config.get("_name_or_path")):
@@ -84,10 +87,15 @@ def base_model(c: Checkpoint) -> str | None:
 
 def _origin(c: Checkpoint) -> dict[str, Any]:
     """Returns the lineage of the checkpoint or its nearest parent that was grown; {} if there is none."""
-    record = c.source.lineage or {}
+    record = _lineage(c) or {}
     while record and record.get("operator") == "identity" and record.get("parents"):
         record = record["parents"][0]
     return record
+
+
+def _lineage(c: Checkpoint) -> dict[str, Any] | None:
+    """Returns the lineage of the checkpoint's source, or of the first input of a merge."""
+    return (c.source.merged_from or (c.source,))[0].lineage
 
 
 def _license(c: Checkpoint) -> str | None:

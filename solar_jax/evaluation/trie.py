@@ -1,8 +1,8 @@
 """Rows in which sequences share the computation of the tokens that they begin with.
 
 A row is a trie of tokens, laid out so that each token stands behind its parent. A chain is a run of tokens, each the
-child of the one before it; a token sees its chain up to itself, and of each chain above the part up to where the path to
-it leaves. Positions count along the path, so that each sequence is computed as if it stood alone.
+child of the one before it; a token sees its chain up to itself, and of each chain above the part up to where the path
+to it leaves. Positions count along the path, so that each sequence is computed as if it stood alone.
 """
 
 import dataclasses
