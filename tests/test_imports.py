@@ -17,7 +17,7 @@ COMMANDS = ("train", "plan", "upscale", "convert", "merge", "prepare", "make_dat
 FLOORS = (
     "errors", "config", "storage", "hardware", "model", "parallel", "growth", "cli", "formats", "orbax_store",
     "checkpoints", "data", "merging", "monitoring", "decoding", "evaluation", "training", "planning", "chaining",
-    *COMMANDS, "__main__",
+    *COMMANDS, "lm_eval", "__main__",
 )  # fmt: skip
 LONGEST = 400  # lines of a file
 

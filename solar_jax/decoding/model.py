@@ -11,7 +11,7 @@ from solar_jax.checkpoints.checkpoint import Checkpoint, numpy_dtype
 from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.tokenizer import end_ids, load_tokenizer
 from solar_jax.config import MeshConfig, ModelConfig
-from solar_jax.data.chat.template import Template, load_template
+from solar_jax.data.chat.template import Template, load_template, special_tokens
 from solar_jax.decoding.engine import Engine
 from solar_jax.errors import UserError
 from solar_jax.model.shapes import Params
@@ -37,6 +37,11 @@ class Loaded:
             self.cfg, self.params, self.tokenizer,
             ends=self.ends, compute_dtype=numpy_dtype(self.dtype), rows=rows, context=context,
         )  # fmt: skip
+
+    @property
+    def specials(self) -> dict[str, str]:
+        """The special tokens of tokenizer_config.json by name, such as bos_token."""
+        return special_tokens(self.companions, self.where)
 
     @property
     def template(self) -> Template:

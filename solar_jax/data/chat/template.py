@@ -169,6 +169,11 @@ def _compiled(text: str, date: str) -> jinja2.Template:
     return environment.from_string(text)
 
 
+def special_tokens(companions: Mapping[str, bytes], where: str) -> dict[str, str]:
+    """The special tokens of tokenizer_config.json by name, such as bos_token."""
+    return dict(_specials(_object(companions, "tokenizer_config.json", where)))
+
+
 def load_template(chosen: str, companions: Mapping[str, bytes], where: str, date: str = "") -> Template:
     """The template that config.data.template names.
 
