@@ -12,7 +12,7 @@ import solar_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "solar_jax"
-COMMANDS = ("train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate")
+COMMANDS = ("train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate", "evaluate")
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
     "errors", "config", "storage", "hardware", "model", "parallel", "growth", "cli", "formats", "orbax_store",
@@ -102,6 +102,7 @@ USES = {
     "convert": {"orbax"},
     "merge": {"orbax"},
     "generate": {"flax", "optax"},
+    "evaluate": {"flax", "optax"},
     "chain": {"optax", "orbax", "flax", "grain"},
     "prepare": set(),
     "make_data": set(),

@@ -13,7 +13,7 @@ from absl import flags
 from solar_jax.cli.config_keys import config_keys
 from solar_jax.growth.operators import OPERATORS
 
-COMMANDS = ("train", "upscale", "convert", "merge", "chain", "generate", "plan", "prepare", "make_data")
+COMMANDS = ("train", "upscale", "convert", "merge", "chain", "generate", "evaluate", "plan", "prepare", "make_data")
 HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull", "-?")
 _WIDE = 118
 

@@ -92,9 +92,9 @@ class SolarModel(TemplateLM):
         asked = [(i, self._query(context, continuation)) for i, (_, context, continuation) in enumerate(requests)]
         asked = [(i, query) for i, query in asked if query.targets]
         for number, scored in self.scorer.scores([query for _, query in asked], share=self._share):
-            found[asked[number][0]] = (scored.total, scored.all_greedy)
-        for (pair, *_), answer in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", pair, answer)
+            i = asked[number][0]
+            found[i] = (scored.total, scored.all_greedy)
+            self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])  # known after a kill
         return found
 
     def _query(self, context: Sequence[int], continuation: Sequence[int]) -> Query:

@@ -44,6 +44,9 @@ class Counts:
     computed: int = 0
     padding: int = 0
 
+    def reset(self) -> None:
+        self.asked = self.computed = self.padding = 0
+
 
 class Scorer:
     """A model that scores queries."""
