@@ -26,10 +26,8 @@ class BosLosses:
 
     def line(self) -> str:
         used = "with" if self.uses else "without"
-        return (
-            f"BOS check: {self.with_bos:.4f} nats per token with BOS, {self.without:.4f} without; texts are read {used} "
-            "it"
-        )
+        losses = f"{self.with_bos:.4f} nats per token with BOS, {self.without:.4f} without"
+        return f"BOS check: {losses}; texts are read {used} it"
 
     def record(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
