@@ -4,7 +4,8 @@
 
 DIR needs 14 GB for the 1.1B models, of random bfloat16 weights that are made there: a base and three near it, as
 fine-tuned models are. Each repeat runs both programs, in turns, each into a fresh target folder. `--size 10b` makes
-two models of SOLAR's shape (21.5 GB each) and runs ours alone, next to a plain copy of the result.
+two models of SOLAR's shape (21.5 GB each) and runs ours alone, next to a plain copy of the result; `10b-4` has four of
+its 48 layers, for the memory that such tensors need.
 """
 
 import argparse
@@ -41,6 +42,7 @@ SIZES = {
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 48,
                      "num_key_value_heads": 8},
 }  # fmt: skip
+SIZES["10b-4"] = SIZES["10b"] | {"num_hidden_layers": 4}
 RECIPES = {
     "linear": "merge_method: linear\nmodels:\n{weighted2}dtype: bfloat16\n",
     "slerp": "merge_method: slerp\nbase_model: {a}\nmodels:\n- model: {a}\n- model: {b}\n"
