@@ -193,8 +193,6 @@ def test_sums_of_many_elements_cost_one_rounding_of_the_larger_input(folders, na
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dare_is_mergekits_arithmetic_of_our_mask(folders, method, rescale, dtype, tmp_path, monkeypatch):
     """mergekit's random numbers are torch's; it is given ours, read back from a merge of one model."""
-    if rescale and dtype == "float32":
-        pytest.skip("float32 sums of many elements depend on their order; bfloat16 rounds that away")
     f, density = folders[dtype], 0.6
     recipe = {
         "merge_method": method, "base_model": f["base"], "models": models(f, {"a": 0.7, "b": 0.5}, density=density),
@@ -212,7 +210,10 @@ def test_dare_is_mergekits_arithmetic_of_our_mask(folders, method, rescale, dtyp
     deltas = {(key, i): _read(f[n])[key] - base[key] for key in base for i, n in enumerate("ab")}
     monkeypatch.setattr(mergekit.sparsify, "bernoulli", by_delta)
     a, b = both(yaml.safe_dump(recipe), tmp_path)
-    assert not differing(a, b)
+    if rescale and dtype == "float32":  # sums of many elements depend on their order, which bfloat16 rounds away
+        assert all(torch.allclose(a[name], b[name], rtol=0, atol=1e-6) for name in a)
+    else:
+        assert not differing(a, b)
     kept = sum(int(m.sum()) for pair in masks.values() for m in pair)
     total = sum(m.numel() for pair in masks.values() for m in pair)
     assert abs(kept - density * total) < 4 * np.sqrt(density * (1 - density) * total)
