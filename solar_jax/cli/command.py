@@ -149,12 +149,13 @@ def _interrupted(*_: object) -> NoReturn:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    # A config file is read while its flag is parsed, so its own errors appear here too.
+    # A config file is read while its flag is parsed, so its own errors appear here too. Of `merge`, it is plain text.
+    finds = "config" in flags.FLAGS and flags.FLAGS["config"].flag_type() != "string"
     try:
         for k, (arg, following) in enumerate(itertools.zip_longest(argv[:], argv[1:], fillvalue="")):
             if match := re.fullmatch(r"--?(config(?:\.\w+)+)(?:=.*)?", arg, re.DOTALL):
                 check_override(match[1])
-            elif match := re.fullmatch(r"--?config(?:=(.*))?", arg):
+            elif finds and (match := re.fullmatch(r"--?config(?:=(.*))?", arg)):
                 at = k if match[1] is not None else k + 1
                 argv[at:] = [("--config=" if at == k else "") + find_config(match[1] or following), *argv[at + 1 :]]
         return flags.FLAGS(argv)
