@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from solar_jax.data.making.prompts import ANSWER, REPHRASE
+from solar_jax.make_data import Making
 
 NAMES = ("Ada", "Bela", "Chidi", "Dora", "Emre")
 THINGS = ("apples", "marbles", "stamps", "pencils", "coins")
@@ -139,3 +140,26 @@ def serving(stub: Stub) -> Iterator[Stub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+FIFTY = [question(i) for i in range(50)]
+FIRST = FIFTY[0]["question"]  # its numbers are 1,000, 3 and 20
+MakeJob = Callable[..., Making]  # (stub, questions, name of the output folder, changes) -> options of a job
+
+
+def job_in(folder: pathlib.Path) -> MakeJob:
+    """Returns a function that makes the options of jobs in a folder, about the first questions of `FIFTY`."""
+
+    def of(stub: Stub, records: list[dict[str, str]] = FIFTY[:5], out: str = "out", **changes: Any) -> Making:
+        file = write_questions(folder / "questions.jsonl", records)
+        return dataclasses.replace(Making("math_instruct", file, stub.url, folder / out), **changes)
+
+    return of
+
+
+def lines(file: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def dropped(out: pathlib.Path) -> list[tuple[int, str, str]]:
+    return [(r["provenance"]["record"], r["reason"], r["details"]) for r in lines(out / "dropped.jsonl")]
