@@ -55,10 +55,8 @@ from solar_jax.cli.config_files import load_config
 from solar_jax.merging.candidates import make_candidates
 from solar_jax.monitoring.profiling import listen_for_profiles
 from solar_jax.parallel import processes
-from solar_jax.parallel.mesh import make_mesh
-from solar_jax.planning import search
-from solar_jax.training.measuring import HeldOut, open_heldout
-from solar_jax.training.partition import everything
+from solar_jax.planning.heldout import planned_heldout
+from solar_jax.training.measuring import HeldOut
 from solar_jax.training.preemption import listen_for_preemption
 from solar_jax.training.run import say
 
@@ -96,9 +94,8 @@ def run_chain(chain: Chain, workdir: pathlib.Path, rerun: Sequence[str] = (), *,
         say(f"run again, their folders deleted: {', '.join(stage.name for stage in again)}\n")
     if dry_run:
         return
-    if processes.is_first():
-        for stage in again:
-            record.forget(stage)
+    for stage in again:
+        record.forget(stage)
     processes.wait("what is run again is deleted")
 
     # ---- The stages --------------------------------------------------------------------------------------------------
@@ -110,8 +107,7 @@ def run_chain(chain: Chain, workdir: pathlib.Path, rerun: Sequence[str] = (), *,
             say(f"{workdir / stage.name}: is finished")
             meter.measure(stage.name, str(workdir / stage.name))
             continue
-        if processes.is_first():
-            record.begin(stage)
+        record.begin(stage)
         processes.wait(f"{stage.name} is recorded")
         _run(chain, stage, workdir, record, meter)
         meter.measure(stage.name, str(workdir / stage.name))
@@ -127,16 +123,13 @@ def _run(chain: Chain, stage: Stage, workdir: pathlib.Path, record: Record, mete
     """Runs or resumes one stage."""
     folder = workdir / stage.name
     if not isinstance(stage, MergeStage):
-        summary = train.run(stage.resolved(workdir), folder)
-        keys = {"start": "zero_token_loss", "final": "final_loss", "steps": "steps", "tokens": "tokens"}
-        if processes.is_first():
-            record.add(stage.name, numbers={name: summary[key] for name, key in keys.items()})
+        train.run(stage.resolved(workdir), folder)
         return
     models = [str(workdir / name) for name in stage.models]
-    numbers = {one.name: record.numbers(one.name) for one in chain.stages}
+    summaries = {one.name: summary for one in chain.stages if (summary := record.summary(one.name))}
     merge.merge_best(
         make_candidates(stage.candidates, models, None, None), models, [stage.eval_config], Target(folder),
-        reference=str(workdir / stage.reference), numbers=stage_markdown(meter.rows(), numbers),
+        reference=str(workdir / stage.reference), numbers=stage_markdown(meter.rows(), summaries),
     )  # fmt: skip
 
 
@@ -163,13 +156,8 @@ class _Meter:
         c = open_checkpoint(source)
         for config_name in self._chain.measures:
             if config_name not in self._heldout:
-                config = load_config(config_name)
-                option, _ = search.choose(c.cfg, config, search.present(), everything(c.cfg))
-                mesh = make_mesh(option.config.mesh)
-                self._heldout[config_name] = open_heldout(option.config, c, mesh, with_reference=False)
-        found = {config_name: heldout.of(c) for config_name, heldout in self._heldout.items()}
-        if processes.is_first():
-            self._record.add(name, measured=found)
+                self._heldout[config_name] = planned_heldout(load_config(config_name), c, with_reference=False)
+        self._record.add(name, measured={key: heldout.of(c) for key, heldout in self._heldout.items()})
 
 
 if __name__ == "__main__":

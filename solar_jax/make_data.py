@@ -109,7 +109,7 @@ _ANSWER_TOKENS = 200  # of a worked answer, roughly
 
 @dataclasses.dataclass(frozen=True)
 class Making:
-    """What is made, from which questions, and by which endpoint."""
+    """A job: the kind of data, the questions, and the endpoint."""
 
     kind: str
     questions: pathlib.Path

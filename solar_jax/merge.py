@@ -33,13 +33,9 @@ def define_flags() -> None:
     flags.DEFINE_string("candidates", None, "Merges to try: paper, or METHOD:WEIGHT of the second model, ...")
     flags.DEFINE_multi_string("eval_config", [], "Training config whose held-out rows measure candidates.")
     flags.DEFINE_string("reference", None, "SRC: reference of held-out pairs; the --eval_config's source if not given.")
-    flags.DEFINE_string("out", None, "New folder to write.")
     flags.DEFINE_enum("to", "hf", ("hf", "orbax"), "Format to write.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the arithmetic and of the weights written, with --method.")
-    flags.DEFINE_string("max_shard_size", "5GB", "Most bytes of weights in one HF file.")
-    flags.DEFINE_bool("overwrite", False, "Replace a checkpoint at --out.")
-    flags.DEFINE_string("push_to_hub", None, "OWNER/NAME: upload the HF folder to the hub; needs a login.")
-    flags.DEFINE_bool("verify", False, "Write certificate.json: every tensor's hash and the logits, compared.")
+    command.define_target_flags()
 
 
 def check() -> None:
@@ -150,14 +146,14 @@ def merge_best(
     for name, view in views.items():
         found[name] = measure(view)
         _tell(name, found[name])
-    best = best_of({name: of[configs[0]]["loss"] for name, of in found.items()})
+    losses = {name: of[configs[0]]["loss"] for name, of in found.items()}
+    best = best_of(losses)
     print(f"best: {best}", flush=True)
     table = {"best": best, "measured": found}
     view = views[best]
     view = dataclasses.replace(
         view, companions=view.companions | {CANDIDATES: (json.dumps(table, indent=2) + "\n").encode()}
     )
-    losses = {name: of[configs[0]]["loss"] for name, of in found.items()}
     convert_checkpoint(view, target, "merge", verify=verify, losses=losses, numbers=numbers, candidates=table)
     print(f"{target.out}: written")
     return best
@@ -165,17 +161,12 @@ def merge_best(
 
 def _measure(configs: Sequence[str], reference: str | None) -> Callable[[Checkpoint], Measured]:
     from solar_jax.cli.config_files import load_config  # imported here, since few merges are measured
-    from solar_jax.parallel.mesh import make_mesh
-    from solar_jax.planning import search
-    from solar_jax.training.measuring import open_heldout
-    from solar_jax.training.partition import everything
+    from solar_jax.planning.heldout import planned_heldout
 
     heldout = {}
     for name in configs:
         config = load_config(name)
-        c = open_checkpoint(reference or config.source)
-        option, _ = search.choose(c.cfg, config, search.present(), everything(c.cfg))
-        heldout[name] = open_heldout(option.config, c, make_mesh(option.config.mesh))
+        heldout[name] = planned_heldout(config, open_checkpoint(reference or config.source))
     return lambda c: {name: rows.of(c) for name, rows in heldout.items()}
 
 

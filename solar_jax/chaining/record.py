@@ -9,6 +9,7 @@ from solar_jax.chaining.stages import Chain, MergeStage, Stage, TrainStage
 from solar_jax.checkpoints import lineage
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.errors import UserError
+from solar_jax.parallel import processes
 from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.training import run_folder
 
@@ -17,7 +18,7 @@ Measured = dict[str, dict[str, float]]  # by config: measures by name
 
 
 class Record:
-    """The content of chain.json, written at each change."""
+    """The content of chain.json, kept by every process and written by the first at each change."""
 
     def __init__(self, workdir: pathlib.Path):
         self.workdir = workdir
@@ -67,12 +68,13 @@ class Record:
         return self._stages.get(name, {}).get("measured")
 
     def add(self, name: str, **more: Any) -> None:
-        """Adds a stage's measures and numbers."""
+        """Adds to a stage's entry."""
         self._stages.setdefault(name, {}).update(more)
         self._write()
 
-    def numbers(self, name: str) -> dict[str, Any]:
-        return self._stages.get(name, {}).get("numbers", {})
+    def summary(self, name: str) -> dict[str, Any] | None:
+        """A finished run's summary; None for a merge, and before the run ends."""
+        return read_json(self.workdir / name / "summary.json")
 
     def is_done(self, stage: Stage) -> bool:
         """True if a stage's result is there."""
@@ -81,10 +83,13 @@ class Record:
 
     def forget(self, stage: Stage) -> None:
         """Deletes a stage's folder and record."""
-        shutil.rmtree(self.workdir / stage.name, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(self.workdir / stage.name, ignore_errors=True)
         self._stages.pop(stage.name, None)
         self._write()
 
     def _write(self) -> None:
+        if not processes.is_first():
+            return
         self.workdir.mkdir(parents=True, exist_ok=True)
         write_json(self.workdir / FILE, {"stages": self._stages})

@@ -1,7 +1,8 @@
-"""What a chain says: the plan before it starts, a table after each stage, and the model card's numbers."""
+"""Reports of a chain: the plan before it starts, a table after each stage, and the model card's numbers."""
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -67,8 +68,7 @@ def cells(measured: Measured) -> list[str]:
     accuracy, end = "", ""
     for of in measured.values():
         if "likelihood_accuracy" in of:
-            p = of["likelihood_accuracy"]
-            accuracy = f"{100 * p:.1f} +- {100 * (p * (1 - p) / max(1.0, of['pairs'])) ** 0.5:.1f}"
+            accuracy = f"{100 * of['likelihood_accuracy']:.1f} +- {100 * of['likelihood_accuracy_error']:.1f}"
         elif "end_probability" in of:
             end = f"{100 * of['end_probability']:.1f}"
     return [*losses, accuracy, end]
@@ -91,13 +91,13 @@ def stage_table(rows: Mapping[str, Measured]) -> str:
     return "\n".join(lines)
 
 
-def stage_markdown(rows: Mapping[str, Measured], numbers: Mapping[str, Mapping[str, float]]) -> str:
-    """Formats the numbers of every stage for the model card."""
+def stage_markdown(rows: Mapping[str, Measured], summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """Formats the measures of every result, and what each run's summary says, for the model card."""
     titles = _titles(next(iter(rows.values())))
     text = [f"| result | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     text += [f"| {name} | {' | '.join(cells(of))} |" for name, of in rows.items()]
-    own = [f"| {name} | {of['start']:.4f} | {of['final']:.4f} | {of['steps']:,} | {of['tokens']:,} |"
-           for name, of in numbers.items() if of]  # fmt: skip
+    own = [f"| {name} | {of['zero_token_loss']:.4f} | {of['final_loss']:.4f} | {of['steps']:,} | {of['tokens']:,} |"
+           for name, of in summaries.items()]  # fmt: skip
     if own:
         text += ["", "| stage | its held-out loss before | after | steps | tokens |", "|---|---|---|---|---|", *own]
     return "\n".join(text)

@@ -61,7 +61,8 @@ def template_text(found: Mapping[str, bytes]) -> str | None:
         return found[TEMPLATE].decode()
     own = _object(found, TOKENIZER_CONFIG).get("chat_template")
     if isinstance(own, list):  # named templates
-        own = next((one.get("template") for one in own if one.get("name") == "default"), None)
+        named = [one for one in own if isinstance(one, dict)]
+        own = next((one.get("template") for one in named if one.get("name") == "default"), None)
     return own if isinstance(own, str) else None
 
 

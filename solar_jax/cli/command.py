@@ -86,12 +86,17 @@ def _is_news(record: LogRecord) -> bool:
 def define_conversion_flags() -> None:
     """Defines the flags that `upscale` and `convert` share."""
     flags.DEFINE_string("source", None, "SRC: HF folder, hub id, gs:// or s3:// folder, .gguf file, run, or smollm2.")
-    flags.DEFINE_string("out", None, "New folder to write.")
     flags.DEFINE_enum("operator", None, sorted(OPERATORS), "Growth operator.")
     flags.DEFINE_string("slices", None, "Half-open source ranges one after another, e.g. 0:24,8:32.")
     for key in GROWTH_NUMBERS:
         flags.DEFINE_integer(key, getattr(GrowthConfig(), key), f"The operator's number, as config.growth.{key}.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the weights written; each as it is stored if not given.")
+    define_target_flags()
+
+
+def define_target_flags() -> None:
+    """Defines the flags of every command that writes a checkpoint."""
+    flags.DEFINE_string("out", None, "New folder to write.")
     flags.DEFINE_string("max_shard_size", "5GB", "Most bytes of weights in one HF file.")
     flags.DEFINE_bool("overwrite", False, "Replace a checkpoint at --out.")
     flags.DEFINE_string("push_to_hub", None, "OWNER/NAME: upload the HF folder to the hub; needs a login.")

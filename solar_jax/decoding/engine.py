@@ -39,7 +39,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was generated: `text` without the end token and without the stop string."""
+    """Generated tokens and their text, without the end token and without the stop string."""
 
     tokens: tuple[int, ...]
     text: str

@@ -1,4 +1,4 @@
-"""Whether BOS is set as the model was trained: the loss of a fixed text with and without it."""
+"""BOS check: the loss of a fixed text with and without BOS, which shows how the model was trained."""
 
 import dataclasses
 from typing import Any

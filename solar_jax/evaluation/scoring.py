@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from solar_jax.config import ModelConfig
+from solar_jax.decoding.engine import BUCKETS, bucket
 from solar_jax.evaluation.trie import NOT_SEEN, Query, TrieRow, pack_queries
 from solar_jax.model.attention import rotated_attention
 from solar_jax.model.llama import hidden, unembed
 from solar_jax.model.shapes import Params
 
 BUDGET = 1024  # tokens of a row
-_SIZES = tuple(2**n for n in range(3, 21))  # axes are rounded up to one of these, each compiled once
 _PART = 64  # places whose logits are held at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What a query's targets got."""
+    """Log-probabilities of a query's targets."""
 
     log_probs: np.ndarray  # float32, of each target
     greedy: np.ndarray  # bool, whether it was the most likely token
@@ -76,7 +76,7 @@ class Scorer:
                 at = stop
 
     def _run(self, row: TrieRow, wanted: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        T, M, W = (_size(n) for n in (len(row.tokens), len(row.attached), max(_PART, len(wanted))))
+        T, M, W = (bucket(n, BUCKETS[-1]) for n in (len(row.tokens), len(row.attached), max(_PART, len(wanted))))
         self.counts.padding += T - len(row.tokens)
         limits = np.full((M, M), NOT_SEEN, np.int32)
         limits[: len(row.attached), : len(row.attached)] = row.limits()
@@ -86,10 +86,6 @@ class Scorer:
             places, targets,
         )  # fmt: skip
         return np.asarray(log_probs)[: len(wanted)], np.asarray(greedy)[: len(wanted)]
-
-
-def _size(n: int) -> int:
-    return next(size for size in _SIZES if size >= n)
 
 
 def _padded(values: Sequence[int], size: int, fill: int = 0) -> np.ndarray:

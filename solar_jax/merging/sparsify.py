@@ -15,7 +15,7 @@ Keep = Callable[[np.ndarray, slice], np.ndarray]  # (differences [r, columns] of
 
 @dataclasses.dataclass(frozen=True)
 class Sparse:
-    """What one input's difference is multiplied with."""
+    """Mask and factor of one input's difference."""
 
     keep: Keep | None = None  # None: all of it
     factor: float | None = None  # after the mask, so that the sum of magnitudes stays; None: none

@@ -26,7 +26,6 @@ from solar_jax.merging.vocabulary import chat_template_files, merged_vocabulary
 _MAY_DIFFER = ("vocab_size", "num_hidden_layers", "no_rope_layers")
 # Numbers of the config that need not agree; those of the first model are used.
 _NUMBERS = ("max_position_embeddings", "rope_theta", "rms_norm_eps", "sliding_window")
-_WIDER = {frozenset(("bfloat16", "float16")): "float32"}  # a dtype that holds both; otherwise the wider of the two
 
 
 def open_model(name: str) -> Checkpoint:
@@ -97,7 +96,7 @@ def _copies(tensors: Mapping[str, "_Merged"]) -> list[tuple[str, tuple[Checkpoin
 
 
 def _record(recipe: Recipe, models: list[Checkpoint]) -> dict[str, Any]:
-    """What decides the result besides the files: for the lineage, and to know the same job again."""
+    """The recipe and its inputs as JSON: for the lineage, and to know the same job again."""
     content = dataclasses.asdict(recipe)
     del content["text"]
     return {"recipe": content, "inputs": [fingerprint(c) for c in models]}
@@ -283,4 +282,5 @@ def _tensor(
 
 
 def _wider(a: str, b: str) -> str:
-    return a if a == b else _WIDER.get(frozenset((a, b)), "float32")
+    """A dtype that holds the values of both: of two different ones always float32."""
+    return a if a == b else "float32"

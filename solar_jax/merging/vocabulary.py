@@ -174,7 +174,7 @@ def _source(
     token: str, row: int, wanted: TokenRule | None, inputs: Sequence[str], base: str | None,
     places: Mapping[str, Mapping[int, int]], own: Mapping[str, Mapping[str, int]], models: Mapping[str, Checkpoint],
 ) -> Rows:  # fmt: skip
-    """The rows that make the embedding of a token which a model lacks: as told, the base's, else the mean of all."""
+    """The rows that make the embedding of a token which a model lacks: by the rule, the base's, or the mean of all."""
     if wanted is not None:
         if wanted.model is None:
             return []

@@ -212,11 +212,12 @@ def means(eval_step: EvalStep, params: Params, batches: list[Batch]) -> dict[str
 
 
 def with_error(found: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Values of measures, each given with what it is a mean over; an accuracy with its standard error and its pairs."""
+    """Values of measures, given with what each is a mean over; accuracies with standard error and number of pairs."""
     values = {name: value for name, (value, _) in found.items()}
-    if "accuracy" in found:
-        value, pairs = found["accuracy"]
-        values |= {"accuracy_error": math.sqrt(value * (1 - value) / max(1.0, pairs)), "pairs": pairs}
+    for name in ("accuracy", "likelihood_accuracy"):
+        if name in found:
+            value, pairs = found[name]
+            values |= {f"{name}_error": math.sqrt(value * (1 - value) / max(1.0, pairs)), "pairs": pairs}
     return values
 
 

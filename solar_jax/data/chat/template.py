@@ -13,6 +13,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
+from solar_jax.checkpoints.companions import TEMPLATE, TOKENIZER_CONFIG, template_text
 from solar_jax.data.chat.formats import Message
 from solar_jax.errors import UserError
 
@@ -198,17 +199,12 @@ def load_template(chosen: str, companions: Mapping[str, bytes], where: str, date
             )
         with open(chosen, encoding="utf-8") as f:
             return Template(chosen, f.read(), specials, date)
-    if "chat_template.jinja" in companions:
-        return Template(f"{where}: chat_template.jinja", companions["chat_template.jinja"].decode(), specials, date)
-    found = config.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}.get("default")
-    if not isinstance(found, str):
+    if (found := template_text(companions)) is None:
         raise UserError(
             f"{where}: the tokenizer has no chat template; name one with config.data.template: "
             f"{', '.join(NAMED)}, or a file."
         )
-    return Template(f"{where}: tokenizer_config.json", found, specials, date)
+    return Template(f"{where}: {TEMPLATE if TEMPLATE in companions else TOKENIZER_CONFIG}", found, specials, date)
 
 
 def _object(companions: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]:
