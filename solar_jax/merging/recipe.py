@@ -77,7 +77,6 @@ class Recipe:
     vocabulary: VocabularyRule | None = None
     chat_template: str | None = None
     seed: int = 0
-    text: str = ""  # the YAML
 
     @property
     def models(self) -> list[str]:
@@ -104,10 +103,10 @@ def read_recipe(file: pathlib.Path) -> Recipe:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as e:
         raise UserError(f"{file}: is not YAML: {' '.join(str(e).split())}.") from e
-    return recipe_of(content, str(file), text)
+    return recipe_of(content, str(file))
 
 
-def recipe_of(content: Any, where: str, text: str = "") -> Recipe:
+def recipe_of(content: Any, where: str) -> Recipe:
     """Checks what a YAML file holds.
 
     Raises:
@@ -145,7 +144,6 @@ def recipe_of(content: Any, where: str, text: str = "") -> Recipe:
         _vocabulary(top, where),
         _text(top, "chat_template", where),
         seed or 0,
-        text,
     )
 
 
@@ -343,4 +341,4 @@ def short_recipe(
             content["models"] = [{"model": model} for model, _ in models]
         content |= {"base_model": base} if base else {}
     content |= {"dtype": dtype} if dtype else {}
-    return recipe_of(content, "--method", yaml.safe_dump(content, sort_keys=False))
+    return recipe_of(content, "--method")

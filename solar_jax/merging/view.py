@@ -97,9 +97,7 @@ def _copies(tensors: Mapping[str, "_Merged"]) -> list[tuple[str, tuple[Checkpoin
 
 def _record(recipe: Recipe, models: list[Checkpoint]) -> dict[str, Any]:
     """The recipe and its inputs as JSON: for the lineage, and to know the same job again."""
-    content = dataclasses.asdict(recipe)
-    del content["text"]
-    return {"recipe": content, "inputs": [fingerprint(c) for c in models]}
+    return {"recipe": dataclasses.asdict(recipe), "inputs": [fingerprint(c) for c in models]}
 
 
 def _method(recipe: Recipe) -> Method:
