@@ -109,13 +109,12 @@ def test_a_killed_evaluation_goes_on_and_ends_in_the_same_results(folder, tasks,
             evaluate_tasks(str(folder), NAMES, tmp_path / "out.json", str(tasks), check_bos=False)
     assert not (tmp_path / "out.json").exists()
     found = evaluate_tasks(str(folder), NAMES, tmp_path / "out.json", str(tasks), check_bos=False)
-    assert found["tokens"]["asked"] == 0, "what was known is not computed again"
-    assert samples(found) == samples(whole)
-    assert found["results"] == whole["results"]
+    assert whole.pop("date") <= found.pop("date")
+    assert found == whole, "to the last digit of a log-likelihood"
 
 
 def test_an_unknown_task_is_named_before_the_model_is_loaded(tasks, tmp_path):
-    with pytest.raises(UserError, match=r"--tasks: 'arc' is not in .* \(2 tasks\)"):
+    with pytest.raises(UserError, match=r"--tasks: 'arc' is neither in .* nor among lm-eval's [0-9,]+ tasks"):
         evaluate_tasks("/not/there", ["arc"], tmp_path / "out.json", str(tasks))
 
 

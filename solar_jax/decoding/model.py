@@ -30,6 +30,7 @@ class Loaded:
     ends: list[int]
     companions: dict[str, bytes]
     where: str
+    mesh: jax.sharding.Mesh | None = None  # that the weights lie on
 
     def engine(self, rows: int, context: int = 0) -> Engine:
         """An engine that answers `rows` requests at a time."""
@@ -77,7 +78,7 @@ def load_model(c: Checkpoint, dtype: str) -> Loaded:
     ways = max(n for n in range(1, jax.device_count() + 1) if _divides(c.cfg, n) and jax.device_count() % n == 0)
     mesh = make_mesh(MeshConfig(data=jax.device_count() // ways, fsdp=1, tensor=ways))
     params = load_params(c, rules.parameter_shardings(c.cfg, mesh), numpy_dtype(dtype))
-    return Loaded(c.cfg, params, dtype, tokenizer, end_ids(c), c.companions, c.where)
+    return Loaded(c.cfg, params, dtype, tokenizer, end_ids(c), c.companions, c.where, mesh)
 
 
 def _divides(cfg: ModelConfig, ways: int) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lm_eval import utils
 from lm_eval.api.instance import Instance
@@ -12,14 +12,17 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from solar_jax.checkpoints.checkpoint import numpy_dtype
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.cli.progress import count_bar
 from solar_jax.decoding.engine import Engine, Request
 from solar_jax.decoding.model import Loaded, load_model
 from solar_jax.decoding.sampling import Sampling
 from solar_jax.errors import UserError
-from solar_jax.evaluation.scoring import BUDGET, Scorer
+from solar_jax.evaluation.scoring import BUDGET, Scored, Scorer
+from solar_jax.evaluation.store import Store, key_of_text
 from solar_jax.evaluation.trie import Query
 
 NAME = "solar_jax"  # as lm-eval's --model takes it
+_T = TypeVar("_T")
 _MOST_NEW = 256  # tokens of an answer where the task says nothing
 
 Pair = tuple[tuple[str, str], list[int], list[int]]  # (context, continuation) as text, and the tokens of each
@@ -32,7 +35,7 @@ class SolarModel(TemplateLM):
     def __init__(
         self, pretrained: str | Loaded, *, dtype: str = "float32", max_length: int | str | None = None,
         add_bos_token: bool | str | None = None, rows: int | str = 8, budget: int | str = BUDGET, share: bool = True,
-        **ignored: Any,
+        store: Store | None = None, quiet: bool = False, **ignored: Any,
     ):  # fmt: skip
         """Loads a model.
 
@@ -44,6 +47,8 @@ class SolarModel(TemplateLM):
           rows: answers that are generated side by side.
           budget: tokens of a row in which sequences are scored.
           share: compute common beginnings once.
+          store: answers that are known, of the same model and settings.
+          quiet: no progress bars.
           ignored: settings of other classes, such as batch_size, device and max_batch_size.
         """
         super().__init__()
@@ -53,7 +58,10 @@ class SolarModel(TemplateLM):
         self._add_bos = {"True": True, "False": False}.get(str(add_bos_token))
         self._rows, self._share = int(rows), share in (True, "True")
         compute_dtype = numpy_dtype(self.loaded.dtype)
-        self.scorer = Scorer(self.loaded.cfg, self.loaded.params, compute_dtype=compute_dtype, budget=int(budget))
+        self.scorer = Scorer(
+            self.loaded.cfg, self.loaded.params, mesh=self.loaded.mesh, compute_dtype=compute_dtype, budget=int(budget)
+        )
+        self._store, self._quiet = store, quiet
         specials = self.loaded.specials
         known = {name: self.loaded.tokenizer.token_to_id(text) for name, text in specials.items()}
         self._ids = {name: found for name, found in known.items() if found is not None}
@@ -91,11 +99,23 @@ class SolarModel(TemplateLM):
         found: list[Any] = [(0.0, True)] * len(requests)
         asked = [(i, self._query(context, continuation)) for i, (_, context, continuation) in enumerate(requests)]
         asked = [(i, query) for i, query in asked if query.targets]
-        for number, scored in self.scorer.scores([query for _, query in asked], share=self._share):
-            i = asked[number][0]
-            found[i] = (scored.total, scored.all_greedy)
-            self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])  # known after a kill
+        for number, scored in self._scores([query for _, query in asked]):
+            found[asked[number][0]] = (scored.total, scored.all_greedy)
         return found
+
+    def _scores(self, queries: list[Query]) -> Iterator[tuple[int, Scored]]:
+        scores = self.scorer.scores(queries, share=self._share, store=self._store)
+        return self._shown(scores, len(queries), "continuations scored")
+
+    def _shown(self, answers: Iterator[tuple[int, _T]], count: int, what: str) -> Iterator[tuple[int, _T]]:
+        """Passes answers on, with a bar of their number."""
+        if self._quiet or not count:
+            yield from answers
+            return
+        with count_bar(count, 0, what) as update:
+            for answer in answers:
+                update(1, "")
+                yield answer
 
     def _query(self, context: Sequence[int], continuation: Sequence[int]) -> Query:
         tokens = [*context, *continuation][-(self.max_length + 1) :][:-1]
@@ -106,10 +126,8 @@ class SolarModel(TemplateLM):
         windows = [(i, window) for i, request in enumerate(requests) for window in self._windows(request.args[0])]
         queries = [self._query(*window) for _, window in windows]
         totals = [0.0] * len(requests)
-        for number, scored in self.scorer.scores(queries, share=self._share):
+        for number, scored in self._scores(queries):
             totals[windows[number][0]] += scored.total
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
@@ -125,11 +143,14 @@ class SolarModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         del disable_tqdm
         asked = [self._request(*request.args) for request in requests]
-        found = [""] * len(requests)
-        for i, answer in self._engine.answers(asked):
-            found[i] = answer.text
-            self.cache_hook.add_partial("generate_until", requests[i].args, answer.text)
-        return found
+        keys = [key_of_text(request) for request in asked]
+        found = [self._store.text(key) if self._store else None for key in keys]
+        left = [i for i, text in enumerate(found) if text is None]
+        for place, answer in self._shown(self._engine.answers(asked[i] for i in left), len(left), "answers generated"):
+            found[left[place]] = answer.text
+            if self._store:
+                self._store.add_text(keys[left[place]], answer.text)
+        return [text or "" for text in found]
 
     def _request(self, context: str, gen_kwargs: dict[str, Any]) -> Request:
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, _MOST_NEW))

@@ -2,22 +2,30 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from solar_jax.config import ModelConfig
-from solar_jax.decoding.engine import BUCKETS, bucket
-from solar_jax.evaluation.trie import NOT_SEEN, Query, TrieRow, pack_queries
+from solar_jax.evaluation.store import Scores, Store, key_of_row
+from solar_jax.evaluation.trie import Query, TrieRow, pack_queries
 from solar_jax.model.attention import rotated_attention
-from solar_jax.model.llama import hidden, unembed
+from solar_jax.model.llama import Constrain, hidden, unconstrained, unembed
 from solar_jax.model.shapes import Params
+from solar_jax.parallel import rules
+from solar_jax.parallel.collectives import constrain_on
+from solar_jax.parallel.mesh import axis_size
 
 BUDGET = 1024  # tokens of a row
 _PART = 64  # places whose logits are held at a time
+_SIZES = 4  # shapes below the budget: its quarter, half and so on
+# Whole rows lie on one device; rows are split over all axes of the batch.
+_ACTIVATIONS = rules.ACTIVATIONS | {"B": rules.BATCH_AXES, "T": None, "S": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,79 +59,140 @@ class Counts:
 class Scorer:
     """A model that scores queries."""
 
-    def __init__(self, cfg: ModelConfig, params: Params, *, compute_dtype: Any = jnp.float32, budget: int = BUDGET):
-        self.cfg, self.budget, self.counts = cfg, budget, Counts()
-        self._params = params
-        self._score = jax.jit(functools.partial(_score, cfg, compute_dtype=compute_dtype))
+    def __init__(
+        self, cfg: ModelConfig, params: Params, *, mesh: Mesh | None = None, compute_dtype: Any = jnp.float32,
+        budget: int = BUDGET, prepare: Callable[[Params], Params] = lambda params: params,
+    ):  # fmt: skip
+        """Prepares a model.
 
-    def scores(self, queries: Sequence[Query], *, share: bool = True) -> Iterator[tuple[int, Scored]]:
+        Args:
+          cfg: the architecture.
+          params: the state, on its devices.
+          mesh: of the state; rows are split over its axes of the batch. None: one device.
+          compute_dtype: dtype of matmuls and activations.
+          budget: tokens of a row.
+          prepare: makes of the state what `model.llama.hidden` takes.
+        """
+        self.cfg, self.budget, self.counts = cfg, budget, Counts()
+        self._params, self._mesh = params, mesh
+        self._rows = axis_size(mesh, *rules.BATCH_AXES) if mesh else 1
+        constrain = constrain_on(mesh, _ACTIVATIONS) if mesh else unconstrained
+        score = functools.partial(_score, cfg, compute_dtype=compute_dtype, constrain=constrain, prepare=prepare)
+        self._score = jax.jit(score, out_shardings=rules.replicated(mesh) if mesh else None)
+
+    def scores(
+        self, queries: Sequence[Query], *, share: bool = True, store: Store | None = None
+    ) -> Iterator[tuple[int, Scored]]:
         """Yields each query's number and score, row by row.
 
         Args:
           queries: at most the model's context long.
           share: compute common beginnings once.
+          store: rows that it has are not computed again.
         """
-        for row in pack_queries(queries, self.budget, share=share):
-            wanted = [(place, target) for number, asked in row.ask.items()
-                      for place, target in zip(asked, queries[number].targets, strict=True)]  # fmt: skip
-            self.counts.asked += sum(len(queries[number].tokens) for number in row.ask)
-            self.counts.computed += len(row.tokens)
-            log_probs, greedy = self._run(row, wanted)
-            at = 0
-            for number, asked in row.ask.items():
-                stop = at + len(asked)
-                yield number, Scored(log_probs[at:stop], greedy[at:stop])
-                at = stop
+        rows = pack_queries(queries, self.budget, share=share)
+        for group in itertools.batched(rows, self._rows):
+            wanted = [_wanted(row, queries) for row in group]
+            for row in group:
+                self.counts.asked += sum(len(queries[number].tokens) for number in row.ask)
+                self.counts.computed += len(row.tokens)
+            for row, (log_probs, greedy) in zip(group, self._known_or_run(group, wanted, store), strict=True):
+                at = 0
+                for number, places in row.ask.items():
+                    stop = at + len(places)
+                    yield number, Scored(log_probs[at:stop], greedy[at:stop])
+                    at = stop
 
-    def _run(self, row: TrieRow, wanted: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        T, M, W = (bucket(n, BUCKETS[-1]) for n in (len(row.tokens), len(row.attached), max(_PART, len(wanted))))
-        self.counts.padding += T - len(row.tokens)
-        limits = np.full((M, M), NOT_SEEN, np.int32)
-        limits[: len(row.attached), : len(row.attached)] = row.limits()
-        places, targets = (_padded(column, W) for column in zip(*wanted, strict=True))
-        log_probs, greedy = self._score(
-            self._params, _padded(row.tokens, T), _padded(row.positions, T), _padded(row.chains, T, M - 1), limits,
-            places, targets,
-        )  # fmt: skip
-        return np.asarray(log_probs)[: len(wanted)], np.asarray(greedy)[: len(wanted)]
+    def _known_or_run(
+        self, group: Sequence[TrieRow], wanted: list[list[tuple[int, int]]], store: Store | None
+    ) -> list[Scores]:
+        T = self._size(max(len(row.tokens) for row in group))
+        self.counts.padding += T * self._rows - sum(len(row.tokens) for row in group)
+        if store is None:
+            return self._run(group, wanted, T)
+        keys = [key_of_row(row, asked) for row, asked in zip(group, wanted, strict=True)]
+        known = [found for key in keys if (found := store.scores(key)) is not None]
+        if len(known) == len(keys):
+            return known
+        found = self._run(group, wanted, T)
+        for key, scores in zip(keys, found, strict=True):
+            store.add_scores(key, scores)
+        return found
+
+    def _size(self, length: int) -> int:
+        """T, one of few, so that few programs are compiled."""
+        size = self.budget >> (_SIZES - 1)
+        while size < length:
+            size *= 2
+        return size
+
+    def _run(self, group: Sequence[TrieRow], wanted: list[list[tuple[int, int]]], T: int) -> list[Scores]:
+        W = max(T, *(-(-len(asked) // _PART) * _PART for asked in wanted))
+        W = -(-W // _PART) * _PART
+        rows = [*group, *([TrieRow()] * (self._rows - len(group)))]
+        pairs = np.zeros((2, len(rows), W), np.int32)
+        for i, asked in enumerate(wanted):
+            pairs[:, i, : len(asked)] = np.array(asked, np.int32).T
+        tokens, positions = (
+            np.stack([np.pad(np.array(getattr(row, name), np.int32), (0, T - len(row.tokens))) for row in rows])
+            for name in ("tokens", "positions")
+        )
+        mask = np.stack([row.mask(T) for row in rows])
+        if window := self.cfg.sliding_window:
+            mask &= positions[:, :, None] - positions[:, None, :] < window
+        parts = np.int32(max(-(-len(asked) // _PART) for asked in wanted))
+        arrays = [self._placed(array) for array in (tokens, positions, mask, pairs[0], pairs[1])]
+        log_probs, greedy = (np.asarray(x) for x in self._score(self._params, *arrays, parts))
+        return [(log_probs[i, : len(asked)], greedy[i, : len(asked)]) for i, asked in enumerate(wanted)]
+
+    def _placed(self, array: np.ndarray) -> Any:
+        if self._mesh is None:
+            return array
+        return jax.make_array_from_callback(array.shape, rules.batch_sharding(self._mesh), lambda index: array[index])
 
 
-def _padded(values: Sequence[int], size: int, fill: int = 0) -> np.ndarray:
-    out = np.full(size, fill, np.int32)
-    out[: len(values)] = values
-    return out
+def _wanted(row: TrieRow, queries: Sequence[Query]) -> list[tuple[int, int]]:
+    """(place, expected token) of every target in a row."""
+    return [
+        (place, target) for number, places in row.ask.items()
+        for place, target in zip(places, queries[number].targets, strict=True)
+    ]  # fmt: skip
 
 
 def _score(
-    cfg: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, chains: jax.Array, limits: jax.Array,
-    places: jax.Array, targets: jax.Array, *, compute_dtype: Any,
+    cfg: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, mask: jax.Array, places: jax.Array,
+    targets: jax.Array, parts: jax.Array, *, compute_dtype: Any, constrain: Constrain,
+    prepare: Callable[[Params], Params],
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Scores one row.
+    """Scores rows.
 
     Args:
       cfg, params: the model.
-      tokens, positions, chains: [T].
-      limits: [M, M] from `TrieRow.limits`.
-      places, targets: [W] place of a token, and the token that is expected after it; W is a multiple of `_PART`.
+      tokens, positions: [B, T].
+      mask: [B, T, T], the tokens that each token sees.
+      places, targets: [B, W] place of a token, and the token that is expected after it; W is a multiple of `_PART`.
+      parts: how many times `_PART` of them are asked for.
       compute_dtype: dtype of matmuls and activations.
+      constrain: lays out activations and gathered parameters on a mesh.
+      prepare: as in `Scorer`.
 
     Returns:
-      Log-probabilities float32 [W], and whether the target is the most likely token, bool [W].
+      Log-probabilities float32 [B, W], and whether the target is the most likely token, bool [B, W].
     """
-    at = jnp.arange(len(tokens))
-    seen = at[None, :] <= jnp.minimum(at[:, None], limits[chains][:, chains])
-    if cfg.sliding_window:
-        seen &= positions[:, None] - positions[None, :] < cfg.sliding_window
     x, head = hidden(
-        cfg, params, tokens[None], positions[None], seen[None], compute_dtype=compute_dtype, attend=rotated_attention
-    )
+        cfg, prepare(params), tokens, positions, mask, compute_dtype=compute_dtype, attend=rotated_attention,
+        constrain=constrain,
+    )  # fmt: skip
+    head = constrain(head, "DV")
 
-    def one(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        at, target = part
-        found = unembed(x[0, at], head)
-        chosen = jnp.take_along_axis(found, target[:, None], axis=-1)[:, 0]
-        return None, (chosen - jax.nn.logsumexp(found, axis=-1), jnp.argmax(found, axis=-1) == target)
+    def one(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """A part's logits are held at a time. A place with several targets is computed for each."""
+        at, target = (jax.lax.dynamic_slice_in_dim(a, i * _PART, _PART, 1) for a in (places, targets))
+        logits = constrain(unembed(jnp.take_along_axis(x, at[:, :, None], axis=1), head), "BTV")
+        chosen = jnp.take_along_axis(logits, target[:, :, None], axis=-1)[:, :, 0]
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * _PART, axis=1)
+        log_probs = put(found[0], chosen - jax.nn.logsumexp(logits, axis=-1))
+        return log_probs, put(found[1], jnp.argmax(logits, axis=-1) == target)
 
-    # A part's logits are held at a time. A place with several targets is computed for each.
-    _, (log_probs, greedy) = jax.lax.scan(one, None, (places.reshape(-1, _PART), targets.reshape(-1, _PART)))
-    return log_probs.reshape(-1), greedy.reshape(-1)
+    empty = jnp.zeros(places.shape, jnp.float32), jnp.zeros(places.shape, bool)
+    return jax.lax.fori_loop(0, parts, one, empty)

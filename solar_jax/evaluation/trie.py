@@ -6,7 +6,7 @@ to it leaves. Positions count along the path, so that each sequence is computed 
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -69,6 +69,13 @@ class TrieRow:
         self._children[parent, token] = place
         return place
 
+    def mask(self, size: int) -> np.ndarray:
+        """The tokens that each token sees, bool [T, T] with T = `size`; padding sees itself."""
+        chains, at = np.array(self.chains, np.int32), np.arange(len(self.tokens))
+        found = np.eye(size, dtype=bool)
+        found[: len(at), : len(at)] = at[None, :] <= np.minimum(at[:, None], self.limits()[chains][:, chains])
+        return found
+
     def limits(self) -> np.ndarray:
         """The last place that each chain sees of each other, int32 [chains, chains]; its own is not limited here."""
         count = len(self.attached)
@@ -82,8 +89,8 @@ class TrieRow:
         return found
 
 
-def pack_queries(queries: Sequence[Query], budget: int, *, share: bool = True) -> list[TrieRow]:
-    """Packs queries into rows of at most `budget` tokens, or of one longer query.
+def pack_queries(queries: Sequence[Query], budget: int, *, share: bool = True) -> Iterator[TrieRow]:
+    """Packs queries into rows of at most `budget` tokens and as many targets, or of one larger query.
 
     Queries are taken in the order of their tokens, so that those with the longest common beginnings meet.
 
@@ -92,18 +99,17 @@ def pack_queries(queries: Sequence[Query], budget: int, *, share: bool = True) -
       budget: tokens of a row.
       share: compute common beginnings once; otherwise each query has a row of its own.
     """
-    if not share:
-        rows = []
-        for number, query in enumerate(queries):
-            rows.append(TrieRow())
-            rows[-1].add(number, query)
-        return rows
-    rows = [TrieRow()]
-    for number in _ordered(queries):
-        if rows[-1].tokens and len(rows[-1].tokens) + rows[-1].missing(queries[number]) > budget:
-            rows.append(TrieRow())
-        rows[-1].add(number, queries[number])
-    return [row for row in rows if row.ask]
+    row, targets = TrieRow(), 0
+    for number in _ordered(queries) if share else range(len(queries)):
+        query = queries[number]
+        full = len(row.tokens) + row.missing(query) > budget or targets + len(query.targets) > budget
+        if row.ask and (full or not share):
+            yield row
+            row, targets = TrieRow(), 0
+        row.add(number, query)
+        targets += len(query.targets)
+    if row.ask:
+        yield row
 
 
 def _ordered(queries: Sequence[Query]) -> Iterable[int]:

@@ -82,3 +82,15 @@ def added(values: np.ndarray) -> np.ndarray:
 def agree(fine: bool) -> bool:
     """Returns whether `fine` is true in every process; a collective that every process must call."""
     return least(float(fine)) == 1.0
+
+
+def text_from_first(text: str) -> str:
+    """Returns the first process's `text` in every process; a collective that every process must call."""
+    if index_and_count()[1] == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    own = data if is_first() else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes().decode()
