@@ -1,0 +1,122 @@
+"""The six tasks of H6, and published scores on them: those of SOLAR's paper, its ablations and sDPO's.
+
+All scores are percent, on full sets, without a chat template.
+"""
+
+import dataclasses
+import decimal
+from collections.abc import Mapping, Sequence
+
+HARNESS = "b281b0921b636bc36ad05c0b0b0763bd6dd43463"  # commit of lm-evaluation-harness that published scores are from
+SOLAR = "arXiv:2312.15166 v2"
+SDPO = "arXiv:2403.19270 v2"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskProtocol:
+    """How a task counts in H6.
+
+    Attributes:
+      title: for tables.
+      metrics: lm-eval's keys `METRIC,FILTER` of the score; the first that a file has.
+      shots: examples before each question.
+      items: size of the full set.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+    shots: int
+    items: int
+
+
+H6_TASKS = {
+    "arc_challenge": TaskProtocol("ARC", ("acc_norm,none",), 25, 1172),
+    "hellaswag": TaskProtocol("HellaSwag", ("acc_norm,none",), 10, 10042),
+    "mmlu": TaskProtocol("MMLU", ("acc,none",), 5, 14042),  # mean over 57 subjects, each counting the same
+    "truthfulqa_mc2": TaskProtocol("TruthfulQA", ("acc,none", "mc2,none"), 0, 817),
+    "winogrande": TaskProtocol("Winogrande", ("acc,none",), 5, 1267),
+    "gsm8k": TaskProtocol("GSM8K", ("exact_match,strict-match", "exact_match,none", "acc,none"), 5, 1319),
+}  # fmt: skip
+AVERAGES = {"H6": tuple(H6_TASKS), "H4": ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")}
+MMLU_SUBJECTS = tuple(
+    """
+    abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+    college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
+    econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
+    high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
+    high_school_government_and_politics high_school_macroeconomics high_school_mathematics high_school_microeconomics
+    high_school_physics high_school_psychology high_school_statistics high_school_us_history high_school_world_history
+    human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
+    medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory
+    professional_accounting professional_law professional_medicine professional_psychology public_relations
+    security_studies sociology us_foreign_policy virology world_religions
+    """.split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A model's published scores, percent, in the order of `H6_TASKS`, and their mean as it was published."""
+
+    model: str
+    mean: str
+    scores: tuple[str, ...]
+    source: str = SOLAR
+
+    def by_task(self) -> dict[str, float]:
+        return {task: float(score) for task, score in zip(H6_TASKS, self.scores, strict=True)}
+
+
+# Written as text, so that a table shows 84.60 as the paper does, and means are exact.
+PUBLISHED = (
+    Published("SOLAR 10.7B-Instruct", "74.20", ("71.08", "88.16", "66.21", "71.43", "83.58", "64.75")),
+    Published("SOLAR 10.7B", "66.04", ("61.95", "84.60", "65.48", "45.04", "83.66", "55.50")),
+    Published("Mixtral-8x7B-Instruct", "72.62", ("70.22", "87.63", "71.16", "64.58", "81.37", "60.73")),
+    Published("Qwen 14B", "65.86", ("58.28", "83.99", "67.70", "49.43", "76.80", "58.98")),
+    Published("Mistral 7B", "60.97", ("59.98", "83.31", "64.16", "42.15", "78.37", "37.83")),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """A published mean alone: of which average, after which stage, from which data or weights."""
+
+    average: str  # a key of AVERAGES
+    stage: str
+    variant: str
+    mean: str
+    source: str = SOLAR
+
+
+ABLATIONS = (
+    Ablation("H6", "SFT", "Alpaca-GPT4", "69.15"),
+    Ablation("H6", "SFT", "Alpaca-GPT4, OpenOrca", "69.21"),
+    Ablation("H6", "SFT", "Alpaca-GPT4, OpenOrca, Synth. Math-Instruct", "70.03"),
+    Ablation("H6", "SFT", "Alpaca-GPT4, Synth. Math-Instruct", "70.88"),
+    Ablation("H6", "SFT", "the last two merged, mean of weights", "71.11"),
+    Ablation("H6", "DPO", "Ultrafeedback", "73.06"),
+    Ablation("H6", "DPO", "Ultrafeedback, Synth. Math-Alignment", "73.42"),
+    Ablation("H6", "DPO", "the last two merged, mean of weights", "73.21"),
+    Ablation("H6", "DPO", "Ultrafeedback, Synth. Math-Alignment, from the merged SFT model", "73.58"),
+    Ablation("H6", "merge", "candidate 1", "73.73"),
+    Ablation("H6", "merge", "candidate 2", "73.28"),
+    Ablation("H6", "merge", "mean of weights (0.5, 0.5)", "74.00"),
+    Ablation("H6", "merge", "mean of weights (0.4, 0.6)", "73.93"),
+    Ablation("H6", "merge", "mean of weights (0.6, 0.4)", "74.05"),
+    Ablation("H6", "merge", "slerp", "73.96"),
+    Ablation("H4", "SFT", "the start of both", "69.51", SDPO),
+    Ablation("H4", "DPO", "all pairs in one pass", "72.67", SDPO),
+    Ablation("H4", "sDPO", "one chunk of pairs after another", "74.31", SDPO),
+    Ablation("H4", "sDPO", "random chunks", "72.56", SDPO),
+)  # fmt: skip
+
+
+def exact_mean(scores: Sequence[str]) -> str:
+    """Computes a mean to two decimals as a table would print it, halves rounded up."""
+    mean = sum(map(decimal.Decimal, scores), decimal.Decimal()) / len(scores)
+    return str(mean.quantize(decimal.Decimal("0.01"), decimal.ROUND_HALF_UP))
+
+
+def follows_protocol(shots: Mapping[str, int | None]) -> bool:
+    """True if tasks of H6 were asked with as many examples as in H6."""
+    return all(H6_TASKS[task].shots == found for task, found in shots.items())
