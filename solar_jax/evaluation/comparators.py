@@ -38,20 +38,20 @@ H6_TASKS = {
     "gsm8k": TaskProtocol("GSM8K", ("exact_match,strict-match", "exact_match,none", "acc,none"), 5, 1319),
 }  # fmt: skip
 AVERAGES = {"H6": tuple(H6_TASKS), "H4": ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")}
-MMLU_SUBJECTS = tuple(
-    """
-    abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
-    college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
-    econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
-    high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
-    high_school_government_and_politics high_school_macroeconomics high_school_mathematics high_school_microeconomics
-    high_school_physics high_school_psychology high_school_statistics high_school_us_history high_school_world_history
-    human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
-    medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory
-    professional_accounting professional_law professional_medicine professional_psychology public_relations
-    security_studies sociology us_foreign_policy virology world_religions
-    """.split()
-)
+MMLU_SUBJECTS = (
+    "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
+    "college_chemistry", "college_computer_science", "college_mathematics", "college_medicine", "college_physics",
+    "computer_security", "conceptual_physics", "econometrics", "electrical_engineering", "elementary_mathematics",
+    "formal_logic", "global_facts", "high_school_biology", "high_school_chemistry", "high_school_computer_science",
+    "high_school_european_history", "high_school_geography", "high_school_government_and_politics",
+    "high_school_macroeconomics", "high_school_mathematics", "high_school_microeconomics", "high_school_physics",
+    "high_school_psychology", "high_school_statistics", "high_school_us_history", "high_school_world_history",
+    "human_aging", "human_sexuality", "international_law", "jurisprudence", "logical_fallacies", "machine_learning",
+    "management", "marketing", "medical_genetics", "miscellaneous", "moral_disputes", "moral_scenarios",
+    "nutrition", "philosophy", "prehistory", "professional_accounting", "professional_law", "professional_medicine",
+    "professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology",
+    "world_religions",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +98,13 @@ ABLATIONS = (
     Ablation("H6", "DPO", "Ultrafeedback, Synth. Math-Alignment", "73.42"),
     Ablation("H6", "DPO", "the last two merged, mean of weights", "73.21"),
     Ablation("H6", "DPO", "Ultrafeedback, Synth. Math-Alignment, from the merged SFT model", "73.58"),
-    Ablation("H6", "merge", "candidate 1", "73.73"),
-    Ablation("H6", "merge", "candidate 2", "73.28"),
+    Ablation("H6", "DPO", "candidate 1 of merges", "73.73"),
+    Ablation("H6", "DPO", "candidate 2 of merges", "73.28"),
     Ablation("H6", "merge", "mean of weights (0.5, 0.5)", "74.00"),
     Ablation("H6", "merge", "mean of weights (0.4, 0.6)", "73.93"),
     Ablation("H6", "merge", "mean of weights (0.6, 0.4)", "74.05"),
     Ablation("H6", "merge", "slerp", "73.96"),
-    Ablation("H4", "SFT", "the start of both", "69.51", SDPO),
+    Ablation("H4", "SFT", "where both start", "69.51", SDPO),
     Ablation("H4", "DPO", "all pairs in one pass", "72.67", SDPO),
     Ablation("H4", "sDPO", "one chunk of pairs after another", "74.31", SDPO),
     Ablation("H4", "sDPO", "random chunks", "72.56", SDPO),

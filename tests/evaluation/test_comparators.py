@@ -3,7 +3,14 @@
 import pytest
 
 from solar_jax.evaluation.comparators import (
-    ABLATIONS, AVERAGES, H6_TASKS, HARNESS, MMLU_SUBJECTS, PUBLISHED, exact_mean, follows_protocol,
+    ABLATIONS,
+    AVERAGES,
+    H6_TASKS,
+    HARNESS,
+    MMLU_SUBJECTS,
+    PUBLISHED,
+    exact_mean,
+    follows_protocol,
 )  # fmt: skip
 
 
