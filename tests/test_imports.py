@@ -12,7 +12,9 @@ import solar_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "solar_jax"
-COMMANDS = ("train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate", "evaluate")
+COMMANDS = (
+    "train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate", "evaluate", "report",
+)  # fmt: skip
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
     "errors", "config", "storage", "hardware", "model", "parallel", "growth", "cli", "formats", "orbax_store",
@@ -106,8 +108,9 @@ USES = {
     "chain": {"optax", "orbax", "flax", "grain"},
     "prepare": set(),
     "make_data": set(),
+    "report": set(),
 }
-NO_MODEL = {"make_data"}  # commands that need no jax
+NO_MODEL = {"make_data", "report"}  # commands that need no jax
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -128,6 +131,7 @@ ANSWERED_AT_ONCE = {
         ("convert", "--source=/not/there", "--out=x", "--to=hf"), ("train", "--config=not_there.py"),
         ("prepare", CONFIG, "--config.data.sources=/not/there", "--out=x"), ("plan", "--config=not_there.py"),
         ("make_data", "--kind=math_instruct", "--questions=x", "--endpoint=http://h", "--out=x", "--api_key_file=/no"),
+        ("report", "--out=/dev/null/x"),
     ],
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ GROWTH_NUMBERS = ("m", "a", "b", "every", "copies")  # the operators' numbers, f
 _argv: list[str] = []  # what `begin` left after the flags
 
 
-def begin(define_flags: Callable[[], None], check: Callable[[], None]) -> None:
+def begin(define_flags: Callable[[], None], check: Callable[[], None], *, takes_files: bool = False) -> None:
     """Defines and parses the flags and checks what they name; bad input ends the command with status 2.
 
     A command calls it before its slow imports. Flags are defined here and not on import, so that commands can be
@@ -44,6 +44,7 @@ def begin(define_flags: Callable[[], None], check: Callable[[], None]) -> None:
     Args:
       define_flags: the command's own.
       check: raises a UserError for flags that cannot work; must not import jax.
+      takes_files: whether arguments that are no flags are files, given to `main`, rather than mistakes.
     """
     signal.signal(signal.SIGINT, _interrupted)  # a traceback through the imports would say nothing
     if "--version" in sys.argv[1:]:
@@ -55,9 +56,15 @@ def begin(define_flags: Callable[[], None], check: Callable[[], None]) -> None:
         print(command_help(sys.modules["__main__"].__doc__ or "", (f for f in flags.FLAGS if f not in before)))
         sys.exit()
     logging.set_verbosity(logging.WARNING)  # the libraries note every file they touch; --verbosity=0 shows that
+    flags.FLAGS.set_gnu_getopt(takes_files)  # flags may then follow files
     _argv[:] = _parse(sys.argv[:])
     _leave_absent_tpu_alone()
-    _guarded(lambda: (_no_rest(_argv), check()))
+    _guarded(lambda: (takes_files or _no_rest(_argv), check()))
+
+
+def files_given() -> list[str]:
+    """Returns the arguments that are no flags."""
+    return _argv[1:]
 
 
 def _leave_absent_tpu_alone() -> None:

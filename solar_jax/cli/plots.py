@@ -3,6 +3,7 @@
 import io
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,9 +53,14 @@ def plot_losses(
     figure.suptitle(title)
     ax.legend(frameon=False)
     ax.spines["right"].set_visible(False)
-    picture = io.BytesIO()  # since matplotlib cannot write to a bucket
+    paths.write_file(file, png_bytes(figure))
+
+
+def png_bytes(figure: Any) -> bytes:
+    """Draws a matplotlib figure in memory, since matplotlib cannot write to a bucket."""
+    picture = io.BytesIO()
     figure.savefig(picture, dpi=130, format="png")
-    paths.write_file(file, picture.getvalue())
+    return picture.getvalue()
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
