@@ -1,41 +1,22 @@
-"""The six tasks of H6, and published scores on them: those of SOLAR's paper, its ablations and sDPO's.
+"""Published scores on the tasks of H6: those of SOLAR's paper, its ablations and sDPO's.
 
-All scores are percent, on full sets, without a chat template.
+All scores are percent, on full sets, with the shots of `H6`, by the harness at `h6.COMMIT`, without a chat template.
 """
 
 import dataclasses
 import decimal
 from collections.abc import Mapping, Sequence
 
-HARNESS = "b281b0921b636bc36ad05c0b0b0763bd6dd43463"  # commit of lm-evaluation-harness that published scores are from
+from solar_jax.evaluation.h6 import H6
+
 SOLAR = "arXiv:2312.15166 v2"
 SDPO = "arXiv:2403.19270 v2"
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskProtocol:
-    """How a task counts in H6.
-
-    Attributes:
-      title: for tables.
-      metrics: lm-eval's keys `METRIC,FILTER` of the score; the first that a file has.
-      shots: examples before each question.
-      items: size of the full set.
-    """
-
-    title: str
-    metrics: tuple[str, ...]
-    shots: int
-    items: int
-
-
-H6_TASKS = {
-    "arc_challenge": TaskProtocol("ARC", ("acc_norm,none",), 25, 1172),
-    "hellaswag": TaskProtocol("HellaSwag", ("acc_norm,none",), 10, 10042),
-    "mmlu": TaskProtocol("MMLU", ("acc,none",), 5, 14042),  # mean over 57 subjects, each counting the same
-    "truthfulqa_mc2": TaskProtocol("TruthfulQA", ("acc,none", "mc2,none"), 0, 817),
-    "winogrande": TaskProtocol("Winogrande", ("acc,none",), 5, 1267),
-    "gsm8k": TaskProtocol("GSM8K", ("exact_match,strict-match", "exact_match,none", "acc,none"), 5, 1319),
+H6_TASKS = {one.name: one for one in H6}
+TITLES = {
+    "arc_challenge": "ARC", "hellaswag": "HellaSwag", "mmlu": "MMLU", "truthfulqa_mc2": "TruthfulQA",
+    "winogrande": "Winogrande", "gsm8k": "GSM8K",
 }  # fmt: skip
 AVERAGES = {"H6": tuple(H6_TASKS), "H4": ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")}
 MMLU_SUBJECTS = (

@@ -5,13 +5,14 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from solar_jax.errors import UserError
-from solar_jax.evaluation.comparators import ABLATIONS, H6_TASKS, HARNESS, PUBLISHED, SOLAR, Published
+from solar_jax.evaluation.comparators import ABLATIONS, H6_TASKS, PUBLISHED, SOLAR, TITLES, Published
 from solar_jax.evaluation.comparisons import (
     Difference,
     comparable_groups,
     is_as_published,
     paired_differences,
 )  # fmt: skip
+from solar_jax.evaluation.h6 import COMMIT
 from solar_jax.evaluation.results import Evaluation, TaskScore, read_results
 from solar_jax.evaluation.score_plot import plot_scores
 from solar_jax.storage import paths
@@ -135,7 +136,7 @@ def _settings(evaluations: Sequence[Evaluation], names: Names) -> str:
 def _scope(group: Sequence[Evaluation]) -> str:
     first = group[0]
     has_mmlu = any("mmlu" in one.scores for one in group)
-    subjects = ", MMLU as the mean over its 57 subjects" if has_mmlu else ""
+    subjects = ", MMLU as the mean over its subjects" if has_mmlu else ""
     text = f"Percent ± standard error{subjects}; {_PROMPTS[first.preset]}."
     if not first.full:
         return (
@@ -144,7 +145,7 @@ def _scope(group: Sequence[Evaluation]) -> str:
         )
     if all(map(is_as_published, group)):
         return (
-            f"{text} Published scores, marked so, are of the same sets and shots, by harness commit {HARNESS[:12]} "
+            f"{text} Published scores, marked so, are of the same sets and shots, by harness commit {COMMIT[:12]} "
             "itself, whose prompts the preset follows."
         )
     return f"{text} Published scores are of another version of the harness and stand in a table of their own below."
@@ -166,7 +167,7 @@ def _scores(group: Sequence[Evaluation], names: Names) -> str:
         rows.append([_cell(names[one]), *cells, *([_with_error(*one.h6) if one.h6 else "-"] if means else [])])
     if all(map(is_as_published, group)):
         rows += [_published_row(row, tasks, means) for row in PUBLISHED]
-    return _table(["model", *(H6_TASKS[task].title for task in tasks), *(["H6"] if means else [])], rows)
+    return _table(["model", *(TITLES[task] for task in tasks), *(["H6"] if means else [])], rows)
 
 
 def _items_cell(task: str, score: TaskScore) -> str:
@@ -191,7 +192,7 @@ def _differences(group: Sequence[Evaluation], names: Names) -> str:
     if not found:
         return ""
     columns = [task for task in (*H6_TASKS, "h6") if any(task in one for one in found.values())]
-    titles = ["H6" if column == "h6" else H6_TASKS[column].title for column in columns]
+    titles = ["H6" if column == "h6" else TITLES[column] for column in columns]
     rows = [[_cell(names[other]), *(_difference_cell(of.get(c)) for c in columns)] for other, of in found.items()]
     text = f"Less {_cell(names[first])}, item by item, in percent points ± standard error of the difference."
     return f"{text}\n\n{_table(['model', *titles], rows)}"
@@ -203,7 +204,7 @@ def _difference_cell(found: Difference | None) -> str:
 
 def _published_section(groups: Sequence[Sequence[Evaluation]]) -> list[str]:
     text = (
-        f"Percent, {SOLAR}; lm-evaluation-harness at {HARNESS}, full sets, no chat template. Standard errors were not "
+        f"Percent, {SOLAR}; lm-evaluation-harness at {COMMIT}, full sets, no chat template. Standard errors were not "
         "published."
     )
     if any(not group[0].full for group in groups):
@@ -221,7 +222,7 @@ def _published_section(groups: Sequence[Sequence[Evaluation]]) -> list[str]:
     ]
     parts = ["## Published scores", text]
     if not all(is_as_published(one) for group in groups for one in group):  # else they stand above
-        parts.append(_table(["model", *(H6_TASKS[t].title for t in tasks), "H6"], rows))
+        parts.append(_table(["model", *(TITLES[t] for t in tasks), "H6"], rows))
     if any(one.full and one.h6 for group in groups for one in group):
         for average in ("H6", "H4"):
             of = [a for a in ABLATIONS if a.average == average]

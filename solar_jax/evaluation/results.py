@@ -9,10 +9,10 @@ from typing import Any
 
 from solar_jax.errors import UserError, phrase
 from solar_jax.evaluation.comparators import H6_TASKS, MMLU_SUBJECTS, follows_protocol
+from solar_jax.evaluation.h6 import PRESETS
 from solar_jax.storage import paths
 
 Item = tuple[str, str, str]  # subject or "", id and hash of the document
-PRESETS = ("h6", "h6_2023")
 _UNUSED = {"arguments", "resps", "filtered_resps", "doc"}  # most of a file's bytes
 _SAME = 0.01  # percent points by which a mean may differ, since scores may be rounded
 
@@ -151,18 +151,17 @@ class _Reader:
         return Evaluation(
             self.file, self.get("model", str, "the model's name"), self.preset, self.get("lm_eval", str, "a version"),
             self.get("dtype", str, "a dtype", optional=True), uses if isinstance(uses, bool) else None,
-            self.get("chat", bool, "true or false", optional=True), self.limit, scores, self._mean(scores),
+            self.get("chat_template", bool, "true or false", optional=True), self.limit, scores, self._mean(scores),
             tuple(self._others(used)),
         )  # fmt: skip
 
     # ---- Tasks of H6 -------------------------------------------------------------------------------------------------
     def _names(self, task: str) -> list[str]:
         """The names under which `results` has a task, or MMLU's subjects; none if it was not evaluated."""
-        for prefix in ("", f"{self.preset}_") if self.preset else ("",):
-            names = [f"{prefix}mmlu_{subject}" for subject in MMLU_SUBJECTS] if task == "mmlu" else [prefix + task]
-            if all(name in self.results for name in names):
-                return names
-        return []
+        if task != "mmlu":
+            return [task] if task in self.results else []
+        names = [name for subject in MMLU_SUBJECTS if (name := f"mmlu_{subject}") in self.results]
+        return names if len(names) == (self.h6 or {}).get("subjects", len(MMLU_SUBJECTS)) else []
 
     def _score(self, task: str, names: Sequence[str]) -> TaskScore:
         """The score that `h6` states, else that of `results`; both if both are there, and then they must agree."""
@@ -177,20 +176,21 @@ class _Reader:
             percent, stderr = given, self._error_of_h6(task)
         items = self._items(task, names)
         whole = self.limit is None and items == H6_TASKS[task].items and self._of_h6("full").get(task, True) is True
-        shots = {self.shots.get(name) for name in names} or {H6_TASKS[task].shots}  # the preset's, under other names
+        shots = {self.shots.get(name) for name in names} or {H6_TASKS[task].shots}  # the preset's
         return TaskScore(
             percent, stderr, items, shots.pop() if len(shots) == 1 else None, whole,
-            (key or H6_TASKS[task].metrics[0]).partition(",")[0], self._outcomes(task, names, key, percent),
+            H6_TASKS[task].metric, self._outcomes(task, names, key, percent),
         )  # fmt: skip
 
     def _metric_key(self, task: str, names: Sequence[str]) -> str | None:
         """The key of a task's score in `results`; None if only `h6` says it."""
-        keys = H6_TASKS[task].metrics
-        for key in keys:
-            if names and key in self.results[names[0]]:
-                return key
+        one = H6_TASKS[task]
+        key = f"{one.metric},{one.filter}"
+        found = [k for k in (self.results[names[0]] if names else ()) if k.startswith(f"{one.metric},")]
+        if key in found or len(found) == 1:  # a task of the user's own may have one filter of another name
+            return key if key in found else found[0]
         if self.h6 is None:
-            raise self.wrong(f"results.{names[0]}", " or ".join(keys), sorted(self.results[names[0]]))
+            raise self.wrong(f"results.{names[0]}", key, sorted(self.results[names[0]]))
         return None
 
     def _error_of_h6(self, task: str) -> float | None:

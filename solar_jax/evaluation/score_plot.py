@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from solar_jax.cli.plots import png_bytes
-from solar_jax.evaluation.comparators import H6_TASKS, HARNESS, PUBLISHED
+from solar_jax.evaluation.comparators import H6_TASKS, PUBLISHED, TITLES
 from solar_jax.evaluation.comparisons import is_as_published
+from solar_jax.evaluation.h6 import COMMIT
 from solar_jax.evaluation.results import Evaluation
 
 _MARKERS = ("*", "D", "s", "^", "o")
@@ -36,7 +37,7 @@ def plot_scores(
         drawn = [_heading(ax, "± standard error:"), *_bars(ax, group, names, colors)]
         if group[0].full:
             prompts = "" if all(map(is_as_published, group)) else ", other prompts"
-            drawn += [_heading(ax, f"published (harness {HARNESS[:7]}{prompts}):"), *_markers(ax, group)]
+            drawn += [_heading(ax, f"published (harness {COMMIT[:7]}{prompts}):"), *_markers(ax, group)]
         ax.legend(handles=drawn, frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
         ax.set_title(title, fontsize="medium", loc="left")
         ax.set(ylabel="score (percent)", ylim=(0, None))
@@ -82,7 +83,7 @@ def _tick(task: str, group: Sequence[Evaluation]) -> str:
     score = next(one.scores[task] for one in group if task in one.scores)
     items = "" if score.items is None else f"\nn = {score.items:,}"
     shots = "" if score.shots is None else f"\n{score.shots}-shot"
-    return f"{H6_TASKS[task].title}{shots}{items}"
+    return f"{TITLES[task]}{shots}{items}"
 
 
 def _markers(ax: Any, group: Sequence[Evaluation]) -> list[Any]:

@@ -27,8 +27,8 @@ def full_file(
     """A file of the preset on full sets, without samples: for each score in percent, an entry of results."""
     results: dict[str, Any] = {}
     for task, percent, items in zip(SIX, percents, FULL, strict=True):
-        key = H6_TASKS[task].metrics[0]
-        metric, _, kind = key.partition(",")
+        metric, kind = H6_TASKS[task].metric, H6_TASKS[task].filter
+        key = f"{metric},{kind}"
         names = [f"mmlu_{s}" for s in MMLU_SUBJECTS] if task == "mmlu" else [task]
         for k, name in enumerate(names):
             count = items // len(names) + (k < items % len(names))
@@ -39,10 +39,10 @@ def full_file(
     errors = dict.fromkeys(SIX, stderr) | {"mean": stderr / math.sqrt(6)}
     return {
         "model": model, "results": results, "groups": {}, "n-shot": shots_of(results), "bos": {"uses": True},
-        "lm_eval": "0.4.13", "limit": None, "preset": preset, "dtype": "bfloat16", "chat": False,
+        "lm_eval": "0.4.13", "limit": None, "preset": preset, "dtype": "bfloat16", "chat_template": False,
         "h6": {
             "mean": sum(percents) / 6, **dict(zip(SIX, percents, strict=True)), "stderr": errors,
-            "items": dict(zip(SIX, FULL, strict=True)), "full": dict.fromkeys(SIX, True),
+            "items": dict(zip(SIX, FULL, strict=True)), "full": dict.fromkeys(SIX, True), "subjects": 57,
         } if preset else None,
     } | more  # fmt: skip
 
@@ -61,8 +61,8 @@ def subset_file(
     results, samples = {}, {}
     percent, errors, counts = {}, {}, {}
     for task in SIX:
-        key = H6_TASKS[task].metrics[0]
-        metric, _, kind = key.partition(",")
+        metric, kind = H6_TASKS[task].metric, H6_TASKS[task].filter
+        key = f"{metric},{kind}"
         names = [f"mmlu_{s}" for s in MMLU_SUBJECTS] if task == "mmlu" else [task]
         means, own = [], []
         for name in names:
@@ -85,6 +85,6 @@ def subset_file(
         "lm_eval": "0.4.13", "limit": count, "preset": preset,
         "h6": {
             "mean": sum(percent.values()) / 6, **percent, "stderr": errors | {"mean": mean_error}, "items": counts,
-            "full": dict.fromkeys(SIX, False),
+            "full": dict.fromkeys(SIX, False), "subjects": 57,
         } if preset else None,
     } | more  # fmt: skip

@@ -11,6 +11,7 @@ from solar_jax.errors import UserError
 from solar_jax.evaluation import score_plot
 from solar_jax.evaluation.comparators import MMLU_SUBJECTS, PUBLISHED
 from solar_jax.evaluation.comparisons import comparable_groups, is_as_published, paired_differences
+from solar_jax.evaluation.h6 import h6_scores
 from solar_jax.evaluation.report import write_report
 from solar_jax.evaluation.results import read_results
 from tests.evaluation.made_results import SIX, full_file, subset_file, write
@@ -80,7 +81,7 @@ def test_a_preset_of_2023_on_full_sets_stands_beside_published_scores(tmp_path):
 
 NOT_AS_PUBLISHED = {
     "today's prompts": full_file(preset="h6"),
-    "a chat template": full_file(chat=True),
+    "a chat template": full_file(chat_template=True),
     "a subset": subset_file(preset="h6_2023"),
     "a limit": full_file(limit=20000),
     "no preset": full_file(preset=None),
@@ -201,6 +202,31 @@ def test_without_a_preset_the_six_are_averaged_if_they_were_asked_as_in_h6(tmp_p
     assert one.h6 == (pytest.approx(362 / 6), pytest.approx(1 / math.sqrt(6)))
     content["n-shot"]["arc_challenge"] = 0
     assert read(tmp_path, content)[0].h6 is None
+
+
+def scored(content, subjects):
+    """A file's `h6` as `evaluate` computes it from its results."""
+    counts = {name: {"effective": of["sample_len"]} for name, of in content["results"].items()}
+    return content | {"h6": h6_scores(content["results"], [f"mmlu_{subject}" for subject in subjects], counts)}
+
+
+def test_what_evaluate_computes_is_read_with_all_items(tmp_path):
+    made = subset_file(count=3)
+    (one,) = read(tmp_path, scored(made, MMLU_SUBJECTS))
+    assert one.h6 == pytest.approx((made["h6"]["mean"], made["h6"]["stderr"]["mean"]))
+    assert {task: len(score.outcomes) for task, score in one.scores.items()} == made["h6"]["items"]
+    (one,) = read(tmp_path, scored(full_file(), MMLU_SUBJECTS))
+    assert is_as_published(one)
+
+
+def test_mmlu_of_some_subjects_is_a_subset(tmp_path):
+    content = full_file()
+    for subject in MMLU_SUBJECTS[3:]:
+        del content["results"][f"mmlu_{subject}"]
+    (one,) = read(tmp_path, scored(content, MMLU_SUBJECTS[:3]))
+    assert not one.full
+    assert one.scores["mmlu"].items == 3 * 247  # 14,042 = 20 subjects of 247 and 37 of 246, in the made file
+    assert one.others == ()
 
 
 def test_other_tasks_are_listed_without_published_scores_or_a_picture(tmp_path):
