@@ -47,7 +47,7 @@ def comparable_groups(evaluations: Sequence[Evaluation]) -> list[list[Evaluation
 def is_as_published(one: Evaluation) -> bool:
     """True if published scores may share its columns: full sets, the shots of H6, and the prompts of their harness."""
     shots = {task: score.shots for task, score in one.scores.items()}
-    return one.full and one.preset == "h6_2023" and not one.chat and follows_protocol(shots)
+    return one.full and one.preset == "h6_2023" and not (one.chat or one.bos) and follows_protocol(shots)
 
 
 def paired_differences(a: Evaluation, b: Evaluation) -> dict[str, Difference]:

@@ -148,7 +148,10 @@ def _scope(group: Sequence[Evaluation]) -> str:
             f"{text} Published scores, marked so, are of the same sets and shots, by harness commit {COMMIT[:12]} "
             "itself, whose prompts the preset follows."
         )
-    return f"{text} Published scores are of another version of the harness and stand in a table of their own below."
+    return (
+        f"{text} Published scores are of another version of the harness, or otherwise asked, and stand in a table of "
+        "their own below."
+    )
 
 
 def _scores(group: Sequence[Evaluation], names: Names) -> str:
@@ -211,7 +214,7 @@ def _published_section(groups: Sequence[Sequence[Evaluation]]) -> list[str]:
         text += " **Scores of subsets cannot be compared with these.**"
     if any(one.full and not is_as_published(one) for group in groups for one in group):
         text += (
-            " Today's prompts and filters, other shots or a chat template change scores, too; the preset h6_2023 "
+            " Today's prompts and filters, other shots, BOS or a chat template change scores, too; the preset h6_2023 "
             "follows that commit."
         )
     tasks = list(H6_TASKS)

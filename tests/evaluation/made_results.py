@@ -38,7 +38,7 @@ def full_file(
             }  # fmt: skip
     errors = dict.fromkeys(SIX, stderr) | {"mean": stderr / math.sqrt(6)}
     return {
-        "model": model, "results": results, "groups": {}, "n-shot": shots_of(results), "bos": {"uses": True},
+        "model": model, "results": results, "groups": {}, "n-shot": shots_of(results), "bos": {"uses": False},
         "lm_eval": "0.4.13", "limit": None, "preset": preset, "dtype": "bfloat16", "chat_template": False,
         "h6": {
             "mean": sum(percents) / 6, **dict(zip(SIX, percents, strict=True)), "stderr": errors,

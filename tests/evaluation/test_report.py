@@ -74,7 +74,7 @@ def test_a_preset_of_2023_on_full_sets_stands_beside_published_scores(tmp_path):
     assert table[3] == ["*shots*", "*25*", "*10*", "*5*", "*0*", "*5*", "*5*", ""]
     assert table[4] == ["*items*", "*1,172*", "*10,042*", "*14,042*", "*817*", "*1,267*", "*1,319*", ""]
     assert text.count("Mistral 7B (published)") == 1, "not once more in a table of its own"
-    assert ["mine", "0.json", "h6_2023", "0.4.13", "bfloat16", "with", "no", "none"] in tables(text)[0]
+    assert ["mine", "0.json", "h6_2023", "0.4.13", "bfloat16", "without", "no", "none"] in tables(text)[0]
     assert "SFT | Alpaca-GPT4 | 69.15" in text
     assert "one chunk of pairs after another | 74.31" in text
 
@@ -82,6 +82,7 @@ def test_a_preset_of_2023_on_full_sets_stands_beside_published_scores(tmp_path):
 NOT_AS_PUBLISHED = {
     "today's prompts": full_file(preset="h6"),
     "a chat template": full_file(chat_template=True),
+    "BOS": full_file(bos={"uses": True}),
     "a subset": subset_file(preset="h6_2023"),
     "a limit": full_file(limit=20000),
     "no preset": full_file(preset=None),
