@@ -111,7 +111,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     return {"values": values, "worst": worst, "different": different, "ties": ties}
 
 
-def line(name: str, row: dict[str, float]) -> str:
+def shown(name: str, row: dict[str, float]) -> str:
     return f"{name:<10}" + "".join(f"{row[k]:>10.1f}" for k in ("wall", "cpu", "rss"))
 
 
@@ -160,7 +160,7 @@ def main() -> None:
         results = {name: json.loads((work / f"{name}.json").read_text()) for name in commands}
     print(f"\n{'':<10}{'wall s':>10}{'CPU s':>10}{'peak GiB':>10}")
     for name, row in median.items():
-        print(line(name, row))
+        print(shown(name, row))
     others = [name for name in commands if name != "ours"]
     for key in ("wall", "cpu"):
         best = min(others, key=lambda name: median[name][key])

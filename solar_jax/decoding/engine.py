@@ -11,18 +11,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from jax.sharding import Mesh, NamedSharding
 
 from solar_jax.config import ModelConfig
-from solar_jax.decoding.forward import Cache, Layout, cache_bytes, cached_hidden, empty_cache, laid_out
+from solar_jax.decoding.forward import (
+    Cache,
+    Layout,
+    cache_bytes,
+    cached_hidden,
+    empty_cache,
+    laid_out,
+    projected,
+    with_row,
+    written,
+)
 from solar_jax.decoding.sampling import Sampling, Settings, next_tokens, settings_of
 from solar_jax.decoding.stops import TextStream
 from solar_jax.errors import UserError
 from solar_jax.hardware import chips
-from solar_jax.model.llama import unembed
+from solar_jax.model.llama import unconstrained
 from solar_jax.model.shapes import Params
+from solar_jax.parallel import rules
+from solar_jax.parallel.collectives import constrain_on
 
 # Lengths of prompts and of the cache are rounded up to one of these, each compiled once.
-BUCKETS = tuple(2**n for n in range(4, 21))
+BUCKETS = tuple(sorted([2**n for n in range(4, 21)] + [3 * 2**n for n in range(7, 20)]))
 _FIRST = 128  # the shortest cache
 _FULL = 0.9  # share of a device's memory that weights and cache may take
 
@@ -70,12 +83,18 @@ def bucket(length: int, most: int) -> int:
     return min(next(size for size in BUCKETS if size >= length), most)
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def _copied(into: Cache, cache: Cache) -> Cache:
+    """A longer cache with the content of a shorter one."""
+    return jax.tree.map(lambda new, old: jax.lax.dynamic_update_slice_in_dim(new, old, 0, new.ndim - 2), into, cache)
+
+
 class Engine:
     """A model that answers requests."""
 
     def __init__(
         self, cfg: ModelConfig, params: Params, tokenizer: tokenizers.Tokenizer, *, ends: Sequence[int],
-        compute_dtype: Any = jnp.float32, rows: int = 1, context: int = 0,
+        compute_dtype: Any = jnp.float32, rows: int = 1, context: int = 0, mesh: Mesh | None = None,
     ):  # fmt: skip
         """Prepares a model.
 
@@ -87,22 +106,30 @@ class Engine:
           compute_dtype: dtype of matmuls, activations and cache.
           rows: B, requests that are answered at a time.
           context: most tokens of a prompt with its answer; the model's own if 0.
+          mesh: of the state; rows are rounded up to what its axes of the batch divide. None: one device.
         """
         self.cfg, self.tokenizer, self.ends = cfg, tokenizer, frozenset(ends)
         self.context = min(context or cfg.max_position_embeddings, cfg.max_position_embeddings)
+        rows = rules.padded_rows(rows, mesh) if mesh else rows
         self._dtype, self._rows = compute_dtype, rows
-        self._layout = Layout(unrolled=jax.default_backend() == "cpu")
+        self._layout = Layout(jax.default_backend() == "cpu", mesh)
         lay_out = functools.partial(laid_out, cfg=cfg, compute_dtype=compute_dtype, layout=self._layout)
         self._params = jax.jit(lay_out)(params)
         self._length = 0
         self._cache: Cache = {}
-        self._seen = jnp.zeros((rows, cfg.vocab_size), bool)
         self._free = list(range(rows))[::-1]
         self._active: dict[int, _Row] = {}
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._numbers = itertools.count()
-        self._prefill = jax.jit(self._prefill_fn, donate_argnums=(1, 2), static_argnames=("plain",))
-        self._decode = jax.jit(self._decode_fn, donate_argnums=(1, 2), static_argnames=("plain",))
+        whole = rules.replicated(mesh) if mesh else None
+        self._seen = jax.jit(lambda: jnp.zeros((rows, cfg.vocab_size), bool), out_shardings=whole)()
+        made = (whole, NamedSharding(mesh, self._layout.cache_spec) if mesh else None, whole)
+        compiled = functools.partial(jax.jit, donate_argnums=(1, 2), static_argnames=("plain",), out_shardings=made)
+        self._prefill, self._decode = compiled(self._prefill_fn), compiled(self._decode_fn)
+        self._by_row, self._by_prompt = (
+            constrain_on(mesh, rules.ACTIVATIONS | {"B": over, "T": None}) if mesh else unconstrained
+            for over in (rules.BATCH_AXES, None)
+        )
 
     def check(self, request: Request) -> None:
         """Raises a UserError for a request that cannot be answered."""
@@ -228,10 +255,7 @@ class Engine:
         wanted = bucket(max(length, _FIRST), self.context)
         fresh = empty_cache(self.cfg, self._rows, wanted, self._dtype, self._layout)
         if self._length:
-            axis = 1 if self._layout.unrolled else 2
-            fresh = jax.tree.map(
-                lambda new, old: jax.lax.dynamic_update_slice_in_dim(new, old, 0, axis), fresh, self._cache
-            )
+            fresh = _copied(fresh, self._cache)
         self._cache, self._length = fresh, wanted
 
     # ---- Programs ----------------------------------------------------------------------------------------------------
@@ -240,15 +264,13 @@ class Engine:
         settings: Settings, *, plain: bool,
     ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
         """Fills a row of the cache with a prompt [1, P], of which `length` tokens are real; draws the next token."""
-        axis = 0 if self._layout.unrolled else 1
-        total = jax.tree.leaves(cache)[0].shape[axis + 1]
-        own = empty_cache(self.cfg, 1, total, self._dtype, self._layout)
         positions = jnp.arange(tokens.shape[1])[None]
-        x, head, own = cached_hidden(
-            self.cfg, params, tokens, positions, own, compute_dtype=self._dtype, layout=self._layout
-        )
-        cache = jax.tree.map(lambda all, one: jax.lax.dynamic_update_slice_in_dim(all, one, row, axis), cache, own)
-        logits = unembed(jax.lax.dynamic_index_in_dim(x, length - 1, 1, keepdims=False), head)
+        x, head, new = cached_hidden(
+            self.cfg, params, tokens, positions, None,
+            compute_dtype=self._dtype, constrain=self._by_prompt, layout=self._layout,
+        )  # fmt: skip
+        cache = with_row(cache, new, row[None], self._layout)
+        logits = projected(jax.lax.dynamic_index_in_dim(x, length - 1, 1, keepdims=False), head)
         mine = jnp.zeros((seen.shape[1],), bool).at[tokens[0]].max(positions[0] < length)
         found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if not plain:
@@ -261,11 +283,12 @@ class Engine:
         settings: Settings, steps: jax.Array, *, plain: bool,
     ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
         """Feeds one token of every row [B] and draws the next."""
-        x, head, cache = cached_hidden(
+        x, head, new = cached_hidden(
             self.cfg, params, tokens[:, None], positions[:, None], cache,
-            compute_dtype=self._dtype, layout=self._layout,
+            compute_dtype=self._dtype, constrain=self._by_row, layout=self._layout,
         )  # fmt: skip
-        logits = unembed(x[:, 0], head)
+        cache = written(cache, new, positions, self._layout)
+        logits = projected(x[:, 0], head)
         found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if not plain:
             found = next_tokens(logits, settings, seen, steps)

@@ -36,7 +36,7 @@ class Loaded:
         """An engine that answers `rows` requests at a time."""
         return Engine(
             self.cfg, self.params, self.tokenizer,
-            ends=self.ends, compute_dtype=numpy_dtype(self.dtype), rows=rows, context=context,
+            ends=self.ends, compute_dtype=numpy_dtype(self.dtype), rows=rows, context=context, mesh=self.mesh,
         )  # fmt: skip
 
     @property
