@@ -38,6 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("add_bos_token", "auto", ("auto", "true", "false"), "BOS before texts; auto: as its tokenizer.")
     flags.DEFINE_bool("apply_chat_template", False, "Write prompts by the model's chat template.")
     flags.DEFINE_integer("rows", 8, "Answers that are generated side by side.")
+    flags.DEFINE_bool("compilation_cache", True, "Reuse compiled programs at the next start.")
     flags.DEFINE_bool("check_bos", True, "Stop if BOS is set so that the model reads text clearly worse.")
 
 
@@ -65,7 +66,9 @@ if __name__ == "__main__":
 from solar_jax.checkpoints import lineage
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.decoding.model import load_model
+from solar_jax.evaluation.report import write_report
 from solar_jax.evaluation.store import Store
+from solar_jax.hardware import compilation
 from solar_jax.parallel import processes
 from solar_jax.storage.json_files import write_json
 from solar_jax.storage.paths import is_local
@@ -75,6 +78,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     f = flags.FLAGS
     processes.join()
+    compilation.use_cache(f.compilation_cache)
     how = {
         "data": f.data, "limit": f.limit, "num_fewshot": f.num_fewshot, "dtype": f.dtype, "max_length": f.max_length,
         "add_bos_token": {"true": True, "false": False}.get(f.add_bos_token), "chat": f.apply_chat_template,
@@ -139,8 +143,8 @@ def evaluate_tasks(
     bos = check_bos_setting(model, stops=check_bos)
     _say(bos.line())
     found = lm_eval.simple_evaluate(
-        model=model, tasks=list(suite.tasks), limit=limit, num_fewshot=num_fewshot, log_samples=log_samples,
-        apply_chat_template=chat, bootstrap_iters=1000,
+        model=model, tasks=list(suite.tasks), task_manager=suite.manager, limit=limit, num_fewshot=num_fewshot,
+        log_samples=log_samples, apply_chat_template=chat, bootstrap_iters=1000,
     )  # fmt: skip
     assert found is not None
     counts = model.scorer.counts
@@ -169,6 +173,9 @@ def evaluate_tasks(
     if processes.is_first():
         write_json(out, content)
         place.unlink(missing_ok=True)
+        if suite.preset and is_local(out):
+            for file in write_report([out], out.parent, out.stem):
+                _say(f"{file}: written")
     _say(make_table(found))
     if suite.preset:
         _say(h6_table(content["h6"]))

@@ -38,7 +38,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Seed of the draws.")
     flags.DEFINE_multi_string("stop", [], "Text that ends an answer.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Dtype of weights, activations and cache.")
+    flags.DEFINE_enum("quantize", "", ("", "int8"), "Dtype of the projections' weights, if not the others'.")
     flags.DEFINE_integer("rows", 8, "Prompts of a file that are answered side by side.")
+    flags.DEFINE_bool("compilation_cache", True, "Reuse compiled programs at the next start.")
     flags.DEFINE_integer("context", 0, "Most tokens of a prompt with its answer; the model's own if 0.")
 
 
@@ -67,6 +69,7 @@ from solar_jax.decoding.engine import Answer, Engine, Request
 from solar_jax.decoding.model import Loaded, load_model
 from solar_jax.decoding.sampling import Sampling
 from solar_jax.decoding.stops import check_stops
+from solar_jax.hardware import compilation
 from solar_jax.monitoring.metrics import JsonLines
 from solar_jax.parallel import processes
 from solar_jax.storage.paths import write_file
@@ -88,9 +91,10 @@ def main(argv: Sequence[str]) -> None:
     del argv
     f = flags.FLAGS
     processes.join()
+    compilation.use_cache(f.compilation_cache)
     sampling = Sampling(f.temperature, f.top_k, f.top_p, f.min_p, f.repetition_penalty, f.seed)
     how = How(f.max_new_tokens, sampling, check_stops(list(f.stop)))
-    model = load_model(open_checkpoint(f.model), f.dtype)
+    model = load_model(open_checkpoint(f.model), f.dtype, quantize=f.quantize)
     engine = model.engine(rows=f.rows if f.prompts else 1, context=f.context)
     if f.prompt is not None:
         _print_stream(engine, how.request(model.encode(f.prompt)))

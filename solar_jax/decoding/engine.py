@@ -111,7 +111,7 @@ class Engine:
         self.cfg, self.tokenizer, self.ends = cfg, tokenizer, frozenset(ends)
         self.context = min(context or cfg.max_position_embeddings, cfg.max_position_embeddings)
         rows = rules.padded_rows(rows, mesh) if mesh else rows
-        self._dtype, self._rows = compute_dtype, rows
+        self._dtype, self.rows = compute_dtype, rows
         self._layout = Layout(jax.default_backend() == "cpu", mesh)
         lay_out = functools.partial(laid_out, cfg=cfg, compute_dtype=compute_dtype, layout=self._layout)
         self._params = jax.jit(lay_out)(params)
@@ -147,7 +147,7 @@ class Engine:
         self._check_memory(bucket(total, self.context))
 
     def _check_memory(self, length: int) -> None:
-        needed = cache_bytes(self.cfg, self._rows, length, self._dtype)
+        needed = cache_bytes(self.cfg, self.rows, length, self._dtype)
         weights = sum(x.nbytes for x in jax.tree.leaves(self._params))
         devices = jax.local_devices()
         room = (
@@ -157,7 +157,7 @@ class Engine:
         if needed > room:
             most = room // max(1, cache_bytes(self.cfg, 1, length, self._dtype))
             raise UserError(
-                f"the cache of {self._rows} rows of {length} tokens needs {needed:,} bytes, but {max(0, room):,} are "
+                f"the cache of {self.rows} rows of {length} tokens needs {needed:,} bytes, but {max(0, room):,} are "
                 f"left beside the weights: {max(0, most)} rows fit."
             )
 
@@ -190,7 +190,7 @@ class Engine:
             pieces += self._admit(*self._waiting.popleft())
         if not self._active:
             return pieces
-        rows = [self._active.get(i) for i in range(self._rows)]
+        rows = [self._active.get(i) for i in range(self.rows)]
         self._grow(max(row.position for row in rows if row) + 1)
         tokens = np.array([row.token if row else 0 for row in rows], np.int32)
         positions = np.array([row.position if row else 0 for row in rows], np.int32)
@@ -253,7 +253,7 @@ class Engine:
         if length <= self._length:
             return
         wanted = bucket(max(length, _FIRST), self.context)
-        fresh = empty_cache(self.cfg, self._rows, wanted, self._dtype, self._layout)
+        fresh = empty_cache(self.cfg, self.rows, wanted, self._dtype, self._layout)
         if self._length:
             fresh = _copied(fresh, self._cache)
         self._cache, self._length = fresh, wanted

@@ -13,12 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from solar_jax.config import ModelConfig
+from solar_jax.decoding.int8 import is_int8, with_int8
 from solar_jax.model.llama import (
     Block,
     Constrain,
     Llama,
-    compute_copy,
     graph,
+    plain_einsum,
     rms_norm,
     rotates,
     scaled,
@@ -26,7 +27,7 @@ from solar_jax.model.llama import (
     unembed,
 )
 from solar_jax.model.rope import apply_rope, rope_angles
-from solar_jax.model.shapes import Params
+from solar_jax.model.shapes import Params, is_vector
 from solar_jax.parallel import rules
 
 # Keys and values after rotation: {"k", "v"}, each [L, B, K, S, H], or with unrolled layers a tuple of [B, K, S, H].
@@ -77,7 +78,9 @@ def cache_bytes(cfg: ModelConfig, rows: int, length: int, dtype: Any) -> int:
 
 def laid_out(params: Params, cfg: ModelConfig, compute_dtype: Any, layout: Layout) -> Params:
     """Returns parameters as `cached_hidden` takes them: matrices in compute_dtype, layers apart if unrolled."""
-    params = compute_copy(params, compute_dtype)
+    params = jax.tree.map_with_path(
+        lambda path, p: p if is_int8(p) or is_vector(path[-1].key) else p.astype(compute_dtype), params, is_leaf=is_int8
+    )
     layers = rotates(params["layers"], cfg)
     if layout.unrolled:
         layers = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_hidden_layers))
@@ -108,6 +111,7 @@ def cached_hidden(
       cache of S = T, for `written`.
     """
     rope = rope_angles(positions, cfg)
+    constrain, einsum = with_int8(constrain, plain_einsum)
 
     def merge(layers: Params) -> Llama:
         return nnx.merge(graph(cfg), params | {"layers": layers})
@@ -120,7 +124,7 @@ def cached_hidden(
             own.append((apply_rope(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)))
             return _attention(apply_rope(q, rope), *own[0], held, positions, cfg.sliding_window)
 
-        return block(x, rope, None, constrain, attend), *own[0]
+        return block(x, rope, None, constrain, attend, einsum), *own[0]
 
     layers = params["layers"]
     model = merge(layers[0] if layout.unrolled else layers)

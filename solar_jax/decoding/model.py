@@ -13,6 +13,7 @@ from solar_jax.checkpoints.tokenizer import end_ids, load_tokenizer
 from solar_jax.config import MeshConfig, ModelConfig
 from solar_jax.data.chat.template import Template, load_template, special_tokens
 from solar_jax.decoding.engine import Engine
+from solar_jax.decoding.int8 import quantised
 from solar_jax.errors import UserError
 from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
@@ -72,12 +73,20 @@ class Loaded:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def load_model(c: Checkpoint, dtype: str) -> Loaded:
-    """Loads a checkpoint, its heads and MLP split over the devices as far as they divide."""
+def load_model(c: Checkpoint, dtype: str, *, quantize: str = "") -> Loaded:
+    """Loads a checkpoint, its heads and MLP split over the devices as far as they divide.
+
+    Args:
+      c: the checkpoint.
+      dtype: of weights, activations and cache.
+      quantize: "int8" for projections in int8, for an engine; "" for none.
+    """
     tokenizer = load_tokenizer(c)
     ways = max(n for n in range(1, jax.device_count() + 1) if _divides(c.cfg, n) and jax.device_count() % n == 0)
     mesh = make_mesh(MeshConfig(data=jax.device_count() // ways, fsdp=1, tensor=ways))
     params = load_params(c, rules.parameter_shardings(c.cfg, mesh), numpy_dtype(dtype))
+    if quantize:
+        params = quantised(params)
     return Loaded(c.cfg, params, dtype, tokenizer, end_ids(c), c.companions, c.where, mesh)
 
 

@@ -13,7 +13,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from solar_jax.checkpoints.checkpoint import numpy_dtype
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.cli.progress import count_bar
-from solar_jax.decoding.engine import Engine, Request
+from solar_jax.decoding.engine import Answer, Engine, Request
 from solar_jax.decoding.model import Loaded, load_model
 from solar_jax.decoding.sampling import Sampling
 from solar_jax.errors import UserError
@@ -62,6 +62,7 @@ class SolarModel(TemplateLM):
             self.loaded.cfg, self.loaded.params, mesh=self.loaded.mesh, compute_dtype=compute_dtype, budget=int(budget)
         )
         self._store, self._quiet = store, quiet
+        self._made: Engine | None = None
         specials = self.loaded.specials
         known = {name: self.loaded.tokenizer.token_to_id(text) for name, text in specials.items()}
         self._ids = {name: found for name, found in known.items() if found is not None}
@@ -136,9 +137,15 @@ class SolarModel(TemplateLM):
         return map(utils.make_disjoint_window, windows)
 
     # ---- Generation --------------------------------------------------------------------------------------------------
-    @functools.cached_property
-    def _engine(self) -> Engine:
-        return self.loaded.engine(self._rows, self.max_length)
+    def _engine(self, requests: int) -> Engine:
+        """An engine for so many requests; the one there is, if it has the rows."""
+        rows = min(self._rows, max(1, requests))
+        if self._made is None or self._made.rows < rows:
+            self._made = self.loaded.engine(rows, self.max_length)
+        return self._made
+
+    def _answers(self, requests: list[Request]) -> Iterator[tuple[int, Answer]]:
+        return self._engine(len(requests)).answers(requests) if requests else iter(())
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         del disable_tqdm
@@ -146,7 +153,7 @@ class SolarModel(TemplateLM):
         keys = [key_of_text(request) for request in asked]
         found = [self._store.text(key) if self._store else None for key in keys]
         left = [i for i, text in enumerate(found) if text is None]
-        for place, answer in self._shown(self._engine.answers(asked[i] for i in left), len(left), "answers generated"):
+        for place, answer in self._shown(self._answers([asked[i] for i in left]), len(left), "answers generated"):
             found[left[place]] = answer.text
             if self._store:
                 self._store.add_text(keys[left[place]], answer.text)

@@ -40,6 +40,7 @@ class Suite:
     tasks: list[Task | Group]
     subjects: list[str]  # names of MMLU's tasks, where a preset is among them
     preset: str | None  # of `h6.PRESETS`
+    manager: TaskManager  # that knows them
 
 
 def quiet_lm_eval() -> None:
@@ -79,10 +80,12 @@ def find_tasks(names: Sequence[str], include_path: str | None = None, data: str 
                     _as_in_2023(task)
             if one.name == "mmlu":
                 subjects = [task.task_name for task in _leaves(loaded[one.name])]
-    return Suite([item for items in loaded.values() for item in items], subjects, preset)
+    return Suite([item for items in loaded.values() for item in items], subjects, preset, manager)
 
 
-def _manager(places: list[str | pathlib.Path], names: Sequence[str], include_path: str | None, data: str | None) -> Any:
+def _manager(
+    places: list[str | pathlib.Path], names: Sequence[str], include_path: str | None, data: str | None
+) -> TaskManager:
     """A manager that knows all names; lm-eval's own thousands of tasks are looked up only if one is among them."""
     manager = TaskManager(include_path=places, include_defaults=False)
     if all(name in manager.all_tasks for name in names):

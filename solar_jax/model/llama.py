@@ -71,7 +71,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x32.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def _einsum(subscripts: str, x: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
+def plain_einsum(subscripts: str, x: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
     """Einsum in x's dtype; float32 is true float32 on TPU too, where the default is bfloat16 passes.
 
     Contracts x's last axes with the weight's first ones. A batch of one is multiplied as a matrix, so that its gradient
@@ -100,8 +100,8 @@ def _product_in_parts(h: jax.Array, weight: jax.Array) -> jax.Array:
 def _plain_gradient(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Gradient of [B, T, F] x [F, D] -> [B, T, D] with respect to both operands, from the saved operands."""
     h, weight = saved
-    (dh,) = jax.linear_transpose(lambda h: _einsum("btf,fd->btd", h, weight), h)(g)
-    (d_weight,) = jax.linear_transpose(lambda weight: _einsum("btf,fd->btd", h, weight), weight)(g)
+    (dh,) = jax.linear_transpose(lambda h: plain_einsum("btf,fd->btd", h, weight), h)(g)
+    (d_weight,) = jax.linear_transpose(lambda weight: plain_einsum("btf,fd->btd", h, weight), weight)(g)
     return dh, d_weight
 
 
@@ -114,7 +114,8 @@ def _down_projection(h: jax.Array, weight: jax.Array, einsum: Einsum) -> jax.Arr
     SwiGLU's few huge activations swamp the small terms of one long float32 sum, which by itself shifts the logits of a
     real model by 1e-4. Narrower dtypes accumulate in float32 anyway and take the plain product.
     """
-    return _product_in_parts(h, weight) if h.dtype == jnp.float32 else einsum("btf,fd->btd", h, weight)
+    in_parts = h.dtype == jnp.float32 and isinstance(weight, jax.Array)  # not so an 8-bit weight with its scales
+    return _product_in_parts(h, weight) if in_parts else einsum("btf,fd->btd", h, weight)
 
 
 def scaled(x: jax.Array, multiplier: float) -> jax.Array:
@@ -169,7 +170,7 @@ class Block(nnx.Module):
         seen: jax.Array | None,
         constrain: Constrain,
         attend: Attend = rotated_attention,
-        einsum: Einsum = _einsum,
+        einsum: Einsum = plain_einsum,
     ) -> jax.Array:
         """Applies the layer: x [B, T, D] -> [B, T, D]; `seen` is the mask or segment ids that `attend` takes."""
 
@@ -184,8 +185,8 @@ class Block(nnx.Module):
             n = INPUTS[name]
             a = constrain(self.adapters[name + "_lora_a"][...], w[:n] + "R")
             b = constrain(self.adapters[name + "_lora_b"][...], "R" + w[n:])
-            low = _einsum(f"bt{w[:n].lower()},{w[:n].lower()}r->btr", h, a)
-            y += _einsum(f"btr,r{w[n:].lower()}->bt{w[n:].lower()}", low, b)
+            low = plain_einsum(f"bt{w[:n].lower()},{w[:n].lower()}r->btr", h, a)
+            y += plain_einsum(f"btr,r{w[n:].lower()}->bt{w[n:].lower()}", low, b)
             if name + "_lora_norm" in self.adapters:
                 norm = jax.lax.stop_gradient(norm_of(weight(name + "_proj"), a, b, n))
                 y = (y.astype(jnp.float32) * (self.adapters[name + "_lora_norm"][...] / norm)).astype(y.dtype)
@@ -335,7 +336,7 @@ def hidden(
     remat: str = "none",
     constrain: Constrain = unconstrained,
     attend: Attend | None = None,
-    einsum: Einsum = _einsum,
+    einsum: Einsum = plain_einsum,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the two factors of the logits: hidden states and output projection.
 
@@ -378,7 +379,7 @@ def hidden(
 
 def unembed(x: jax.Array, head: jax.Array) -> jax.Array:
     """Projects to logits: [..., D] x [D, V] -> float32 [..., V]."""
-    return _einsum("...d,dv->...v", x, head, jnp.float32)
+    return plain_einsum("...d,dv->...v", x, head, jnp.float32)
 
 
 def logits(

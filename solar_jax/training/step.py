@@ -68,7 +68,7 @@ def make_forward(
 
     def hidden(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Batch]:
         attend = kernel
-        if kernel is None and mesh.size == 1:  # rows end to end, so that matmuls are of matrices: see `llama._einsum`
+        if kernel is None and mesh.size == 1:  # rows end to end, for matmuls of matrices: see `llama.plain_einsum`
             rows, length = batch["tokens"].shape
             attend = attention_of_rows(rows, attention_mask(length, batch["segment_ids"], cfg.sliding_window))
             batch = jax.tree.map(lambda x: x.reshape(1, -1), batch)
