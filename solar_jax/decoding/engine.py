@@ -11,28 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from solar_jax.config import ModelConfig
 from solar_jax.decoding.forward import (
     Cache,
     Layout,
     cache_bytes,
-    cached_hidden,
     empty_cache,
     laid_out,
-    projected,
-    with_row,
-    written,
 )
-from solar_jax.decoding.sampling import Sampling, Settings, next_tokens, settings_of
+from solar_jax.decoding.programs import make_programs
+from solar_jax.decoding.sampling import Sampling, settings_of
 from solar_jax.decoding.stops import TextStream
 from solar_jax.errors import UserError
 from solar_jax.hardware import chips
-from solar_jax.model.llama import unconstrained
 from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
-from solar_jax.parallel.collectives import constrain_on
 
 # Lengths of prompts and of the cache are rounded up to one of these, each compiled once.
 BUCKETS = tuple(sorted([2**n for n in range(4, 21)] + [3 * 2**n for n in range(7, 20)]))
@@ -121,15 +116,8 @@ class Engine:
         self._active: dict[int, _Row] = {}
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._numbers = itertools.count()
-        whole = rules.replicated(mesh) if mesh else None
-        self._seen = jax.jit(lambda: jnp.zeros((rows, cfg.vocab_size), bool), out_shardings=whole)()
-        made = (whole, NamedSharding(mesh, self._layout.cache_spec) if mesh else None, whole)
-        compiled = functools.partial(jax.jit, donate_argnums=(1, 2), static_argnames=("plain",), out_shardings=made)
-        self._prefill, self._decode = compiled(self._prefill_fn), compiled(self._decode_fn)
-        self._by_row, self._by_prompt = (
-            constrain_on(mesh, rules.ACTIVATIONS | {"B": over, "T": None}) if mesh else unconstrained
-            for over in (rules.BATCH_AXES, None)
-        )
+        self._programs = make_programs(cfg, rows, compute_dtype, self._layout)
+        self._seen = self._programs.unseen()
 
     def check(self, request: Request) -> None:
         """Raises a UserError for a request that cannot be answered."""
@@ -197,8 +185,12 @@ class Engine:
         steps = np.array([row.made if row else 0 for row in rows], np.int32)
         plain = all(row.request.sampling.is_plain for row in rows if row)
         settings = settings_of([row.request.sampling if row else Sampling() for row in rows])
-        found, self._cache, self._seen = self._decode(
-            self._params, self._cache, self._seen, tokens, positions, settings, steps, plain=plain
+        found, self._cache, self._seen = self._programs.decode(
+            self._params,
+            self._cache,
+            self._seen,
+            *self._programs.placed((tokens, positions, settings, steps)),
+            plain=plain,
         )
         for i, token in enumerate(np.asarray(found).tolist()):
             if i in self._active:
@@ -221,10 +213,10 @@ class Engine:
         self._grow(max(padded, length + 1))
         tokens = np.zeros((1, padded), np.int32)
         tokens[0, :length] = request.tokens
-        found, self._cache, self._seen = self._prefill(
-            self._params, self._cache, self._seen, tokens, np.int32(length), np.int32(row),
-            settings_of([request.sampling]), plain=request.sampling.is_plain,
-        )  # fmt: skip
+        inputs = (tokens, np.int32(length), np.int32(row), settings_of([request.sampling]))
+        found, self._cache, self._seen = self._programs.prefill(
+            self._params, self._cache, self._seen, *self._programs.placed(inputs), plain=request.sampling.is_plain
+        )
         stream = TextStream(self.tokenizer, request.stops)
         self._active[row] = _Row(number, request, stream, length, 0)
         return self._took(row, int(found[0]))
@@ -257,40 +249,3 @@ class Engine:
         if self._length:
             fresh = _copied(fresh, self._cache)
         self._cache, self._length = fresh, wanted
-
-    # ---- Programs ----------------------------------------------------------------------------------------------------
-    def _prefill_fn(
-        self, params: Params, cache: Cache, seen: jax.Array, tokens: jax.Array, length: jax.Array, row: jax.Array,
-        settings: Settings, *, plain: bool,
-    ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
-        """Fills a row of the cache with a prompt [1, P], of which `length` tokens are real; draws the next token."""
-        positions = jnp.arange(tokens.shape[1])[None]
-        x, head, new = cached_hidden(
-            self.cfg, params, tokens, positions, None,
-            compute_dtype=self._dtype, constrain=self._by_prompt, layout=self._layout,
-        )  # fmt: skip
-        cache = with_row(cache, new, row[None], self._layout)
-        logits = projected(jax.lax.dynamic_index_in_dim(x, length - 1, 1, keepdims=False), head)
-        mine = jnp.zeros((seen.shape[1],), bool).at[tokens[0]].max(positions[0] < length)
-        found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        if not plain:
-            found = next_tokens(logits, settings, mine[None], jnp.zeros(1, jnp.int32))
-        seen = seen.at[row].set(mine.at[found[0]].set(True))
-        return found, cache, seen
-
-    def _decode_fn(
-        self, params: Params, cache: Cache, seen: jax.Array, tokens: jax.Array, positions: jax.Array,
-        settings: Settings, steps: jax.Array, *, plain: bool,
-    ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
-        """Feeds one token of every row [B] and draws the next."""
-        x, head, new = cached_hidden(
-            self.cfg, params, tokens[:, None], positions[:, None], cache,
-            compute_dtype=self._dtype, constrain=self._by_row, layout=self._layout,
-        )  # fmt: skip
-        cache = written(cache, new, positions, self._layout)
-        logits = projected(x[:, 0], head)
-        found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        if not plain:
-            found = next_tokens(logits, settings, seen, steps)
-            seen = seen.at[jnp.arange(len(found)), found].set(True)
-        return found, cache, seen

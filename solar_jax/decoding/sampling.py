@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,16 +41,16 @@ class Sampling:
         return self.temperature == 0 and self.repetition_penalty == 1
 
 
-Settings = dict[str, jax.Array]  # each [B]
+Settings = dict[str, Any]  # arrays [B]
 
 
 def settings_of(rows: Sequence[Sampling]) -> Settings:
     """Lays out the settings of B rows as arrays."""
     floats = ("temperature", "top_p", "min_p", "repetition_penalty")
-    found = {name: jnp.asarray([getattr(row, name) for row in rows], jnp.float32) for name in floats}
-    found["top_k"] = jnp.asarray([row.top_k for row in rows], jnp.int32)
+    found: Settings = {name: np.array([getattr(row, name) for row in rows], np.float32) for name in floats}
+    found["top_k"] = np.array([row.top_k for row in rows], np.int32)
     halves = np.array([[row.seed >> 32, row.seed & 0xFFFFFFFF] for row in rows], np.uint32)
-    return found | {"seed": jnp.asarray(halves)}
+    return found | {"seed": halves}
 
 
 def processed(logits: jax.Array, settings: Settings, seen: jax.Array) -> jax.Array:
