@@ -19,11 +19,11 @@ from solar_jax.decoding.forward import (
     Layout,
     cache_bytes,
     empty_cache,
-    laid_out,
 )
 from solar_jax.decoding.programs import make_programs
 from solar_jax.decoding.sampling import Sampling, settings_of
 from solar_jax.decoding.stops import TextStream
+from solar_jax.decoding.weights import laid_out
 from solar_jax.errors import UserError
 from solar_jax.hardware import chips
 from solar_jax.model.shapes import Params
@@ -107,8 +107,8 @@ class Engine:
         self.context = min(context or cfg.max_position_embeddings, cfg.max_position_embeddings)
         rows = rules.padded_rows(rows, mesh) if mesh else rows
         self._dtype, self.rows = compute_dtype, rows
-        self._layout = Layout(jax.default_backend() == "cpu", mesh)
-        lay_out = functools.partial(laid_out, cfg=cfg, compute_dtype=compute_dtype, layout=self._layout)
+        self._layout = Layout(unrolled=True, apart=jax.default_backend() == "cpu", mesh=mesh)
+        lay_out = functools.partial(laid_out, cfg=cfg, compute_dtype=compute_dtype, unrolled=self._layout.unrolled)
         self._params = jax.jit(lay_out)(params)
         self._length = 0
         self._cache: Cache = {}
@@ -211,8 +211,8 @@ class Engine:
         length = len(request.tokens)
         padded = bucket(length, self.context)
         self._grow(max(padded, length + 1))
-        tokens = np.zeros((1, padded), np.int32)
-        tokens[0, :length] = request.tokens
+        tokens = np.zeros(padded, np.int32)
+        tokens[:length] = request.tokens
         inputs = (tokens, np.int32(length), np.int32(row), settings_of([request.sampling]))
         found, self._cache, self._seen = self._programs.prefill(
             self._params, self._cache, self._seen, *self._programs.placed(inputs), plain=request.sampling.is_plain

@@ -5,6 +5,7 @@ layers at once. So the cache is read once a step and never copied.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,26 +14,27 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from solar_jax.config import ModelConfig
-from solar_jax.decoding.int8 import is_int8, with_int8
+from solar_jax.decoding.weights import matrix_einsum
+from solar_jax.model.attention import attention, attention_mask
 from solar_jax.model.llama import (
     Block,
     Constrain,
     Llama,
     graph,
-    plain_einsum,
     rms_norm,
-    rotates,
     scaled,
     unconstrained,
     unembed,
 )
 from solar_jax.model.rope import apply_rope, rope_angles
-from solar_jax.model.shapes import Params, is_vector
+from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
+from solar_jax.parallel.mesh import platform
 
-# Keys and values after rotation: {"k", "v"}, each [L, B, K, S, H], or with unrolled layers a tuple of [B, K, S, H].
+# Keys and values after rotation: {"k", "v"}, each [L, B, K, S, H], or if it is held apart a tuple of [B, K, S, H].
 Cache = dict[str, Any]
 Head = dict[str, jax.Array]  # {"embed": [V, D]} where it is tied, else {"lm_head": [D, V]}
+_SUBLANES = 8  # of a TPU's vector registers
 _NEVER = jnp.finfo(jnp.float32).min
 
 
@@ -40,19 +42,25 @@ _NEVER = jnp.finfo(jnp.float32).min
 class Layout:
     """How layers and cache are held."""
 
-    unrolled: bool = False  # layers one by one, which a CPU runs faster; otherwise stacked and scanned
+    unrolled: bool = False  # weights of each layer apart, and none scanned
+    apart: bool = False  # the cache of each layer, too: what a CPU would copy a part of, and a TPU write one by one
     mesh: Mesh | None = None  # rows are split over its axes of the batch, key heads over tensor; None: one device
 
     @property
     def rows_axis(self) -> int:
         """B's place in an array of the cache."""
-        return 0 if self.unrolled else 1
+        return 0 if self.apart else 1
+
+    @property
+    def least_rows(self) -> int:
+        """Rows that a projection multiplies at least."""
+        return _SUBLANES if self.mesh is not None and platform(self.mesh) == "tpu" else 1
 
     @property
     def cache_spec(self) -> PartitionSpec:
         """How an array of the cache is split."""
         axes = (rules.BATCH_AXES, "tensor", None, None)
-        return PartitionSpec(*axes) if self.unrolled else PartitionSpec(None, *axes)
+        return PartitionSpec(*axes) if self.apart else PartitionSpec(None, *axes)
 
 
 def empty_cache(cfg: ModelConfig, rows: int, length: int, dtype: Any, layout: Layout) -> Cache:
@@ -61,7 +69,7 @@ def empty_cache(cfg: ModelConfig, rows: int, length: int, dtype: Any, layout: La
     L = cfg.num_hidden_layers
 
     def create() -> Cache:
-        if layout.unrolled:
+        if layout.apart:
             return {name: tuple(jnp.zeros(shape, dtype) for _ in range(L)) for name in "kv"}
         return {name: jnp.zeros((L, *shape), dtype) for name in "kv"}
 
@@ -76,59 +84,57 @@ def cache_bytes(cfg: ModelConfig, rows: int, length: int, dtype: Any) -> int:
     )
 
 
-def laid_out(params: Params, cfg: ModelConfig, compute_dtype: Any, layout: Layout) -> Params:
-    """Returns parameters as `cached_hidden` takes them: matrices in compute_dtype, layers apart if unrolled."""
-    params = jax.tree.map_with_path(
-        lambda path, p: p if is_int8(p) or is_vector(path[-1].key) else p.astype(compute_dtype), params, is_leaf=is_int8
-    )
-    layers = rotates(params["layers"], cfg)
-    if layout.unrolled:
-        layers = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_hidden_layers))
-    return params | {"layers": layers}
-
-
 def cached_hidden(
     cfg: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache | None, *,
     compute_dtype: Any, constrain: Constrain = unconstrained, layout: Layout = Layout(),
 ) -> tuple[jax.Array, Head, Cache]:  # fmt: skip
-    """Runs tokens through the model, behind what the cache holds of the tokens before them.
+    """Runs tokens through the model: those of one prompt, or one of each row behind what the cache holds of it.
 
-    A token sees the tokens up to itself, and the cache's positions before the first one. What the cache holds beyond,
-    such as a prompt's padding, is never seen: it is overwritten by the token that comes to stand there.
+    What the cache holds at a row's position or beyond, such as a prompt's padding, is not seen: it is overwritten by
+    the tokens that come to stand there.
 
     Args:
       cfg: the architecture.
-      params: from `laid_out`.
-      tokens: [B, T] integers.
-      positions: [B, T] integers, ascending by one in a row.
-      cache: of B rows; None where the first position is 0 in all of them.
+      params: from `weights.laid_out`.
+      tokens: [T] of a prompt, or [B], one of each row.
+      positions: of the tokens; those of a prompt count from 0.
+      cache: of B rows; None for a prompt.
       compute_dtype: dtype of matmuls and activations.
-      constrain: lays out activations and gathered parameters on a mesh.
-      layout: as in `laid_out`.
+      constrain: lays out activations; the tokens are their axis T, and B is 1.
+      layout: of layers and cache.
 
     Returns:
-      The final norm's output [B, T, D], the output projection, for `projected`, and the tokens' own keys and values: a
-      cache of S = T, for `written`.
+      The final norm's output [T or B, D], the output projection, for `projected`, and the tokens' keys and values: a
+      cache of B = 1 and S = T, or of B rows and S = 1, for `with_row` and `written`.
     """
-    rope = rope_angles(positions, cfg)
-    constrain, einsum = with_int8(constrain, plain_einsum)
+    rope = rope_angles(positions[None], cfg)
+    einsum = matrix_einsum(cfg, layout.least_rows)
+
+    def laid(x: Any, letters: str) -> Any:
+        """Activations are laid out; matrices of projections stay as they lie."""
+        return constrain(x, letters) if "B" in letters or "." in letters else x
 
     def merge(layers: Params) -> Llama:
         return nnx.merge(graph(cfg), params | {"layers": layers})
 
     def through(x: jax.Array, block: Block, *held: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """One layer; `held` is its part of the cache."""
-        own: list[tuple[jax.Array, jax.Array]] = []
+        own: list[jax.Array] = []
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, rope: Any, _: Any) -> jax.Array:
-            own.append((apply_rope(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)))
-            return _attention(apply_rope(q, rope), *own[0], held, positions, cfg.sliding_window)
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            if not held:  # [1, T, K, H] -> [1, K, T, H]
+                own.extend((k.swapaxes(1, 2), v.swapaxes(1, 2)))
+                return attention(q, k, v, attention_mask(len(tokens), None, cfg.sliding_window))
+            own.extend(x[0][:, :, None] for x in (k, v))  # [1, B, K, H] -> [B, K, 1, H]
+            new, old = (own[0], own[1]), (held[0], held[1])
+            return _rows_attention(q[0], new, old, positions, cfg.sliding_window, layout.least_rows)[None]
 
-        return block(x, rope, None, constrain, attend, einsum), *own[0]
+        return block(x, rope, None, laid, attend, einsum), own[0], own[1]
 
     layers = params["layers"]
     model = merge(layers[0] if layout.unrolled else layers)
-    x = constrain(constrain(model.embed[...], ".D")[tokens], "BTD")
+    x = constrain(model.embed[...][tokens[None]], "BTD")
     x = scaled(x.astype(compute_dtype), cfg.embedding_multiplier)
     if layout.unrolled:
         own = {"k": [], "v": []}
@@ -137,7 +143,7 @@ def cached_hidden(
             x, k, v = through(x, merge(layer).layers, *held)
             own["k"].append(k)
             own["v"].append(v)
-        new: Cache = {name: tuple(parts) for name, parts in own.items()}
+        new: Cache = {name: tuple(parts) if layout.apart else jnp.stack(parts) for name, parts in own.items()}
     else:
 
         def body(x: jax.Array, item: tuple[Any, ...]) -> tuple[jax.Array, Cache]:
@@ -147,60 +153,55 @@ def cached_hidden(
         held = () if cache is None else (cache["k"], cache["v"])
         x, new = jax.lax.scan(body, x, (model.layers, *held))
     x = scaled(rms_norm(x, model.final_norm[...], cfg.rms_norm_eps), cfg.logits_multiplier)
-    return x, {"embed": model.embed[...]} if cfg.tie_word_embeddings else {"lm_head": model.lm_head[...]}, new
+    head = {"embed": model.embed[...]} if cfg.tie_word_embeddings else {"lm_head": model.lm_head[...]}
+    return x[0], head, new
 
 
-def projected(x: jax.Array, head: Head) -> jax.Array:
+def projected(x: jax.Array, head: Head, layout: Layout) -> jax.Array:
     """Projects to logits: [B, D] -> float32 [B, V]. A tied embedding is read as it lies, [V, D]."""
+    B = len(x)
+    x = jnp.pad(x, ((0, max(0, layout.least_rows - B)), (0, 0)))
     if "lm_head" in head:
-        return unembed(x, head["lm_head"])
+        return unembed(x, head["lm_head"])[:B]
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum("bd,vd->bv", x, head["embed"], precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum("bd,vd->bv", x, head["embed"], precision=precision, preferred_element_type=jnp.float32)[:B]
 
 
-def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, held: tuple[jax.Array, ...], positions: jax.Array, window: int
-) -> jax.Array:
-    """Attention to the tokens' own keys and to those of the cache, with one softmax in float32 over both.
+def _rows_attention(
+    q: jax.Array, own: tuple[jax.Array, jax.Array], held: tuple[jax.Array, jax.Array], positions: jax.Array,
+    window: int, least: int,
+) -> jax.Array:  # fmt: skip
+    """Attention of one token a row to itself and to the cache before it, with one softmax in float32 over both.
 
     Args:
-      q: [B, T, N, H].
-      k, v: [B, K, T, H].
-      held: the cache's keys and values [B, K, S, H], or nothing.
-      positions: [B, T].
+      q: [B, N, H].
+      own: the tokens' keys and values, [B, K, 1, H].
+      held: the cache's, [B, K, S, H].
+      positions: [B].
       window: keys that a query sees, including itself; 0 for all before it.
+      least: queries of a key head that are multiplied at least; fewer are padded, as in `weights.matrix_einsum`.
 
     Returns:
-      [B, T, N, H].
+      [B, N, H].
     """
-    B, T, N, H = q.shape
-    K = k.shape[1]
+    (k, v), (keys, values) = own, held
+    B, N, H = q.shape
+    K, S = keys.shape[1:3]
+    G = N // K
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-
-    def scores(keys: jax.Array, at: jax.Array, end: jax.Array) -> jax.Array:
-        """Scores [B, K, N / K, T, S] of keys at positions `at` [B or 1, 1, S], seen up to `end` [B, T or 1, 1]."""
-        found = jnp.einsum("bkmh,bksh->bkms", q, keys, precision=precision, preferred_element_type=jnp.float32)
-        seen = at <= end
-        if window:
-            seen &= positions[:, :, None] - at < window
-        return jnp.where(seen[:, None, None], (found * H**-0.5).reshape(B, K, N // K, T, -1), _NEVER)
-
-    parts = [(scores(k, positions[:, None, :], positions[:, :, None]), v)]
-    if held:
-        before = jnp.arange(held[0].shape[2])[None, None, :]
-        parts.append((scores(held[0], before, positions[:, :1, None] - 1), held[1]))
-    most = jnp.max(jnp.stack([jnp.max(found, axis=-1) for found, _ in parts]), axis=0)[..., None]
-    weights = [jnp.exp(found - most) for found, _ in parts]
-    total = sum((jnp.sum(weight, axis=-1) for weight in weights), jnp.zeros((), jnp.float32))
-    out = jnp.zeros((), jnp.float32)
-    for weight, (_, values) in zip(weights, parts, strict=True):
-        out += jnp.einsum(
-            "bkms,bksh->bkmh", weight.reshape(B, K, -1, weight.shape[-1]).astype(values.dtype), values,
-            precision=precision, preferred_element_type=jnp.float32,
-        )  # fmt: skip
-    out = (out.reshape(B, K, N // K, T, H) / total[..., None]).astype(v.dtype)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    q = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, max(0, least - G)), (0, 0)))
+    at = jnp.arange(S)[None, :]
+    seen = at < positions[:, None]
+    if window:
+        seen &= positions[:, None] - at < window
+    before = jnp.where(seen[:, None, None], product("bkgh,bksh->bkgs", q, keys) * H**-0.5, _NEVER)
+    itself = product("bkgh,bksh->bkgs", q, k) * H**-0.5
+    most = jnp.maximum(jnp.max(before, axis=-1, keepdims=True), itself)
+    before, itself = jnp.exp(before - most), jnp.exp(itself - most)
+    total = jnp.sum(before, axis=-1, keepdims=True) + itself
+    out = product("bkgs,bksh->bkgh", before.astype(values.dtype), values) + itself * v.astype(jnp.float32)
+    return (out / total)[:, :, :G].astype(v.dtype).reshape(B, N, H)
 
 
 def written(cache: Cache, new: Cache, starts: jax.Array, layout: Layout) -> Cache:

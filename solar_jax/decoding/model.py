@@ -13,7 +13,7 @@ from solar_jax.checkpoints.tokenizer import end_ids, load_tokenizer
 from solar_jax.config import MeshConfig, ModelConfig
 from solar_jax.data.chat.template import Template, load_template, special_tokens
 from solar_jax.decoding.engine import Engine
-from solar_jax.decoding.int8 import quantised
+from solar_jax.decoding.weights import quantised
 from solar_jax.errors import UserError
 from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules

@@ -25,7 +25,7 @@ Step = Callable[..., tuple[jax.Array, Cache, jax.Array]]
 class Programs:
     """Functions that are compiled for each bucket; cache and seen tokens are donated."""
 
-    prefill: Step  # (params, cache, seen, tokens [1, P], length, row, settings, plain=) -> token [1], cache, seen
+    prefill: Step  # (params, cache, seen, tokens [P], length, row, settings, plain=) -> token [1], cache, seen
     decode: Step  # (params, cache, seen, tokens [B], positions [B], settings, steps [B], plain=) -> tokens [B], ...
     unseen: Callable[[], jax.Array]  # creates bool [B, V], the tokens of each row so far
     placed: Callable[[Any], Any]  # lays an array of the host on all devices, of all processes
@@ -46,7 +46,7 @@ def make_programs(cfg: ModelConfig, rows: int, compute_dtype: Any, layout: Layou
     compiled = functools.partial(jax.jit, donate_argnums=(1, 2), static_argnames=("plain",), out_shardings=made)
 
     def forward(over: Any) -> Any:
-        constrain = constrain_on(mesh, rules.ACTIVATIONS | {"B": over, "T": None}) if mesh else unconstrained
+        constrain = constrain_on(mesh, rules.ACTIVATIONS | {"B": None, "T": over}) if mesh else unconstrained
         return functools.partial(cached_hidden, cfg, compute_dtype=compute_dtype, constrain=constrain, layout=layout)
 
     of_prompt, of_rows = forward(None), forward(rules.BATCH_AXES)
@@ -55,12 +55,12 @@ def make_programs(cfg: ModelConfig, rows: int, compute_dtype: Any, layout: Layou
         params: Params, cache: Cache, seen: jax.Array, tokens: jax.Array, length: jax.Array, row: jax.Array,
         settings: Settings, *, plain: bool,
     ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
-        """Fills a row of the cache with a prompt [1, P], of which `length` tokens are real; draws the next token."""
-        positions = jnp.arange(tokens.shape[1])[None]
+        """Fills a row of the cache with a prompt [P], of which `length` tokens are real; draws the next token."""
+        positions = jnp.arange(len(tokens))
         x, head, new = of_prompt(params, tokens, positions, None)
         cache = with_row(cache, new, row[None], layout)
-        logits = projected(jax.lax.dynamic_index_in_dim(x, length - 1, 1, keepdims=False), head)
-        mine = jnp.zeros((seen.shape[1],), bool).at[tokens[0]].max(positions[0] < length)
+        logits = projected(jax.lax.dynamic_slice_in_dim(x, length - 1, 1), head, layout)
+        mine = jnp.zeros((seen.shape[1],), bool).at[tokens].max(positions < length)
         found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if not plain:
             found = next_tokens(logits, settings, mine[None], jnp.zeros(1, jnp.int32))
@@ -72,9 +72,9 @@ def make_programs(cfg: ModelConfig, rows: int, compute_dtype: Any, layout: Layou
         steps: jax.Array, *, plain: bool,
     ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
         """Feeds one token of every row and draws the next."""
-        x, head, new = of_rows(params, tokens[:, None], positions[:, None], cache)
+        x, head, new = of_rows(params, tokens, positions, cache)
         cache = written(cache, new, positions, layout)
-        logits = projected(x[:, 0], head)
+        logits = projected(x, head, layout)
         found = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if not plain:
             found = next_tokens(logits, settings, seen, steps)

@@ -11,14 +11,16 @@ import pytest
 import torch
 import transformers
 
+from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import load_tokenizer
 from solar_jax.decoding import engine as engine_module
 from solar_jax.decoding.engine import Answer, Engine, Request, bucket
-from solar_jax.decoding.forward import Layout, cached_hidden, empty_cache, laid_out, projected, written
+from solar_jax.decoding.forward import Layout, cached_hidden, empty_cache, projected, with_row, written
 from solar_jax.decoding.model import load_model
 from solar_jax.decoding.sampling import Sampling
+from solar_jax.decoding.weights import laid_out
 from solar_jax.errors import UserError
 from solar_jax.model.llama import logits
 from tests.conftest import hf_model, save_hf
@@ -78,33 +80,37 @@ def test_scanned_layers_give_the_tokens_of_unrolled_ones(folder, expected, monke
     assert [list(answer.tokens) for answer in found] == [wanted[:12] for wanted in expected[:6]]
 
 
+def cached(c: Checkpoint, rows: np.ndarray, layout: Layout, *, prompt: int, shift: int = 0) -> np.ndarray:
+    """Logits of the tokens [B, T] after the first `prompt`, each fed behind a cache of those before it."""
+    held = laid_out(load_params(c), c.cfg, jnp.float32, unrolled=layout.unrolled)
+    cache = empty_cache(c.cfg, len(rows), 128, jnp.float32, layout)
+    run = functools.partial(cached_hidden, c.cfg, held, compute_dtype=jnp.float32, layout=layout)
+    for i, row in enumerate(rows):
+        _, _, new = run(jnp.asarray(row[:prompt]), jnp.arange(prompt), None)
+        cache = with_row(cache, new, jnp.asarray([i]), layout)
+    found = []
+    for at in range(prompt, rows.shape[1]):
+        positions = jnp.full(len(rows), at + shift)
+        x, head, new = run(jnp.asarray(rows[:, at]), positions, cache)
+        cache = written(cache, new, positions, layout)
+        found.append(projected(x, head, layout))
+    return np.stack(found, axis=1)
+
+
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_cached_logits_are_those_without_a_cache(folder, unrolled):
     c = open_checkpoint(str(folder))
-    params, layout = load_params(c), Layout(unrolled)
-    tokens = jnp.asarray([prompts(8)[7], prompts(8)[7][::-1]])
-    whole = logits(c.cfg, params, tokens)
-    held, cache = laid_out(params, c.cfg, jnp.float32, layout), empty_cache(c.cfg, 2, 128, jnp.float32, layout)
-    found = []
-    for start, stop in ((0, 40), (40, 41), (41, 42), (42, 64)):
-        at = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
-        x, head, new = cached_hidden(
-            c.cfg, held, tokens[:, start:stop], at, cache, compute_dtype=jnp.float32, layout=layout
-        )
-        cache = written(cache, new, at[:, 0], layout)
-        found.append(jax.vmap(projected, (1, None), 1)(x, head))
-    np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, atol=1e-4)
+    rows = np.array([prompts(8)[7], prompts(8)[7][::-1]])
+    whole = logits(c.cfg, load_params(c), jnp.asarray(rows))
+    np.testing.assert_allclose(cached(c, rows, Layout(unrolled), prompt=40), whole[:, 40:], atol=1e-4)
 
 
 def test_a_wrong_position_is_seen(folder):
     """A negative control of the comparison above."""
     c = open_checkpoint(str(folder))
-    params = load_params(c)
-    tokens = jnp.asarray([prompts(8)[7]])
-    held = laid_out(params, c.cfg, jnp.float32, Layout())
-    cache = empty_cache(c.cfg, 1, 128, jnp.float32, Layout())
-    x, head, _ = cached_hidden(c.cfg, held, tokens, 1 + jnp.arange(64)[None], cache, compute_dtype=jnp.float32)
-    assert float(jnp.abs(projected(x[0], head) - logits(c.cfg, params, tokens)).max()) > 1e-2
+    rows = np.array([prompts(8)[7][:44]])
+    whole = logits(c.cfg, load_params(c), jnp.asarray(rows))
+    assert np.abs(cached(c, rows, Layout(), prompt=40, shift=1) - whole[:, 40:]).max() > 1e-2
 
 
 def test_a_model_split_over_devices_gives_the_same_tokens(folder, expected):

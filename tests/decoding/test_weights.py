@@ -8,8 +8,8 @@ from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import load_tokenizer
 from solar_jax.decoding.engine import Engine, Request
-from solar_jax.decoding.int8 import quantised
 from solar_jax.decoding.model import load_model
+from solar_jax.decoding.weights import quantised
 from solar_jax.model.lora import INPUTS
 from solar_jax.model.shapes import Params
 from tests.conftest import hf_model, save_hf
