@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 
 from solar_jax.config import ModelConfig
+from solar_jax.decoding import logprobs
 from solar_jax.decoding.forward import Cache, Layout, cache_bytes, cached_hidden, empty_cache, laid_out
 from solar_jax.decoding.sampling import Sampling, Settings, next_tokens, settings_of
 from solar_jax.decoding.stops import TextStream
@@ -35,6 +36,8 @@ class Request:
     max_new_tokens: int = 256
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
+    log_probs: bool = False  # of the answer's tokens
+    prompt_log_probs: bool = False  # of the prompt's; no token need then be generated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Answer:
     tokens: tuple[int, ...]
     text: str
     finish: str  # "stop" or "length"
+    made: int = 0  # tokens that were generated, with the end token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,8 @@ class NewText:
     number: int  # of the request
     text: str
     answer: Answer | None = None  # once it is complete
+    log_probs: tuple[logprobs.TokenLogProb, ...] = ()  # of the tokens whose text is new
+    prompt: logprobs.LogProbs | None = None  # of the prompt's tokens after the first, once, as numpy arrays
 
 
 @dataclasses.dataclass
@@ -63,6 +69,7 @@ class _Row:
     position: int  # of the token that is fed next
     token: int  # that token
     made: int = 0
+    held: list[logprobs.TokenLogProb] = dataclasses.field(default_factory=list)  # of tokens whose text is not out yet
 
 
 def bucket(length: int, most: int) -> int:
@@ -101,15 +108,15 @@ class Engine:
         self._active: dict[int, _Row] = {}
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._numbers = itertools.count()
-        self._prefill = jax.jit(self._prefill_fn, donate_argnums=(1, 2), static_argnames=("plain",))
-        self._decode = jax.jit(self._decode_fn, donate_argnums=(1, 2), static_argnames=("plain",))
+        self._prefill = jax.jit(self._prefill_fn, donate_argnums=(1, 2), static_argnames=("plain", "scored", "whole"))
+        self._decode = jax.jit(self._decode_fn, donate_argnums=(1, 2), static_argnames=("plain", "scored"))
 
     def check(self, request: Request) -> None:
         """Raises a UserError for a request that cannot be answered."""
         if not request.tokens:
             raise UserError("the prompt has no tokens.")
-        if request.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, found {request.max_new_tokens}.")
+        if request.max_new_tokens < (least := 0 if request.prompt_log_probs else 1):
+            raise UserError(f"max_new_tokens must be at least {least}, found {request.max_new_tokens}.")
         if (total := len(request.tokens) + request.max_new_tokens) > self.context:
             raise UserError(
                 f"the prompt's {len(request.tokens)} tokens and {request.max_new_tokens} new ones are {total}, more "
@@ -169,14 +176,16 @@ class Engine:
         positions = np.array([row.position if row else 0 for row in rows], np.int32)
         steps = np.array([row.made if row else 0 for row in rows], np.int32)
         plain = all(row.request.sampling.is_plain for row in rows if row)
+        scored = any(row.request.log_probs for row in rows if row)
         settings = settings_of([row.request.sampling if row else Sampling() for row in rows])
-        found, self._cache, self._seen = self._decode(
-            self._params, self._cache, self._seen, tokens, positions, settings, steps, plain=plain
+        found, self._cache, self._seen, scores = self._decode(
+            self._params, self._cache, self._seen, tokens, positions, settings, steps, plain=plain, scored=scored
         )
+        scores = logprobs.on_host(scores)
         for i, token in enumerate(np.asarray(found).tolist()):
             if i in self._active:
                 self._active[i].position += 1
-                pieces += self._took(i, token)
+                pieces += self._took(i, token, scores, i)
         return pieces
 
     def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
@@ -191,31 +200,41 @@ class Engine:
         row = self._free.pop()
         length = len(request.tokens)
         padded = bucket(length, self.context)
-        self._grow(max(padded, length + 1))
+        self._grow(max(padded, min(length + 1, self.context)))
         tokens = np.zeros((1, padded), np.int32)
         tokens[0, :length] = request.tokens
-        found, self._cache, self._seen = self._prefill(
+        found, self._cache, self._seen, scores, prompt = self._prefill(
             self._params, self._cache, self._seen, tokens, np.int32(length), np.int32(row),
             settings_of([request.sampling]), plain=request.sampling.is_plain,
+            scored=request.log_probs, whole=request.prompt_log_probs,
         )  # fmt: skip
         stream = TextStream(self.tokenizer, request.stops)
         self._active[row] = _Row(number, request, stream, length, 0)
-        return self._took(row, int(found[0]))
+        first = [NewText(number, "", prompt=logprobs.on_host(prompt, length - 1))] if prompt is not None else []
+        if request.max_new_tokens == 0:
+            self._release(row)
+            return [*first, NewText(number, "", Answer((), "", "length"))]
+        return [*first, *self._took(row, int(found[0]), logprobs.on_host(scores), 0)]
 
-    def _took(self, row: int, token: int) -> list[NewText]:
-        """Takes a row's next token; returns the text that is new."""
+    def _took(self, row: int, token: int, scores: logprobs.LogProbs | None, place: int) -> list[NewText]:
+        """Takes a row's next token, whose log-probability is in a place of `scores`; returns the text that is new."""
         one = self._active[row]
         one.made += 1
         one.token = token
+        if scores is not None and one.request.log_probs:
+            one.held.append(logprobs.placed(scores, place, token, one.stream.length))
         ended = token in self.ends
         new = "" if ended else one.stream.push(token)
         finish = "stop" if ended or one.stream.stopped else "length" if one.made >= one.request.max_new_tokens else ""
+        if not finish and not new:
+            return []
         if not finish:
-            return [NewText(one.number, new)] if new else []
+            return [NewText(one.number, new, None, logprobs.take_released(one.held, one.stream, final=False))]
         new += one.stream.finish()
         finish = "stop" if one.stream.stopped else finish
         self._release(row)
-        return [NewText(one.number, new, Answer(tuple(one.stream.tokens), one.stream.text, finish))]
+        answer = Answer(tuple(one.stream.tokens), one.stream.text, finish, one.made)
+        return [NewText(one.number, new, answer, logprobs.take_released(one.held, one.stream, final=True))]
 
     def _release(self, row: int) -> None:
         del self._active[row]
@@ -237,9 +256,12 @@ class Engine:
     # ---- Programs ----------------------------------------------------------------------------------------------------
     def _prefill_fn(
         self, params: Params, cache: Cache, seen: jax.Array, tokens: jax.Array, length: jax.Array, row: jax.Array,
-        settings: Settings, *, plain: bool,
-    ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
-        """Fills a row of the cache with a prompt [1, P], of which `length` tokens are real; draws the next token."""
+        settings: Settings, *, plain: bool, scored: bool, whole: bool,
+    ) -> tuple[jax.Array, Cache, jax.Array, logprobs.LogProbs | None, logprobs.LogProbs | None]:  # fmt: skip
+        """Fills a row of the cache with a prompt [1, P], of which `length` tokens are real; draws the next token.
+
+        Log-probabilities are those of the next token if `scored`, and of the prompt's if `whole`.
+        """
         axis = 0 if self._layout.unrolled else 1
         total = jax.tree.leaves(cache)[0].shape[axis + 1]
         own = empty_cache(self.cfg, 1, total, self._dtype, self._layout)
@@ -254,12 +276,13 @@ class Engine:
         if not plain:
             found = next_tokens(logits, settings, mine[None], jnp.zeros(1, jnp.int32))
         seen = seen.at[row].set(mine.at[found[0]].set(True))
-        return found, cache, seen
+        scores = logprobs.token_log_probs(logits, found) if scored else None
+        return found, cache, seen, scores, logprobs.prompt_log_probs(x[0], head, tokens[0]) if whole else None
 
     def _decode_fn(
         self, params: Params, cache: Cache, seen: jax.Array, tokens: jax.Array, positions: jax.Array,
-        settings: Settings, steps: jax.Array, *, plain: bool,
-    ) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
+        settings: Settings, steps: jax.Array, *, plain: bool, scored: bool,
+    ) -> tuple[jax.Array, Cache, jax.Array, logprobs.LogProbs | None]:  # fmt: skip
         """Feeds one token of every row [B] and draws the next."""
         x, head, cache = cached_hidden(
             self.cfg, params, tokens[:, None], positions[:, None], cache,
@@ -270,4 +293,4 @@ class Engine:
         if not plain:
             found = next_tokens(logits, settings, seen, steps)
             seen = seen.at[jnp.arange(len(found)), found].set(True)
-        return found, cache, seen
+        return found, cache, seen, logprobs.token_log_probs(logits, found) if scored else None
