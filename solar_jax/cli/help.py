@@ -13,7 +13,9 @@ from absl import flags
 from solar_jax.cli.config_keys import config_keys
 from solar_jax.growth.operators import OPERATORS
 
-COMMANDS = ("train", "upscale", "convert", "merge", "chain", "generate", "evaluate", "plan", "prepare", "make_data")
+COMMANDS = (
+    "train", "upscale", "convert", "merge", "chain", "generate", "serve", "evaluate", "plan", "prepare", "make_data",
+)  # fmt: skip
 HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull", "-?")
 _WIDE = 118
 
