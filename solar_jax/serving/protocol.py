@@ -68,7 +68,10 @@ def read_completion(body: Mapping[str, Any]) -> Call:
     if body.get("best_of") not in (None, shared["n"]):
         raise Refusal(f"best_of is not supported, but for the value of n, {shared['n']}.", param="best_of")
     top = integer(body, "logprobs", None, 0, MOST_TOP)
-    return Call(chat=False, prompts=_prompts(body.get("prompt")), echo=echo, most_new=most_new, top=top, **shared)
+    prompts = _prompts(body.get("prompt"))
+    if (answers := len(prompts) * shared["n"]) > _MOST_PROMPTS:
+        raise Refusal(f"{len(prompts)} prompts of n={shared['n']} are {answers}, above {_MOST_PROMPTS}.", param="n")
+    return Call(chat=False, prompts=prompts, echo=echo, most_new=most_new, top=top, **shared)
 
 
 def read_chat(body: Mapping[str, Any]) -> Call:

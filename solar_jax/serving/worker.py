@@ -107,14 +107,15 @@ class Worker:
                 self._compile()
             with self._changed:
                 self.state = READY if self.state == STARTING else self.state
-            self._then()
+            with contextlib.suppress(OSError):  # nobody reads what is printed
+                self._then()
             while self._wait():
                 self._turn()
             self._refuse(closing())
         except BaseException:
             self.state = FAILED
-            sys.stderr.write(f"the engine failed:\n{traceback.format_exc()}")
             self._refuse(failed())
+            sys.stderr.write(f"the engine failed:\n{traceback.format_exc()}")
 
     def _compile(self) -> None:
         """Runs the shortest prompt and a step, greedy and drawn: what most requests need."""
