@@ -68,7 +68,9 @@ def leave(server, *, stream: bool, pieces: int) -> None:
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         received = b""
         while stream and received.count(b"data: ") < pieces:
-            received += raw.recv(4096)
+            part = raw.recv(4096)
+            assert part, received  # the server ended the connection
+            received += part
 
 
 def test_200_clients_that_leave_in_the_middle_give_back_rows_threads_and_memory(server, monkeypatch):
