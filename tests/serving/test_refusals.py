@@ -204,7 +204,7 @@ def wait_for(true, seconds: float = 5.0):
 
 def test_a_failure_of_the_engine_answers_everyone_and_shows_at_health(model, capfd):
     with running(model, rows=1) as server:
-        client, real = server.client(timeout=20), server.service.engine.step
+        client, real = server.client(timeout=5), server.service.engine.step
         stream = client.completions.create(model="tiny", prompt="x", max_tokens=900, temperature=0, stream=True)
         next(stream)
         found: list[BaseException] = []
