@@ -1,4 +1,4 @@
-"""The serve command: what it prints, how it ends, and what it refuses before the model is loaded."""
+"""The serve command says what it serves, ends its streams, and refuses bad flags before the model is loaded."""
 
 import contextlib
 import os
@@ -64,8 +64,8 @@ def refused(*flags: str, without: str = "") -> str:
 def test_the_server_says_what_it_serves_and_a_signal_lets_running_streams_end(folder):
     with started(f"--model={folder}", "--rows=2", "--context=900") as (process, lines):
         shown = "\n".join(lines)
-        assert re.search(r"model    writer: 2\d\d,\d\d\d parameters, float32, [\d,]+ bytes on 1 cpu device", shown)
-        assert re.search(r"rows     2 of at most 900 tokens, cache of at most 4,147,200 bytes", shown)
+        assert re.search(r"model    writer: 1\d\d,\d\d\d parameters, float32, [\d,]+ bytes on 1 cpu device", shown)
+        assert re.search(r"rows     2 of at most 900 tokens, cache of at most 1,382,400 bytes", shown)
         (url,) = re.findall(r"address  (http://127.0.0.1:\d+/v1), without a key", shown)
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
         with httpx.Client(base_url=url.removesuffix("/v1"), trust_env=False) as web:

@@ -4,7 +4,9 @@ import asyncio
 import dataclasses
 import hmac
 import json
+import sys
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -105,6 +107,8 @@ class Gate:
         try:
             refusal = self._refusal(scope)
             await (_response(refusal) if refusal else self._app)(scope, receive, send)
+        except Exception:  # a bug, which is answered; uvicorn would end the connection under the client's next request
+            sys.stderr.write(traceback.format_exc())
         finally:
             self.under_way -= 1
 

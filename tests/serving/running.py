@@ -1,4 +1,4 @@
-"""What tests of the endpoint share: a tiny model that writes letters, and a server of it in a thread."""
+"""Shared by tests of the endpoint: a tiny model that writes letters, and a server of it in a thread."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ TEMPLATE = (
 
 def save_writer(folder: pathlib.Path, *, template: bool = True, **changes: Any) -> pathlib.Path:
     """Saves a model whose answers are almost always letters, so that texts can be cut anywhere."""
-    model = hf_model(**changes)
+    model = hf_model(**({"num_hidden_layers": 2} | changes))
     tokens = byte_tokenizer().get_vocab()
     letters = [tokens[c] for c in "abcdefghijklmnopqrstuvwxyz"]
     others = [i for i in range(model.config.vocab_size) if i not in letters]

@@ -1,4 +1,4 @@
-"""What OpenAI's client reads is what the engine says: texts, choices, streams, log-probabilities, counts."""
+"""OpenAI's client reads what the engine says: texts, choices, streams, log-probabilities, counts."""
 
 import jax
 import numpy as np
