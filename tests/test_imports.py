@@ -13,13 +13,14 @@ import solar_jax
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "solar_jax"
 COMMANDS = (
-    "train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate", "evaluate", "report",
+    "train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate", "serve", "evaluate",
+    "report",
 )  # fmt: skip
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
     "errors", "config", "storage", "hardware", "model", "parallel", "growth", "cli", "formats", "orbax_store",
-    "checkpoints", "data", "merging", "monitoring", "decoding", "evaluation", "training", "planning", "chaining",
-    *COMMANDS, "lm_eval", "__main__",
+    "checkpoints", "data", "merging", "monitoring", "decoding", "serving", "evaluation", "training", "planning",
+    "chaining", *COMMANDS, "lm_eval", "__main__",
 )  # fmt: skip
 LONGEST = 400  # lines of a file
 
@@ -104,6 +105,7 @@ USES = {
     "convert": {"orbax"},
     "merge": {"orbax"},
     "generate": {"flax", "optax"},
+    "serve": {"flax", "optax"},
     "evaluate": {"flax", "optax"},
     "chain": {"optax", "orbax", "flax", "grain"},
     "prepare": set(),

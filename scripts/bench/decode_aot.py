@@ -45,7 +45,7 @@ def with_sharding(shapes, sharding):
 
 
 def matrix_shardings(cfg, mesh, unrolled):
-    """Shardings of `laid_out`'s parameters: o and down are split by their inputs, other projections by their outputs."""
+    """Shardings of `laid_out`'s parameters: o and down are split by inputs, the other projections by outputs."""
     plain = rules.parameter_shardings(cfg, mesh)
     spec = {1: (None, None, "tensor"), 2: (None, "tensor", None)}
     ends = {name: 2 if name in ("o", "down") else 1 for name in INPUTS}

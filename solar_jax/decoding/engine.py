@@ -14,6 +14,7 @@ import tokenizers
 from jax.sharding import Mesh
 
 from solar_jax.config import ModelConfig
+from solar_jax.decoding import logprobs
 from solar_jax.decoding.forward import (
     Cache,
     Layout,
@@ -43,6 +44,8 @@ class Request:
     max_new_tokens: int = 256
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
+    log_probs: bool = False  # of the answer's tokens
+    prompt_log_probs: bool = False  # of the prompt's; no token need then be generated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Answer:
     tokens: tuple[int, ...]
     text: str
     finish: str  # "stop" or "length"
+    made: int = 0  # tokens that were generated, with the end token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,8 @@ class NewText:
     number: int  # of the request
     text: str
     answer: Answer | None = None  # once it is complete
+    log_probs: tuple[logprobs.TokenLogProb, ...] = ()  # of the tokens whose text is new
+    prompt: logprobs.LogProbs | None = None  # of the prompt's tokens after the first, once, as numpy arrays
 
 
 @dataclasses.dataclass
@@ -71,6 +77,7 @@ class _Row:
     position: int  # of the token that is fed next
     token: int  # that token
     made: int = 0
+    held: list[logprobs.TokenLogProb] = dataclasses.field(default_factory=list)  # of tokens whose text is not out yet
 
 
 def bucket(length: int, most: int) -> int:
@@ -123,8 +130,8 @@ class Engine:
         """Raises a UserError for a request that cannot be answered."""
         if not request.tokens:
             raise UserError("the prompt has no tokens.")
-        if request.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, found {request.max_new_tokens}.")
+        if request.max_new_tokens < (least := 0 if request.prompt_log_probs else 1):
+            raise UserError(f"max_new_tokens must be at least {least}, found {request.max_new_tokens}.")
         if (total := len(request.tokens) + request.max_new_tokens) > self.context:
             raise UserError(
                 f"the prompt's {len(request.tokens)} tokens and {request.max_new_tokens} new ones are {total}, more "
@@ -184,18 +191,21 @@ class Engine:
         positions = np.array([row.position if row else 0 for row in rows], np.int32)
         steps = np.array([row.made if row else 0 for row in rows], np.int32)
         plain = all(row.request.sampling.is_plain for row in rows if row)
+        scored = any(row.request.log_probs for row in rows if row)
         settings = settings_of([row.request.sampling if row else Sampling() for row in rows])
-        found, self._cache, self._seen = self._programs.decode(
+        found, self._cache, self._seen, scores = self._programs.decode(
             self._params,
             self._cache,
             self._seen,
             *self._programs.placed((tokens, positions, settings, steps)),
             plain=plain,
+            scored=scored,
         )
+        scores = logprobs.on_host(scores)
         for i, token in enumerate(np.asarray(found).tolist()):
             if i in self._active:
                 self._active[i].position += 1
-                pieces += self._took(i, token)
+                pieces += self._took(i, token, scores, i)
         return pieces
 
     def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer]]:
@@ -210,31 +220,41 @@ class Engine:
         row = self._free.pop()
         length = len(request.tokens)
         padded = bucket(length, self.context)
-        self._grow(max(padded, length + 1))
+        self._grow(max(padded, min(length + 1, self.context)))
         tokens = np.zeros(padded, np.int32)
         tokens[:length] = request.tokens
         inputs = (tokens, np.int32(length), np.int32(row), settings_of([request.sampling]))
-        found, self._cache, self._seen = self._programs.prefill(
-            self._params, self._cache, self._seen, *self._programs.placed(inputs), plain=request.sampling.is_plain
-        )
+        found, self._cache, self._seen, scores, prompt = self._programs.prefill(
+            self._params, self._cache, self._seen, *self._programs.placed(inputs), plain=request.sampling.is_plain,
+            scored=request.log_probs, whole=request.prompt_log_probs,
+        )  # fmt: skip
         stream = TextStream(self.tokenizer, request.stops)
         self._active[row] = _Row(number, request, stream, length, 0)
-        return self._took(row, int(found[0]))
+        first = [NewText(number, "", prompt=logprobs.on_host(prompt, length - 1))] if prompt is not None else []
+        if request.max_new_tokens == 0:
+            self._release(row)
+            return [*first, NewText(number, "", Answer((), "", "length"))]
+        return [*first, *self._took(row, int(found[0]), logprobs.on_host(scores), 0)]
 
-    def _took(self, row: int, token: int) -> list[NewText]:
-        """Takes a row's next token; returns the text that is new."""
+    def _took(self, row: int, token: int, scores: logprobs.LogProbs | None, place: int) -> list[NewText]:
+        """Takes a row's next token, whose log-probability is in a place of `scores`; returns the text that is new."""
         one = self._active[row]
         one.made += 1
         one.token = token
+        if scores is not None and one.request.log_probs:
+            one.held.append(logprobs.placed(scores, place, token, one.stream.length))
         ended = token in self.ends
         new = "" if ended else one.stream.push(token)
         finish = "stop" if ended or one.stream.stopped else "length" if one.made >= one.request.max_new_tokens else ""
+        if not finish and not new:
+            return []
         if not finish:
-            return [NewText(one.number, new)] if new else []
+            return [NewText(one.number, new, None, logprobs.take_released(one.held, one.stream, final=False))]
         new += one.stream.finish()
         finish = "stop" if one.stream.stopped else finish
         self._release(row)
-        return [NewText(one.number, new, Answer(tuple(one.stream.tokens), one.stream.text, finish))]
+        answer = Answer(tuple(one.stream.tokens), one.stream.text, finish, one.made)
+        return [NewText(one.number, new, answer, logprobs.take_released(one.held, one.stream, final=True))]
 
     def _release(self, row: int) -> None:
         del self._active[row]

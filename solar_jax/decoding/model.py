@@ -56,7 +56,14 @@ class Loaded:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, with those that the tokenizer puts around it."""
-        return self.tokenizer.encode(text).ids
+        return self.encoding(text).ids
+
+    def encoding(self, text: str, *, add_special_tokens: bool = True) -> tokenizers.Encoding:
+        """The tokens of a text and where each begins in it.
+
+        A batch of one: unlike the call for a single text, it lets the process's other threads go on.
+        """
+        return self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
     def encode_chat(self, messages: Sequence[Any]) -> list[int]:
         """The tokens of a conversation, up to where the answer begins.
@@ -70,7 +77,7 @@ class Loaded:
         if not isinstance(messages, list) or not messages:
             raise UserError(f"messages must be a list with at least one message, found {messages!r}.")
         text = self.template.render(messages, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encoding(text, add_special_tokens=False).ids
 
 
 def load_model(c: Checkpoint, dtype: str, *, quantize: str = "") -> Loaded:

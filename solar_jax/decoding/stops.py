@@ -40,6 +40,11 @@ class TextStream:
     _settled: int = 0  # tokens whose text is known, from `_from` on
     _held: str = ""  # text that is not returned yet
 
+    @property
+    def length(self) -> int:
+        """Characters that the tokens so far have settled, held back ones too."""
+        return len(self.text) + len(self._held)
+
     def push(self, token: int) -> str:
         """Adds a token and returns the text that is new."""
         self.tokens.append(token)
