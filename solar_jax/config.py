@@ -7,43 +7,13 @@ keys, wrong types and impossible values before anything is allocated. The datacl
 
 import dataclasses
 import functools
-import math
 import typing
 from typing import Any
 
 import ml_collections
 
+from solar_jax.config_checks import above_0, at_least, between, named, not_negative
 from solar_jax.errors import UserError
-
-
-def _at_least(least: int, group: str, values: Any, *keys: str) -> None:
-    for key in keys:
-        if (value := getattr(values, key)) < least:
-            raise UserError(f"config.{group}.{key} must be at least {least}, found {value}.")
-
-
-def _not_negative(group: str, values: Any, *keys: str) -> None:
-    for key in keys:
-        if not 0 <= (value := getattr(values, key)) < math.inf:  # a NaN is refused too
-            raise UserError(f"config.{group}.{key} must be finite and not negative, found {value}.")
-
-
-def _between(least: float, below: float, group: str, values: Any, *keys: str) -> None:
-    for key in keys:
-        if not least <= (value := getattr(values, key)) < below:
-            raise UserError(f"config.{group}.{key} must be at least {least:g} and under {below:g}, found {value}.")
-
-
-def _above_0(group: str, values: Any, *keys: str) -> None:
-    for key in keys:
-        if not 0 < (value := getattr(values, key)) < math.inf:
-            raise UserError(f"config.{group}.{key} must be above 0, found {value}.")
-
-
-def _one_of(group: str, values: Any, **known: tuple[str, ...]) -> None:
-    for key, names in known.items():
-        if (value := getattr(values, key)) not in names:
-            raise UserError(f"config.{group}.{key} must be one of {', '.join(names)}, found {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +98,17 @@ class DataConfig:
 
     def check(self) -> None:
         """Raises a UserError for values that no run could use; so do the other groups'."""
-        _at_least(1, "data", self, "sequence_length")
-        _not_negative("data", self, "workers")
-        _one_of("data", self, packing=("best_fit", "concat"), holdout=("hash", "position"))
-        _one_of("data", self, train_on=("answers", "last", "all"), too_long=("cut", "drop"))
+        at_least(1, "data", self, "sequence_length")
+        not_negative("data", self, "workers")
+        named("data", self, packing=("best_fit", "concat"), holdout=("hash", "position"))
+        named("data", self, train_on=("answers", "last", "all"), too_long=("cut", "drop"))
         if self.format != "text" and self.packing != "best_fit":
             raise UserError(
                 f"config.data.format={self.format!r} needs config.data.packing='best_fit', as records stay whole."
             )
         if not self.sources:
             raise UserError("config.data.sources must name at least one text, found ().")
-        _at_least(2, "data", self, "holdout_every")
+        at_least(2, "data", self, "holdout_every")
         if self.packing == "best_fit" and not self.mask_documents:
             raise UserError(
                 "config.data.packing='best_fit' needs config.data.mask_documents=True, as documents that share a row "
@@ -161,9 +131,9 @@ class TrainConfig:
     epochs: float = 0.0  # where steps is 0: passes over the rows of all sources
 
     def check(self) -> None:
-        _not_negative("train", self, "accumulation", "max_skipped", "spike", "epochs")
-        _at_least(0 if self.epochs else 1, "train", self, "steps")
-        _at_least(1, "train", self, "batch_size")
+        not_negative("train", self, "accumulation", "max_skipped", "spike", "epochs")
+        at_least(0 if self.epochs else 1, "train", self, "steps")
+        at_least(1, "train", self, "batch_size")
         if self.batch_size % max(1, self.accumulation):
             raise UserError(
                 f"config.train.batch_size={self.batch_size} must be a multiple of "
@@ -181,9 +151,9 @@ class PreferenceConfig:
     cache: str = ""  # folder of the reference's log-probabilities, which runs may share; "": reference/ in the run's
 
     def check(self) -> None:
-        _above_0("preferences", self, "beta")
-        _between(0, 0.5, "preferences", self, "label_smoothing")
-        _not_negative("preferences", self, "gamma")
+        above_0("preferences", self, "beta")
+        between(0, 0.5, "preferences", self, "label_smoothing")
+        not_negative("preferences", self, "gamma")
 
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -197,8 +167,8 @@ class LoraConfig:
     targets: tuple[str, ...] = PROJECTIONS  # projections that have one
 
     def check(self) -> None:
-        _not_negative("lora", self, "rank", "alpha")
-        _one_of("lora", self, variant=("lora", "rslora", "dora"))
+        not_negative("lora", self, "rank", "alpha")
+        named("lora", self, variant=("lora", "rslora", "dora"))
         if not self.targets or set(self.targets) - set(PROJECTIONS):
             raise UserError(f"config.lora.targets must be among {', '.join(PROJECTIONS)}, found {self.targets}.")
 
@@ -219,12 +189,12 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
 
     def check(self) -> None:
-        _not_negative("optimizer", self, "warmup_steps", "weight_decay", "clip_norm", "learning_rate")
+        not_negative("optimizer", self, "warmup_steps", "weight_decay", "clip_norm", "learning_rate")
         for key in ("final_fraction", "decay_fraction", "warmup_fraction"):
             if not 0 <= (value := getattr(self, key)) <= 1:
                 raise UserError(f"config.optimizer.{key} must lie between 0 and 1, found {value}.")
-        _between(0, 1, "optimizer", self, "b1", "b2")  # Adam divides by 1 - b ** t
-        _above_0("optimizer", self, "eps")  # a gradient of 0 would give 0 / 0
+        between(0, 1, "optimizer", self, "b1", "b2")  # Adam divides by 1 - b ** t
+        above_0("optimizer", self, "eps")  # a gradient of 0 would give 0 / 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +202,18 @@ class EvaluationConfig:
     every: int = 0  # steps between held-out evaluations during training; 0: only before and after
     windows: int = 40  # held-out rows
     batch_size: int = 8  # rows at a time over all devices
+    tasks: tuple[str, ...] = ()  # lm-eval's names or h6, measured before and after training; needs the extra `eval`
+    task_every: int = 0  # steps between measuring them during training, too
+    task_limit: int = 0  # items of each task; 0: all
+    task_data: str = ""  # folder of the benchmarks' files, as `evaluate --data` takes it; "": the hub
+    task_path: str = ""  # folder of tasks, as `evaluate --include_path` takes it
 
     def check(self) -> None:
-        _at_least(1, "evaluation", self, "windows", "batch_size")
-        _not_negative("evaluation", self, "every")
+        at_least(1, "evaluation", self, "windows", "batch_size")
+        not_negative("evaluation", self, "every", "task_every", "task_limit")
+        for key in ("task_every", "task_limit", "task_data", "task_path"):
+            if (value := getattr(self, key)) and not self.tasks:
+                raise UserError(f"config.evaluation.{key}={value!r} needs config.evaluation.tasks, found none.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,9 +236,9 @@ class CheckpointConfig:
     restore: str = "blocks"  # checkpoints are read in blocks of chunks; "orbax": by Orbax itself, at half the speed
 
     def check(self) -> None:
-        _at_least(1, "checkpoint", self, "every", "keep")
-        _not_negative("checkpoint", self, "keep_every", "keep_best")
-        _one_of("checkpoint", self, restore=("blocks", "orbax"))
+        at_least(1, "checkpoint", self, "every", "keep")
+        not_negative("checkpoint", self, "keep_every", "keep_best")
+        named("checkpoint", self, restore=("blocks", "orbax"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,8 +253,8 @@ class LoggingConfig:
     compilation_cache: bool = True  # compiled programs are reused at the next start
 
     def check(self) -> None:
-        _at_least(1, "logging", self, "profile_steps")
-        _not_negative("logging", self, "profile_start", "watchdog_seconds")
+        at_least(1, "logging", self, "profile_steps")
+        not_negative("logging", self, "profile_start", "watchdog_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +263,7 @@ class ExportConfig:
     max_shard_size: str = "5GB"
 
     def check(self) -> None:
-        _one_of("export", self, dtype=DTYPES)
+        named("export", self, dtype=DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)

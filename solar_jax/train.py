@@ -94,6 +94,7 @@ from solar_jax.training.report import announce, draw, result_table, summarise
 from solar_jax.training.run import Run, say
 from solar_jax.training.stages import RECIPES
 from solar_jax.training.step_count import with_steps
+from solar_jax.training.task_scores import open_suite
 from solar_jax.training.tuning import row_count
 
 
@@ -160,6 +161,7 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     text = run_folder.text_record(checkpoint, corpus, encoding)
     if goes_on:
         run_folder.check_text(folder, text, allowed)
+    suite = open_suite(config)
     counted = with_steps(config, row_count(corpus))
     passes(corpus, counted.train.steps * config.train.batch_size, resumes=goes_on)  # refuses to read a source too often
 
@@ -194,6 +196,8 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
             heldout, rules.padded_rows(config.evaluation.batch_size, mesh), rules.batch_sharding(mesh)
         ),
         evals=metrics.JsonLines(folder / "evals.jsonl"),
+        task_scores=metrics.JsonLines(folder / "task_scores.jsonl"),
+        suite=suite,
         ledger=ledger,
         documents=functools.partial(batch_documents, corpus, config.seed),
         corpus=corpus,

@@ -116,7 +116,8 @@ class Engine:
         self._dtype, self.rows = compute_dtype, rows
         self._layout = Layout(unrolled=True, apart=jax.default_backend() == "cpu", mesh=mesh)
         lay_out = functools.partial(laid_out, cfg=cfg, compute_dtype=compute_dtype, unrolled=self._layout.unrolled)
-        self._params = jax.jit(lay_out)(params)
+        self._lay_out = jax.jit(lay_out)
+        self._params: Params = self._lay_out(params)
         self._length = 0
         self._cache: Cache = {}
         self._free = list(range(rows))[::-1]
@@ -125,6 +126,12 @@ class Engine:
         self._numbers = itertools.count()
         self._programs = make_programs(cfg, rows, compute_dtype, self._layout)
         self._seen = self._programs.unseen()
+
+    def use(self, params: Params) -> None:
+        """Puts other parameters of the same shape in place of these; none, to free them and the cache."""
+        self._params = self._lay_out(params) if params else {}
+        if not params:
+            self._cache, self._length = {}, 0
 
     def check(self, request: Request) -> None:
         """Raises a UserError for a request that cannot be answered."""

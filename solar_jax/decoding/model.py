@@ -89,12 +89,18 @@ def load_model(c: Checkpoint, dtype: str, *, quantize: str = "") -> Loaded:
       quantize: "int8" for projections in int8, for an engine; "" for none.
     """
     tokenizer = load_tokenizer(c)
-    ways = max(n for n in range(1, jax.device_count() + 1) if _divides(c.cfg, n) and jax.device_count() % n == 0)
-    mesh = make_mesh(MeshConfig(data=jax.device_count() // ways, fsdp=1, tensor=ways))
+    mesh = decoding_mesh(c.cfg, jax.devices())
     params = load_params(c, rules.parameter_shardings(c.cfg, mesh), numpy_dtype(dtype))
     if quantize:
         params = quantised(params)
     return Loaded(c.cfg, params, dtype, tokenizer, end_ids(c), c.companions, c.where, mesh)
+
+
+def decoding_mesh(cfg: ModelConfig, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """A mesh that splits heads and MLP as far as they divide, and rows over the rest of the devices."""
+    count = len(devices)
+    ways = max(n for n in range(1, count + 1) if _divides(cfg, n) and count % n == 0)
+    return make_mesh(MeshConfig(data=count // ways, fsdp=1, tensor=ways), devices)
 
 
 def _divides(cfg: ModelConfig, ways: int) -> bool:

@@ -90,8 +90,7 @@ def matrix_einsum(cfg: ModelConfig, least: int) -> Einsum:
     size = {letter.lower(): n for letter, n in sizes(cfg).items()}
 
     def multiplied(subscripts: str, x: jax.Array, weight: Any) -> jax.Array:
-        operands, made = subscripts.split("->")
-        ours, theirs = operands.split(",")
+        ours, theirs = subscripts.split("->")[0].split(",")
         summed = sum(letter in ours for letter in theirs)
         flat = x.reshape(*x.shape[:-summed], -1)
         y = padded_product(flat, weight.values if is_int8(weight) else weight, least)

@@ -1,7 +1,8 @@
 """lm-eval's view of a model: what it asks is computed in this process, on the mesh, with common beginnings shared."""
 
+import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from lm_eval import utils
@@ -20,6 +21,7 @@ from solar_jax.errors import UserError
 from solar_jax.evaluation.scoring import BUDGET, Scored, Scorer
 from solar_jax.evaluation.store import Store, key_of_text
 from solar_jax.evaluation.trie import Query
+from solar_jax.model.shapes import Params
 
 NAME = "solar_jax"  # as lm-eval's --model takes it
 _T = TypeVar("_T")
@@ -35,7 +37,8 @@ class SolarModel(TemplateLM):
     def __init__(
         self, pretrained: str | Loaded, *, dtype: str = "float32", max_length: int | str | None = None,
         add_bos_token: bool | str | None = None, rows: int | str = 8, budget: int | str = BUDGET, share: bool = True,
-        store: Store | None = None, quiet: bool = False, **ignored: Any,
+        store: Store | None = None, scorer: Scorer | None = None, quiet: bool = False,
+        **ignored: Any,
     ):  # fmt: skip
         """Loads a model.
 
@@ -48,6 +51,7 @@ class SolarModel(TemplateLM):
           budget: tokens of a row in which sequences are scored.
           share: compute common beginnings once.
           store: answers that are known, of the same model and settings.
+          scorer: that scores, if it is made already.
           quiet: no progress bars.
           ignored: settings of other classes, such as batch_size, device and max_batch_size.
         """
@@ -58,16 +62,28 @@ class SolarModel(TemplateLM):
         self._add_bos = {"True": True, "False": False}.get(str(add_bos_token))
         self._rows, self._share = int(rows), share in (True, "True")
         compute_dtype = numpy_dtype(self.loaded.dtype)
-        self.scorer = Scorer(
+        self.scorer = scorer or Scorer(
             self.loaded.cfg, self.loaded.params, mesh=self.loaded.mesh, compute_dtype=compute_dtype, budget=int(budget)
         )
         self._store, self._quiet = store, quiet
         self._made: Engine | None = None
+        self._whole: Callable[[], Params] | None = None
         specials = self.loaded.specials
         known = {name: self.loaded.tokenizer.token_to_id(text) for name, text in specials.items()}
         self._ids = {name: found for name, found in known.items() if found is not None}
         if "eos_token" not in self._ids:
             raise UserError(f"{self.loaded.where}: tokenizer_config.json names no eos_token, which lm-eval needs.")
+
+    def use(self, params: Params, whole: Callable[[], Params]) -> None:
+        """Puts other parameters in place of these.
+
+        Args:
+          params: for the scorer.
+          whole: makes the stacked state for answers; called only if some are asked for.
+        """
+        self.scorer.params, self._whole = params, whole
+        if self._made is not None:
+            self._made.use({})
 
     # ---- Tokens ------------------------------------------------------------------------------------------------------
     @property
@@ -140,8 +156,14 @@ class SolarModel(TemplateLM):
     def _engine(self, requests: int) -> Engine:
         """An engine for so many requests; the one there is, if it has the rows."""
         rows = min(self._rows, max(1, requests))
+        if self._whole is not None:
+            self.loaded = dataclasses.replace(self.loaded, params=self._whole())
         if self._made is None or self._made.rows < rows:
             self._made = self.loaded.engine(rows, self.max_length)
+        elif self._whole is not None:
+            self._made.use(self.loaded.params)
+        if self._whole is not None:
+            self.loaded, self._whole = dataclasses.replace(self.loaded, params={}), None
         return self._made
 
     def _answers(self, requests: list[Request]) -> Iterator[tuple[int, Answer]]:

@@ -74,7 +74,7 @@ class Scorer:
           prepare: makes of the state what `model.llama.hidden` takes.
         """
         self.cfg, self.budget, self.counts = cfg, budget, Counts()
-        self._params, self._mesh = params, mesh
+        self.params, self._mesh = params, mesh
         self._rows = axis_size(mesh, *rules.BATCH_AXES) if mesh else 1
         constrain = constrain_on(mesh, _ACTIVATIONS) if mesh else unconstrained
         score = functools.partial(_score, cfg, compute_dtype=compute_dtype, constrain=constrain, prepare=prepare)
@@ -142,7 +142,7 @@ class Scorer:
             mask &= positions[:, :, None] - positions[:, None, :] < window
         parts = np.int32(max(-(-len(asked) // _PART) for asked in wanted))
         arrays = [self._placed(array) for array in (tokens, positions, mask, pairs[0], pairs[1])]
-        log_probs, greedy = (np.asarray(x) for x in self._score(self._params, *arrays, parts))
+        log_probs, greedy = (np.asarray(x) for x in self._score(self.params, *arrays, parts))
         return [(log_probs[i, : len(asked)], greedy[i, : len(asked)]) for i, asked in enumerate(wanted)]
 
     def _placed(self, array: np.ndarray) -> Any:

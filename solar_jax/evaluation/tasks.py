@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import lm_eval.api.model
+import lm_eval.api.task
 import lm_eval.tasks
 import numpy as np
+import tqdm
 import yaml
 from lm_eval.api.group import Group
 from lm_eval.api.samplers import ContextSampler, FirstNSampler
@@ -44,9 +47,15 @@ class Suite:
 
 
 def quiet_lm_eval() -> None:
-    """Silences what lm-eval and its data sets say of every task; errors are still shown."""
+    """Silences what lm-eval and its data sets print about every task; errors are still shown."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    for module in (lm_eval.api.task, lm_eval.api.model):  # a bar for each of MMLU's 57 tasks
+        vars(module)["tqdm"] = _no_bar
+
+
+def _no_bar(*args: Any, **kwargs: Any) -> Any:
+    return tqdm.tqdm(*args, **kwargs | {"disable": True})
 
 
 def find_tasks(names: Sequence[str], include_path: str | None = None, data: str | None = None) -> Suite:

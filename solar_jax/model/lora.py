@@ -4,7 +4,9 @@ The adapter of a projection W is W + s A B with A "q_lora_a", B "q_lora_b" and a
 each output feature, "q_lora_norm" (LoRA: arXiv 2106.09685; rsLoRA: 2312.03732; DoRA: 2402.09353).
 """
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,3 +74,26 @@ def norm_of(weight: jax.Array, a: jax.Array, b: jax.Array, inputs: int) -> jax.A
     """DoRA's norm of W + A B over the inputs of each output feature of one layer, in float32; B carries the scale."""
     low = jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision=jax.lax.Precision.HIGHEST)
     return jnp.sqrt(jnp.sum((weight.astype(jnp.float32) + low) ** 2, axis=tuple(range(inputs))))
+
+
+def merged_layers(layers: Params, adapter: Params, factor: float, index: Any) -> Params:
+    """The layers with an adapter added to their weights: W + factor A B, scaled to DoRA's magnitude where there is one.
+
+    Args:
+      layers: the stacked arrays [L, ...].
+      adapter: its arrays [adapted layers, ...].
+      factor: LoRA's scale.
+      index: the layers that are adapted, as numpy indexes them.
+    """
+    out = dict(layers)
+    for name in {key.partition("_lora")[0] for key in adapter}:
+        whole = layers[f"{name}_proj"]
+        w, a, b = (x.astype(jnp.float32) for x in (whole[index], adapter[f"{name}_lora_a"], adapter[f"{name}_lora_b"]))
+        b *= factor
+        product = functools.partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST)
+        made = w + jax.vmap(product)(a, b)
+        if (magnitude := adapter.get(f"{name}_lora_norm")) is not None:
+            norm = jax.vmap(functools.partial(norm_of, inputs=INPUTS[name]))(w, a, b)
+            made *= (magnitude / norm).reshape(len(a), *(1,) * INPUTS[name], *norm.shape[1:])
+        out[f"{name}_proj"] = whole.at[index].set(made.astype(whole.dtype))
+    return out

@@ -47,6 +47,7 @@ from solar_jax.training.run import (
 )  # fmt: skip
 from solar_jax.training.state import abstract_state, first_opt_state, state_shardings, stored_form
 from solar_jax.training.step import make_train_step
+from solar_jax.training.task_scores import TaskScores
 
 ROLLBACKS = 3  # at most, to one checkpoint
 DOCUMENTS = 20  # named at most when a step goes wrong
@@ -106,12 +107,9 @@ def _train_from_last_good(
       Spike: the loss of a step is a spike.
     """
     config, cfg = run.config, arm.cfg
-    partition, optimizer = (
-        arm.partition,
-        make_optimizer(config.optimizer, config.train.steps, precision(config.train), seed=config.seed, mesh=run.mesh),
-    )
+    partition, policy = arm.partition, precision(config.train)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, policy, seed=config.seed, mesh=run.mesh)
     shardings = state_shardings(cfg, optimizer, run.mesh, partition)
-    policy = precision(config.train)
     weights, base = policy.weights, partition.base_dtype(policy)
     abstract = abstract_state(cfg, weights, optimizer, shardings, partition, base)
     abstract |= {"params": partition.saved(abstract["params"])}
@@ -124,7 +122,9 @@ def _train_from_last_good(
     )
     run.ledger.add("lost", sum(seconds(r) for r in lines.read() if r["step"] > start.step))
     lines.keep_if(lambda r: r["step"] <= start.step)
-    run.evals.keep_if(lambda r: r["arm"] != arm.name or r["step"] <= start.step)
+    for file in (run.evals, run.task_scores):
+        file.keep_if(lambda r: r["arm"] != arm.name or r["step"] <= start.step)
+    tasks = TaskScores(run, arm)
     if state is not None and partition.lora is not None:
         state["params"] = first_params(run, arm.checkpoint, partition) | state["params"]
     if start.step == config.train.steps and state is not None:
@@ -135,11 +135,12 @@ def _train_from_last_good(
         params = with_adapter(run, cfg, first_params(run, arm.checkpoint, partition), partition)
         loss = evaluate(run, arm.name, 0, cfg, params, partition)
         say(f"{arm.name}: held-out loss {loss:.4f} before training{measures_line(run, arm.name, 0)}")
+        tasks.measure(0, params)
         opt_state = first_opt_state(optimizer, partition, params, shardings["opt_state"])
         state = {"params": params, "opt_state": opt_state}
         del params
     start = dataclasses.replace(start, rows=start.rows + left_out)
-    with contextlib.closing(_Session(run, arm, cfg, start, store, lines)) as session:
+    with contextlib.closing(_Session(run, arm, cfg, start, store, lines, tasks)) as session:
         return session.steps(optimizer, state)
 
 
@@ -179,10 +180,11 @@ class _Session:
     """
 
     def __init__(
-        self, run: Run, arm: Arm, cfg: ModelConfig, start: Start, store: CheckpointStore, lines: metrics.JsonLines
-    ):
+        self, run: Run, arm: Arm, cfg: ModelConfig, start: Start, store: CheckpointStore, lines: metrics.JsonLines,
+        tasks: TaskScores,
+    ):  # fmt: skip
         self._run, self._arm, self._cfg, self._start, self._store, self._lines = run, arm, cfg, start, store, lines
-        config, done = run.config, start.step
+        self._tasks, config, done = tasks, run.config, start.step
         self._last = config.train.steps
         self._rates = _rates(config.optimizer, config.train.steps)
         self._step_tokens = config.train.batch_size * config.data.sequence_length  # per step
@@ -276,7 +278,7 @@ class _Session:
         evaluates = last or (config.evaluation.every and step % config.evaluation.every == 0)
         saves = last or asked or step % config.checkpoint.every == 0 or self._store.failed
         closes = self._profiler.closes(step)
-        if not (evaluates or saves or closes):
+        if not (evaluates or saves or closes or self._tasks.due(step)):
             return
         self._land()
         if closes:
@@ -287,6 +289,9 @@ class _Session:
                 loss = evaluate(self._run, self._arm.name, step, self._cfg, state["params"], self._arm.partition)
             more = measures_line(self._run, self._arm.name, step)
             say(f"{self._arm.name}: held-out loss {loss:.4f} after step {step}{more}")
+        if self._tasks.due(step) and not (asked and not last):
+            with self._outside("evaluation", step):
+                self._tasks.measure(step, state["params"])
         if saves:
             with self._outside("checkpoint", step):
                 self._save(step, state, at_once=last or asked)

@@ -15,7 +15,7 @@ import numpy as np
 from solar_jax.config import LoraConfig, ModelConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.operators import LayerMap
-from solar_jax.model.lora import adapter_shapes, scale
+from solar_jax.model.lora import adapter_shapes, merged_layers, scale
 from solar_jax.model.precision import Precision
 from solar_jax.model.shapes import Params, param_shapes
 
@@ -114,6 +114,13 @@ class Partition:
         if all(self.layers):
             return frozen | trained
         return frozen | trained | {"layers": self._stacks(jax.lax.stop_gradient(params["layers"]), trained["layers"])}
+
+    def whole(self, params: Params) -> Params:
+        """The model's stacked state, with an adapter merged into its weights."""
+        if self.lora is None:
+            return params
+        layers = merged_layers(params["layers"], params["lora"], scale(self.lora), self._index())
+        return {name: x for name, x in params.items() if name != "lora"} | {"layers": layers}
 
     def follow(self, x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
         """The trained layers of an array that may have all of them, as an optimiser's state of an older run does."""

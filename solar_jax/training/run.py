@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import grain
 import jax
@@ -39,6 +40,7 @@ class Run:
     rows: grain.MapDataset  # training
     heldout: list[Batch]
     evals: metrics.JsonLines  # {"arm", "step", "loss"} of every held-out evaluation
+    task_scores: metrics.JsonLines  # {"arm", "step", "scores"} of every evaluation of tasks
     ledger: Ledger
     writers: Writers
     documents: Callable[[int, int], list[str]]  # (first row, rows of training) -> their documents' ids
@@ -46,6 +48,7 @@ class Run:
     end: int | None = None  # the token that ends an answer
     objective: Objective = next_token
     measures: Measures = text_measures  # of held-out rows
+    suite: Any = None  # an evaluation.tasks.Suite, where tasks are measured
     first_loss: float | None = None  # the loss of the first step, where it is known beforehand
 
     @property
