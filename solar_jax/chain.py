@@ -8,6 +8,7 @@ stages are skipped, the running one resumes. A stage whose config has changed is
 Hugging Face folder; chain.json holds what each began from and its measures.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -59,6 +60,7 @@ from solar_jax.planning.heldout import planned_heldout
 from solar_jax.training.measuring import HeldOut
 from solar_jax.training.preemption import listen_for_preemption
 from solar_jax.training.run import say
+from solar_jax.training.task_scores import open_suite
 
 BASE = "base"  # the name of the first stage's source in tables
 
@@ -87,7 +89,7 @@ def run_chain(chain: Chain, workdir: pathlib.Path, rerun: Sequence[str] = (), *,
     # ---- Checks, and the plan ----------------------------------------------------------------------------------------
     record, again = Record(workdir), chain.after(rerun)
     kept = [stage for stage in chain.stages if stage not in again]
-    record.check(Chain(chain.name, tuple(kept), chain.measures))
+    record.check(dataclasses.replace(chain, stages=tuple(kept)))
     done = {stage.name: stage in kept and record.is_done(stage) for stage in chain.stages}
     say(f"{chain.name} in {workdir}\n{plan_text(chain, workdir, done)}\n")
     if again:
@@ -111,12 +113,12 @@ def run_chain(chain: Chain, workdir: pathlib.Path, rerun: Sequence[str] = (), *,
         processes.wait(f"{stage.name} is recorded")
         _run(chain, stage, workdir, record, meter)
         meter.measure(stage.name, str(workdir / stage.name))
-        say(f"\n{stage_table(meter.rows())}")
+        say(f"\n{stage_table(meter.rows(), meter.scores())}")
 
     # ---- The result --------------------------------------------------------------------------------------------------
     last = chain.stages[-1]
     result = workdir / last.name if isinstance(last, MergeStage) else workdir / last.name / "hf"
-    say(f"\n{stage_table(meter.rows())}\n{result}: the result, a Hugging Face folder")
+    say(f"\n{stage_table(meter.rows(), meter.scores())}\n{result}: the result, a Hugging Face folder")
 
 
 def _run(chain: Chain, stage: Stage, workdir: pathlib.Path, record: Record, meter: "_Meter") -> None:
@@ -129,7 +131,7 @@ def _run(chain: Chain, stage: Stage, workdir: pathlib.Path, record: Record, mete
     summaries = {one.name: summary for one in chain.stages if (summary := record.summary(one.name))}
     merge.merge_best(
         make_candidates(stage.candidates, models, None, None), models, [stage.eval_config], Target(folder),
-        reference=str(workdir / stage.reference), numbers=stage_markdown(meter.rows(), summaries),
+        reference=str(workdir / stage.reference), numbers=stage_markdown(meter.rows(), meter.scores(), summaries),
     )  # fmt: skip
 
 
@@ -139,25 +141,42 @@ class _Meter:
     def __init__(self, chain: Chain, record: Record):
         self._chain, self._record = chain, record
         self._heldout: dict[str, HeldOut] = {}
+        self._suite = open_suite(chain.evaluation)  # before the first stage: its data may be bad
+        self._names = [BASE, *(stage.name for stage in chain.stages)]
 
     def rows(self) -> Mapping[str, Measured]:
-        names = [BASE, *(stage.name for stage in self._chain.stages)]
-        return {name: found for name in names if (found := self._record.measured(name)) is not None}
+        return {name: found for name in self._names if (found := self._record.measured(name)) is not None}
+
+    def scores(self) -> Mapping[str, dict[str, float]]:
+        """Scores of tasks, by result."""
+        return {name: found for name in self._names if (found := self._record.scores(name)) is not None}
 
     def measure(self, name: str, source: str) -> None:
-        if self._record.measured(name) is not None:
+        if self._is_known(name):
             return
         first = self._chain.stages[0]
-        if self._record.measured(BASE) is None and not isinstance(first, MergeStage):
+        if not self._is_known(BASE) and not isinstance(first, MergeStage):
             self._measure(BASE, first.resolved(self._record.workdir).source)
         self._measure(name, source)
 
+    def _is_known(self, name: str) -> bool:
+        return self._record.measured(name) is not None and (
+            self._suite is None or self._record.scores(name) is not None
+        )
+
     def _measure(self, name: str, source: str) -> None:
         c = open_checkpoint(source)
-        for config_name in self._chain.measures:
-            if config_name not in self._heldout:
-                self._heldout[config_name] = planned_heldout(load_config(config_name), c, with_reference=False)
-        self._record.add(name, measured={key: heldout.of(c) for key, heldout in self._heldout.items()})
+        if self._record.measured(name) is None:
+            for config_name in self._chain.measures:
+                if config_name not in self._heldout:
+                    self._heldout[config_name] = planned_heldout(load_config(config_name), c, with_reference=False)
+            self._record.add(name, measured={key: heldout.of(c) for key, heldout in self._heldout.items()})
+        if self._suite is not None:
+            from solar_jax.evaluation.live import score_line, scores_of  # imported here: it needs lm-eval
+
+            scores = scores_of(c, self._suite, self._chain.evaluation.task_limit)
+            self._record.add(name, scores=scores)
+            say(f"{name}: {score_line(scores)}")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     text = run_folder.text_record(checkpoint, corpus, encoding)
     if goes_on:
         run_folder.check_text(folder, text, allowed)
-    suite = open_suite(config)
+    suite = open_suite(config.evaluation)
     counted = with_steps(config, row_count(corpus))
     passes(corpus, counted.train.steps * config.train.batch_size, resumes=goes_on)  # refuses to read a source too often
 

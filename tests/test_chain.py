@@ -20,6 +20,7 @@ from solar_jax.chaining.stages import Chain, resolve_chain
 from solar_jax.cli.config_files import load_config
 from solar_jax.errors import UserError
 from solar_jax.training.run_folder import config_dict
+from tests.evaluation import h6_data
 from tests.test_train import make_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -93,7 +94,8 @@ def made(configs: dict[str, str], **changes) -> Chain:
 @pytest.fixture(scope="module")
 def ran(configs, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("chain") / "run"
-    command.run_chain(made(configs), folder)
+    data = h6_data.write(tmp_path_factory.mktemp("h6"))
+    command.run_chain(made(configs, tasks=("winogrande",), task_data=str(data)), folder)
     return folder
 
 
@@ -116,6 +118,10 @@ def test_the_result_is_a_chat_model_with_the_history_of_every_stage(ran):
     assert "- depth-up-scaling\n- merge\n" in card
     for name in ("base", "grow", "sft", "dpo", "again", "linear (0.5, 0.5)", "slerp (0.6, 0.4)"):
         assert f"| {name} |" in card
+    scores = {name: of["scores"] for name, of in json.loads((ran / "chain.json").read_text())["stages"].items()}
+    assert set(scores) == {"base", "grow", "sft", "dpo", "again", "merge"}, "tasks are measured after each stage"
+    assert all(set(of) == {"winogrande/acc"} for of in scores.values())
+    assert "| winogrande/acc | " in card
     table = json.loads((ran / "merge" / "candidates.json").read_text())
     losses = {name: next(iter(of.values()))["loss"] for name, of in table["measured"].items()}
     assert table["best"] == min(losses, key=lambda name: losses[name])
@@ -191,6 +197,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(ran, configs, tmp_pat
 
 REFUSED = {
     "key": ({"sources": ()}, "the chain: the key 'sources' is unknown"),
+    "tasks": ({"tasks": "h6"}, "the chain: tasks must be a list of names, found 'h6'"),
+    "limit": ({"task_limit": 5}, "config.evaluation.task_limit=5 needs config.evaluation.tasks"),
     "no stages": ({"stages": ()}, "the chain has no stages"),
     "measure": ({"measures": ("nothing.py",)}, "nothing.py: no such file"),
 }

@@ -46,6 +46,10 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
             "name": f"solar_{size}",
             "stages": stages,
             "measures": tuple(f"{name}{argument}" for name in ("dus_48l", "sft", "dpo")),
+            "tasks": (),  # h6, for the paper's six benchmarks after each stage; needs the extra `eval`
+            "task_limit": 0,  # items of each; 0: all
+            "task_data": "",  # folder of the benchmarks' files; "": the hub
+            "task_path": "",  # folder of tasks in lm-eval's layout
         },
         convert_dict=False,
     )

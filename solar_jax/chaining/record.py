@@ -67,6 +67,10 @@ class Record:
     def measured(self, name: str) -> Measured | None:
         return self._stages.get(name, {}).get("measured")
 
+    def scores(self, name: str) -> dict[str, float] | None:
+        """Scores of tasks."""
+        return self._stages.get(name, {}).get("scores")
+
     def add(self, name: str, **more: Any) -> None:
         """Adds to a stage's entry."""
         self._stages.setdefault(name, {}).update(more)

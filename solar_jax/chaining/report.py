@@ -83,21 +83,34 @@ def _titles(measured: Measured) -> list[str]:
     return [*losses, "preference accuracy, %", "end token, %"]
 
 
-def stage_table(rows: Mapping[str, Measured]) -> str:
-    """Formats the measures of every result so far, on the same held-out rows."""
+def stage_table(rows: Mapping[str, Measured], scores: Mapping[str, Mapping[str, float]]) -> str:
+    """Formats the measures of every result so far, on the same held-out rows, and its scores of tasks."""
     titles = _titles(next(iter(rows.values())))
     lines = [f"{'result':<10}" + "".join(f"{title:>26}" for title in titles)]
     lines += [f"{name:<10}" + "".join(f"{cell:>26}" for cell in cells(of)) for name, of in rows.items()]
+    if scores:
+        wide = max(len(task) for of in scores.values() for task in of) + 2
+        lines += ["", f"{'task':<{wide}}" + "".join(f"{name:>10}" for name in scores)]
+        for task in next(iter(scores.values())):
+            lines.append(
+                f"{task:<{wide}}" + "".join(f"{of[task]:>10.3f}" if task in of else "" for of in scores.values())
+            )
     return "\n".join(lines)
 
 
-def stage_markdown(rows: Mapping[str, Measured], summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """Formats the measures of every result, and what each run's summary says, for the model card."""
+def stage_markdown(
+    rows: Mapping[str, Measured], scores: Mapping[str, Mapping[str, float]], summaries: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Formats the measures of every result, its scores, and what each run's summary says, for the model card."""
     titles = _titles(next(iter(rows.values())))
     text = [f"| result | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     text += [f"| {name} | {' | '.join(cells(of))} |" for name, of in rows.items()]
     own = [f"| {name} | {of['zero_token_loss']:.4f} | {of['final_loss']:.4f} | {of['steps']:,} | {of['tokens']:,} |"
            for name, of in summaries.items()]  # fmt: skip
+    if scores:
+        text += ["", f"| task | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
+        for task in next(iter(scores.values())):
+            text.append(f"| {task} | " + " | ".join(f"{of[task]:.3f}" for of in scores.values()) + " |")
     if own:
         text += ["", "| stage | its held-out loss before | after | steps | tokens |", "|---|---|---|---|---|", *own]
     return "\n".join(text)

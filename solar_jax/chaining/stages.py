@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from solar_jax.cli.config_files import load_config
-from solar_jax.config import Config
+from solar_jax.config import Config, EvaluationConfig
 from solar_jax.errors import UserError
 
 _CHAIN = ("name", "stages", "measures")
+_TASKS = ("tasks", "task_limit", "task_data", "task_path")  # optional, as in a run's config.evaluation
 _TRAIN = ("name", "config", "start", "changes", "tokens")
 _MERGE = ("name", "models", "candidates", "eval_config", "reference")
 
@@ -66,6 +67,7 @@ class Chain:
     name: str
     stages: tuple[Stage, ...]
     measures: tuple[str, ...]  # configs whose held-out rows measure every stage's result
+    evaluation: EvaluationConfig = EvaluationConfig()  # lm-eval's tasks that measure them, too
 
     def after(self, names: Sequence[str]) -> list[Stage]:
         """The named stages and those that use their results, directly or not."""
@@ -87,7 +89,7 @@ def resolve_chain(content: Mapping[str, Any]) -> Chain:
     Raises:
       UserError: a key is unknown or missing, or a stage starts from one that is not before it.
     """
-    _check_keys(content, _CHAIN, _CHAIN, "the chain")
+    _check_keys(content, (*_CHAIN, *_TASKS), _CHAIN, "the chain")
     stages: list[Stage] = []
     for entry in content["stages"]:
         where = f"stage {entry.get('name')!r}"
@@ -109,7 +111,13 @@ def resolve_chain(content: Mapping[str, Any]) -> Chain:
         raise UserError("the chain has no stages.")
     for config in content["measures"]:
         load_config(config)
-    return Chain(content["name"], tuple(stages), tuple(content["measures"]))
+    given: dict[str, Any] = {key: content[key] for key in _TASKS if key in content}
+    if isinstance(tasks := given.get("tasks", ()), str):
+        raise UserError(f"the chain: tasks must be a list of names, found {tasks!r}.")
+    given["tasks"] = tuple(tasks)
+    evaluation = EvaluationConfig(**given)
+    evaluation.check()
+    return Chain(content["name"], tuple(stages), tuple(content["measures"]), evaluation)
 
 
 def _check_keys(entry: Mapping[str, Any], known: Sequence[str], needed: Sequence[str], where: str) -> None:

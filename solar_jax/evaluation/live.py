@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from solar_jax.checkpoints.checkpoint import Checkpoint, numpy_dtype
 from solar_jax.checkpoints.tokenizer import end_ids, load_tokenizer
 from solar_jax.config import EvaluationConfig, ModelConfig
-from solar_jax.decoding.model import Loaded, decoding_mesh
+from solar_jax.decoding.model import Loaded, decoding_mesh, load_model
 from solar_jax.evaluation.h6 import h6_scores
 from solar_jax.evaluation.harness import SolarModel
 from solar_jax.evaluation.scoring import Scorer
@@ -88,6 +88,13 @@ def _scores(found: dict[str, Any], suite: Suite) -> Scores:
                 f"{task}/{key.split(',')[0]}": float(v) for key, v in values.items() if isinstance(v, int | float)
             }
     return scores
+
+
+def scores_of(c: Checkpoint, suite: Suite, limit: int) -> Scores:
+    """Measures a checkpoint, in its own dtype, on all devices."""
+    loaded = load_model(c, c.dtype)
+    assert loaded.mesh is not None
+    return LiveTasks(suite, limit, c, c.cfg, loaded.mesh, dtype=c.dtype).of(loaded.params)
 
 
 def score_line(scores: Scores) -> str:

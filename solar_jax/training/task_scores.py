@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from solar_jax.config import Config
+from solar_jax.config import EvaluationConfig
 from solar_jax.errors import UserError
 from solar_jax.model.precision import precision
 from solar_jax.model.shapes import Params
@@ -12,19 +12,19 @@ if TYPE_CHECKING:  # it imports lm-eval, which only these runs need
     from solar_jax.evaluation.live import LiveTasks
 
 
-def open_suite(config: Config) -> Any:
-    """Finds the config's tasks, an `evaluation.tasks.Suite`; None if it has none.
+def open_suite(cfg: EvaluationConfig) -> Any:
+    """Finds a config's tasks, an `evaluation.tasks.Suite`; None if it has none.
 
     Raises:
       UserError: lm-eval is missing, a task is unknown, or its data is bad.
     """
-    if not config.evaluation.tasks:
+    if not cfg.tasks:
         return None
     try:
         from solar_jax.evaluation.live import find_suite
     except ImportError as e:
-        raise UserError(f"config.evaluation.tasks needs lm-eval ({e}); it comes with the extra `eval`.") from e
-    return find_suite(config.evaluation)
+        raise UserError(f"tasks={cfg.tasks} needs lm-eval ({e}); it comes with the extra `eval`.") from e
+    return find_suite(cfg)
 
 
 class TaskScores:
