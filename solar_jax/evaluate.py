@@ -139,7 +139,10 @@ def evaluate_tasks(
     _say(f"{lineage.public(c.where)} in {dtype}: {', '.join(tasks)}; {len(store)} answers are known from before")
     for line in PRESETS.get(suite.preset or "", ()):
         _say(f"{suite.preset} differs from h6: {line}")
-    model = SolarModel(load_model(c, dtype), max_length=max_length, add_bos_token=add_bos_token, rows=rows, store=store)
+    model = SolarModel(
+        load_model(c, dtype), max_length=max_length, add_bos_token=add_bos_token, rows=rows, store=store,
+        quiet=not processes.is_first(),
+    )  # fmt: skip
     bos = check_bos_setting(model, stops=check_bos)
     _say(bos.line())
     found = lm_eval.simple_evaluate(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import free_port, save_model_and_text
+from tests.evaluation import h6_data
 
 REPO = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -106,3 +107,21 @@ def test_two_processes_tune_on_pairs_with_the_losses_of_one(source, tmp_path):
     assert_same_run(tmp_path / "2", tmp_path / "1")
     for part in ("1", "2"):
         assert lines(tmp_path / part / "chunk1" / "metrics.jsonl")[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
+
+
+def test_two_processes_evaluate_as_one(source, tmp_path):
+    """Each builds every request; the first alone writes."""
+    data = h6_data.write(tmp_path)
+    common = [f"--model={source / 'model'}", "--tasks=winogrande,gsm8k", f"--data={data}", "--nocheck_bos"]
+    for count in (1, 2):
+        run_together(count, "solar_jax.evaluate", *common, f"--out={tmp_path / f'{count}.json'}")
+    one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
+    assert len(one["samples"]["winogrande"]) == 6
+    for task, items in one["samples"].items():
+        for a, b in zip(items, two["samples"][task], strict=True):
+            assert a["arguments"] == b["arguments"]
+            if task == "gsm8k":
+                assert a["resps"] == b["resps"]
+            else:
+                values = [[float(r[0][0]) for r in item["resps"]] for item in (a, b)]
+                np.testing.assert_allclose(*values, atol=1e-4)

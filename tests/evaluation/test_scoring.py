@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -10,8 +11,11 @@ import transformers
 
 from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.config import MeshConfig
 from solar_jax.evaluation.scoring import Scored, Scorer
 from solar_jax.evaluation.trie import Query, TrieRow, pack_queries
+from solar_jax.parallel import rules
+from solar_jax.parallel.mesh import make_mesh
 from tests.conftest import hf_model, save_hf
 
 KINDS = {"llama": {}, "mistral": {"sliding_window": 24}}
@@ -69,6 +73,21 @@ def test_shared_beginnings_give_transformers_log_probabilities(folder, expected,
     if budget == 1024:
         assert scorer.counts.computed < 0.5 * scorer.counts.asked
         assert scorer.counts.asked == sum(len(query.tokens) for query in queries())
+
+
+MESHES = {
+    "1": MeshConfig(fsdp=1), "2 tensor": MeshConfig(fsdp=1, tensor=2), "4 data": MeshConfig(data=4, fsdp=1),
+    "8 as in training": MeshConfig(data=2, fsdp=2, tensor=2), "8 with context": MeshConfig(fsdp=4, context=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_rows_on_a_mesh_give_the_same(folder, expected, name):
+    c = open_checkpoint(str(folder))
+    mesh = make_mesh(MESHES[name], jax.devices()[: int(name[0])])
+    scorer = Scorer(c.cfg, load_params(c, rules.parameter_shardings(c.cfg, mesh)), mesh=mesh, budget=64)
+    found = [score for _, score in sorted(scorer.scores(queries()), key=lambda item: item[0])]
+    assert close(found, expected)
 
 
 def test_unshared_rows_give_the_same(folder, expected):
