@@ -11,6 +11,7 @@ The same command resumes after a kill: what is known is kept beside FILE, by the
 import datetime
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -176,9 +177,7 @@ def evaluate_tasks(
     if processes.is_first():
         write_json(out, content)
         place.unlink(missing_ok=True)
-        if suite.preset and is_local(out):
-            for file in write_report([out], out.parent, out.stem):
-                _say(f"{file}: written")
+        _report(content, out)
     _say(make_table(found))
     if suite.preset:
         _say(h6_table(content["h6"]))
@@ -186,6 +185,18 @@ def evaluate_tasks(
     _say(f"{counts.asked:,} tokens asked, {counts.computed:,} computed, {saved:.0f} % saved by common beginnings")
     _say(f"{out}: written")
     return content
+
+
+def _report(content: dict[str, Any], out: pathlib.Path) -> None:
+    """Writes the report of a preset beside its results, if its scores are numbers."""
+    if content["preset"] is None or not is_local(out):
+        return
+    bad = [task for task in content["h6"]["items"] if not math.isfinite(content["h6"][task])]
+    if bad:
+        _say(f"no report: the score of {bad[0]} is not a number; its probabilities are below what lm-eval can add up.")
+        return
+    for file in write_report([out], out.parent, out.stem):
+        _say(f"{file}: written")
 
 
 def _say(text: str) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import lm_eval
@@ -12,8 +14,10 @@ from lm_eval.tasks import TaskManager
 from solar_jax.errors import UserError
 from solar_jax.evaluate import evaluate_tasks
 from solar_jax.evaluation.bos import check_bos_setting
+from solar_jax.evaluation.h6 import H6
 from solar_jax.evaluation.harness import SolarModel
 from tests.conftest import hf_model, save_hf
+from tests.evaluation import h6_data
 
 pytestmark = pytest.mark.slow  # lm-eval imports for ten seconds
 CHOICE = """
@@ -111,6 +115,39 @@ def test_a_killed_evaluation_goes_on_and_ends_in_the_same_results(folder, tasks,
     found = evaluate_tasks(str(folder), NAMES, tmp_path / "out.json", str(tasks), check_bos=False)
     assert whole.pop("date") <= found.pop("date")
     assert found == whole, "to the last digit of a log-likelihood"
+
+
+def test_h6_gives_the_six_scores_their_mean_and_a_report(folder, tmp_path_factory, tmp_path, capsys):
+    data = h6_data.write(tmp_path_factory.mktemp("h6"))
+    found = evaluate_tasks(str(folder), ["h6_2023"], tmp_path / "h6.json", data=str(data), limit=2, check_bos=False)
+    assert json.loads((tmp_path / "h6.json").read_text()) == found
+    six = [found["h6"][one.name] for one in H6]
+    assert found["h6"]["mean"] == pytest.approx(sum(six) / 6)
+    assert found["h6"]["items"] == {one.name: 4 if one.name == "mmlu" else 2 for one in H6}
+    assert found["n-shot"]["arc_challenge"] == 25
+    assert set(found["samples"]) == {*(one.name for one in H6), "mmlu_anatomy", "mmlu_virology"} - {"mmlu"}
+    assert (found["preset"], found["dtype"], found["bos"]["uses"]) == ("h6_2023", "float32", False)
+    said = capsys.readouterr().out
+    assert "h6_2023 differs from h6: gsm8k, stops: ':'" in said
+    assert f"H6{found['h6']['mean']:>37.2f}" in said
+    assert {file.name for file in tmp_path.iterdir()} == {"h6.json", "h6.md", "h6.png"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num_fewshot=3"], "--num_fewshot: h6 sets the shots of its tasks"),
+        (["--apply_chat_template"], "--apply_chat_template: h6 is measured without"),
+        (["--data=/not/there"], "--data=/not/there: no such folder"),
+        (["--limit=0"], "--limit must be at least 1, found 0"),
+    ],
+)
+def test_flags_that_contradict_h6_are_refused(flags, said, tmp_path):
+    command = [sys.executable, "-m", "solar_jax.evaluate", "--model=smollm2", "--tasks=h6", f"--out={tmp_path}/a.json"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_task_is_named_before_the_model_is_loaded(tasks, tmp_path):

@@ -31,7 +31,7 @@ from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
 
 # Lengths of prompts and of the cache are rounded up to one of these, each compiled once.
-BUCKETS = tuple(sorted([2**n for n in range(4, 21)] + [3 * 2**n for n in range(7, 20)]))
+BUCKETS = tuple(sorted({2**n for n in range(4, 21)} | {k * 2**n for k in (4, 5, 6, 7) for n in range(6, 18)}))
 _FIRST = 128  # the shortest cache
 _FULL = 0.9  # share of a device's memory that weights and cache may take
 

@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from solar_jax.evaluation.comparators import H6_TASKS, follows_protocol
-from solar_jax.evaluation.results import Evaluation, Item, TaskScore, error_of_mean, mean_of
+from solar_jax.evaluation.h6 import error_of_mean, mean_of
+from solar_jax.evaluation.results import Evaluation, Item, TaskScore
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,13 +2,26 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from solar_jax.errors import UserError
 
 COMMIT = "b281b0921b636bc36ad05c0b0b0763bd6dd43463"  # of lm-evaluation-harness, by which the paper measured
-SUBJECTS = 57  # of MMLU
+MMLU_SUBJECTS = (
+    "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
+    "college_chemistry", "college_computer_science", "college_mathematics", "college_medicine", "college_physics",
+    "computer_security", "conceptual_physics", "econometrics", "electrical_engineering", "elementary_mathematics",
+    "formal_logic", "global_facts", "high_school_biology", "high_school_chemistry", "high_school_computer_science",
+    "high_school_european_history", "high_school_geography", "high_school_government_and_politics",
+    "high_school_macroeconomics", "high_school_mathematics", "high_school_microeconomics", "high_school_physics",
+    "high_school_psychology", "high_school_statistics", "high_school_us_history", "high_school_world_history",
+    "human_aging", "human_sexuality", "international_law", "jurisprudence", "logical_fallacies", "machine_learning",
+    "management", "marketing", "medical_genetics", "miscellaneous", "moral_disputes", "moral_scenarios",
+    "nutrition", "philosophy", "prehistory", "professional_accounting", "professional_law", "professional_medicine",
+    "professional_psychology", "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology",
+    "world_religions",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +96,17 @@ def h6_scores(results: Mapping[str, Any], subjects: list[str], samples: Mapping[
     for one in H6:
         parts = subjects if one.name == "mmlu" else [one.name]
         values = [_value(results[part], part, one) for part in parts]
-        scores[one.name] = 100 * sum(value for value, _ in values) / len(values)
-        errors[one.name] = _error_of_mean([error for _, error in values], 100)
+        scores[one.name] = mean_of([value for value, _ in values])
+        errors[one.name] = error_of_mean([error for _, error in values])
         items[one.name] = sum(samples[part]["effective"] for part in parts)
-        full[one.name] = items[one.name] == one.items and (one.name != "mmlu" or len(parts) == SUBJECTS)
-    mean = sum(scores.values()) / len(H6)
-    errors["mean"] = _error_of_mean(list(errors.values()), 1)
+        full[one.name] = items[one.name] == one.items and (one.name != "mmlu" or len(parts) == len(MMLU_SUBJECTS))
+    mean = mean_of(list(scores.values()))
+    errors["mean"] = error_of_mean(list(errors.values()))
     return {"mean": mean, **scores, "stderr": errors, "items": items, "full": full, "subjects": len(subjects)}
 
 
 def _value(result: Mapping[str, Any], name: str, one: Benchmark) -> tuple[float, float | None]:
-    """The metric of a task and its standard error, from 0 to 1."""
+    """The metric of a task and its standard error, in percent."""
     key = f"{one.metric},{one.filter}"
     if key not in result:  # a task of the user's own may have one filter of another name
         keys = [found for found in result if found.startswith(f"{one.metric},")]
@@ -102,15 +115,17 @@ def _value(result: Mapping[str, Any], name: str, one: Benchmark) -> tuple[float,
             raise UserError(f"{name}: H6 needs the metric {key}, found {have or 'none'}.")
         key = keys[0]
     error = result.get(key.replace(",", "_stderr,", 1))
-    return float(result[key]), float(error) if isinstance(error, int | float) else None
+    return 100 * float(result[key]), 100 * float(error) if isinstance(error, int | float) else None
 
 
-def _error_of_mean(errors: list[float | None], scale: float) -> float | None:
-    """The standard error of a mean of independent values."""
-    known = [error for error in errors if error is not None]
-    if len(known) < len(errors):
-        return None
-    return scale * math.sqrt(sum(error**2 for error in known)) / len(known)
+def mean_of(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def error_of_mean(stderrs: Sequence[float | None]) -> float | None:
+    """Standard error of the mean of independent scores; None where one has none."""
+    known = [e for e in stderrs if e is not None]
+    return math.hypot(*known) / len(known) if len(known) == len(stderrs) else None
 
 
 def h6_table(h6: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from solar_jax.errors import UserError, phrase
-from solar_jax.evaluation.comparators import H6_TASKS, MMLU_SUBJECTS, follows_protocol
-from solar_jax.evaluation.h6 import PRESETS
+from solar_jax.evaluation.comparators import H6_TASKS, follows_protocol
+from solar_jax.evaluation.h6 import MMLU_SUBJECTS, PRESETS, error_of_mean, mean_of
 from solar_jax.storage import paths
 
 Item = tuple[str, str, str]  # subject or "", id and hash of the document
@@ -71,16 +71,6 @@ class Evaluation:
     def full(self) -> bool:
         """True if it has tasks of H6, all on their full sets."""
         return bool(self.scores) and all(score.full for score in self.scores.values())
-
-
-def mean_of(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
-def error_of_mean(stderrs: Sequence[float | None]) -> float | None:
-    """Standard error of the mean of independent scores; None where one has none."""
-    known = [e for e in stderrs if e is not None]
-    return math.hypot(*known) / len(known) if len(known) == len(stderrs) else None
 
 
 def read_results(files: Sequence[pathlib.Path]) -> list[Evaluation]:

@@ -23,7 +23,7 @@ from solar_jax.parallel.mesh import axis_size
 
 BUDGET = 1024  # tokens of a row
 _PART = 64  # places whose logits are held at a time
-_SIZES = 4  # shapes below the budget: its quarter, half and so on
+_SIZES = 4  # a row's length is rounded up to a multiple of the budget's so many-th part
 # Whole rows lie on one device; rows are split over all axes of the batch.
 _ACTIVATIONS = rules.ACTIVATIONS | {"B": rules.BATCH_AXES, "T": None, "S": None}
 
@@ -121,10 +121,8 @@ class Scorer:
 
     def _size(self, length: int) -> int:
         """T, one of few, so that few programs are compiled."""
-        size = self.budget >> (_SIZES - 1)
-        while size < length:
-            size *= 2
-        return size
+        step = max(1, self.budget // _SIZES)
+        return -(-length // step) * step
 
     def _run(self, group: Sequence[TrieRow], wanted: list[list[tuple[int, int]]], T: int) -> list[Scores]:
         W = max(T, *(-(-len(asked) // _PART) * _PART for asked in wanted))

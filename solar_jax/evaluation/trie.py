@@ -90,23 +90,27 @@ class TrieRow:
 
 
 def pack_queries(queries: Sequence[Query], budget: int, *, share: bool = True) -> Iterator[TrieRow]:
-    """Packs queries into rows of at most `budget` tokens and as many targets, or of one larger query.
+    """Packs queries into rows of at most `budget` tokens and as many targets, or of queries that share more than that.
 
-    Queries are taken in the order of their tokens, so that those with the longest common beginnings meet.
+    Queries are taken in the order of their tokens, so that those with the longest common beginnings meet. A query that
+    has most of its tokens in a row is added a quarter beyond the budget, too: elsewhere it would cost them again.
 
     Args:
       queries: what is asked.
       budget: tokens of a row.
       share: compute common beginnings once; otherwise each query has a row of its own.
     """
-    row, targets = TrieRow(), 0
+    row, targets, first = TrieRow(), 0, 0
     for number in _ordered(queries) if share else range(len(queries)):
         query = queries[number]
-        full = len(row.tokens) + row.missing(query) > budget or targets + len(query.targets) > budget
+        missing = row.missing(query)
+        most = max(budget, first) * 5 // 4 if 2 * missing < len(query.tokens) else budget
+        full = len(row.tokens) + missing > most or targets + len(query.targets) > budget
         if row.ask and (full or not share):
             yield row
-            row, targets = TrieRow(), 0
+            row, targets, first = TrieRow(), 0, 0
         row.add(number, query)
+        first = first or len(query.tokens)
         targets += len(query.targets)
     if row.ask:
         yield row

@@ -156,7 +156,7 @@ def test_sampled_rows_do_not_depend_on_their_neighbours(folder):
 
 
 def test_buckets_round_up_to_few_sizes_and_to_the_context():
-    assert [bucket(n, 1000) for n in (1, 16, 17, 257, 800)] == [16, 16, 32, 384, 1000]
+    assert [bucket(n, 1000) for n in (1, 16, 17, 257, 900)] == [16, 16, 32, 320, 1000]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ from solar_jax.evaluation.comparators import (
     ABLATIONS,
     AVERAGES,
     H6_TASKS,
-    MMLU_SUBJECTS,
     PUBLISHED,
     TITLES,
     exact_mean,
     follows_protocol,
 )  # fmt: skip
+from solar_jax.evaluation.h6 import MMLU_SUBJECTS
 
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.model)

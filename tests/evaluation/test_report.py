@@ -9,9 +9,9 @@ import pytest
 
 from solar_jax.errors import UserError
 from solar_jax.evaluation import score_plot
-from solar_jax.evaluation.comparators import MMLU_SUBJECTS, PUBLISHED
+from solar_jax.evaluation.comparators import PUBLISHED
 from solar_jax.evaluation.comparisons import comparable_groups, is_as_published, paired_differences
-from solar_jax.evaluation.h6 import h6_scores
+from solar_jax.evaluation.h6 import MMLU_SUBJECTS, h6_scores
 from solar_jax.evaluation.report import write_report
 from solar_jax.evaluation.results import read_results
 from tests.evaluation.made_results import SIX, full_file, subset_file, write

