@@ -79,11 +79,11 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """Compares every item: prompts, log-likelihoods, greedy flags, texts and scores."""
     worst, values, different, ties = 0.0, 0, [], []
     for task, theirs in b["samples"].items():
-        ours = {item["doc_id"]: item for item in a["samples"][task]}
+        ours = {(item["doc_id"], item["filter"]): item for item in a["samples"][task]}
         if len(ours) != len(theirs):
             different.append(f"{task}: {len(ours)} items, not {len(theirs)}")
         for item in theirs:
-            own = ours[item["doc_id"]]
+            own = ours[item["doc_id"], item["filter"]]
             where = f"{task} {item['doc_id']}"
             if json.dumps(own["arguments"], sort_keys=True) != json.dumps(item["arguments"], sort_keys=True):
                 different.append(f"{where}: another prompt")
