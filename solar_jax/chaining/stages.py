@@ -67,7 +67,9 @@ class Chain:
     name: str
     stages: tuple[Stage, ...]
     measures: tuple[str, ...]  # configs whose held-out rows measure every stage's result
-    evaluation: EvaluationConfig = EvaluationConfig()  # lm-eval's tasks that measure them, too
+    evaluation: EvaluationConfig = dataclasses.field(
+        default_factory=EvaluationConfig
+    )  # lm-eval's tasks that measure them, too
 
     def after(self, names: Sequence[str]) -> list[Stage]:
         """The named stages and those that use their results, directly or not."""

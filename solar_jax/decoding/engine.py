@@ -152,14 +152,14 @@ class Engine:
         needed = cache_bytes(self.cfg, self.rows, length, self._dtype)
         weights = sum(x.nbytes for x in jax.tree.leaves(self._params))
         devices = jax.local_devices()
-        room = (
+        space = (
             int(_FULL * chips.memory_bytes(devices[0]) * (len(devices) if devices[0].platform != "cpu" else 1))
             - weights
         )
-        if needed > room:
-            most = room // max(1, cache_bytes(self.cfg, 1, length, self._dtype))
+        if needed > space:
+            most = space // max(1, cache_bytes(self.cfg, 1, length, self._dtype))
             raise UserError(
-                f"the cache of {self.rows} rows of {length} tokens needs {needed:,} bytes, but {max(0, room):,} are "
+                f"the cache of {self.rows} rows of {length} tokens needs {needed:,} bytes, but {max(0, space):,} are "
                 f"left beside the weights: {max(0, most)} rows fit."
             )
 

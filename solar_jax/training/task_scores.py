@@ -28,7 +28,7 @@ def open_suite(cfg: EvaluationConfig) -> Any:
 
 
 class TaskScores:
-    """What measures an arm; it compiles its programs once."""
+    """Measures an arm, by programs that are compiled once."""
 
     def __init__(self, run: Run, arm: Arm):
         self._run, self._arm = run, arm
