@@ -1,10 +1,10 @@
 """Times greedy decoding of SmolLM2 in float32 next to transformers, each in its own process, in turns.
 
-    uv run --extra demo --extra test python scripts/bench/decode.py [--rows 1] [--new 128] [--repeats 5]
+    uv run --extra demo --extra test python scripts/bench/decode.py [--rows 1] [--repeats 5] [--llama PYTHON]
 
 A turn is a prompt of 64 tokens in each row and `--new` tokens after it; decode steps alone are counted, all with two
 threads. Also prints the share of the read bandwidth of memory, measured afterwards, that one read of all weights a step
-comes to.
+comes to. `--llama` is the python of an environment with xllamacpp and gguf, for llama.cpp beside both.
 """
 
 import argparse
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--patience", type=float, default=120.0)
+    parser.add_argument("--llama", default="", help="python of an environment with xllamacpp and gguf")
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -98,6 +99,7 @@ def main() -> None:
 
     from solar_jax.checkpoints.convert import Target, convert_checkpoint
     from solar_jax.checkpoints.open import open_checkpoint
+    from solar_jax.checkpoints.tokenizer import load_tokenizer
     from solar_jax.model.shapes import parameter_count
 
     c = open_checkpoint("smollm2")
@@ -106,6 +108,13 @@ def main() -> None:
         command = [sys.executable, __file__, f"--rows={args.rows}", f"--new={args.new}", f"--folder={folder}/model"]
         environment = {"OMP_NUM_THREADS": str(THREADS), "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
         programs = [Program(name, [*command, f"--side={name}"], environment) for name in ("ours", "transformers")]
+        if args.llama:
+            prompt = pathlib.Path(folder) / "prompt.txt"
+            tokenizer = load_tokenizer(c)
+            prompt.write_text(tokenizer.decode(tokenizer.encode(TEXT).ids[:PROMPT]))
+            script = pathlib.Path(__file__).with_name("llama_cpp.py")
+            own = [args.llama, str(script), str(c.files[0]), str(args.rows), str(args.new), str(prompt)]
+            programs.append(Program("llama.cpp", own, environment))
         counted = alternate(programs, 1, args.repeats, args.patience)
     speed = bandwidth()
     print(f"\n{'':<14}{'tokens/s':>10}{'CPU s':>8}{'of the read bandwidth':>24}")
