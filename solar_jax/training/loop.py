@@ -122,7 +122,7 @@ def _train_from_last_good(
     )
     run.ledger.add("lost", sum(seconds(r) for r in lines.read() if r["step"] > start.step))
     lines.keep_if(lambda r: r["step"] <= start.step)
-    for file in (run.evals, run.task_scores):
+    for file in (run.evals, *([run.task_scores] if run.suite else [])):
         file.keep_if(lambda r: r["arm"] != arm.name or r["step"] <= start.step)
     tasks = TaskScores(run, arm)
     if state is not None and partition.lora is not None:

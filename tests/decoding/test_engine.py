@@ -176,5 +176,5 @@ def test_a_request_that_cannot_be_answered_is_refused_in_one_sentence(folder, re
 def test_a_cache_that_does_not_fit_is_refused_with_the_bytes_and_what_fits(folder, monkeypatch):
     engine = make(folder, 1000)
     monkeypatch.setattr(engine_module.chips, "memory_bytes", lambda device: 40e6)
-    with pytest.raises(UserError, match=r"cache of 1000 rows of 512 tokens needs [\d,]+ bytes, but [\d,]+ are left"):
+    with pytest.raises(UserError, match=r"cache of 1000 rows of 448 tokens needs [\d,]+ bytes, but [\d,]+ are left"):
         engine.submit(Request((3,) * 300, 100))

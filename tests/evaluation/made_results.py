@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from solar_jax.evaluation.comparators import H6_TASKS, MMLU_SUBJECTS
+from solar_jax.evaluation.comparators import H6_TASKS
+from solar_jax.evaluation.h6 import MMLU_SUBJECTS
 
 SIX = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
 SHOTS = (25, 10, 5, 0, 5, 5)
