@@ -143,7 +143,14 @@ def main() -> None:
         if not (folder := args.model):
             folder = str(work / "model")
             convert_checkpoint(open_checkpoint("smollm2"), Target(work / "model", dtype="float32"), "convert")
-        evaluate = [f"--model={folder}", "--tasks=h6", f"--data={data}", f"--include_path={tasks}", "--dtype=float32", "--nocheck_bos"]
+        evaluate = [
+            f"--model={folder}",
+            "--tasks=h6",
+            f"--data={data}",
+            f"--include_path={tasks}",
+            "--dtype=float32",
+            "--nocheck_bos",
+        ]
         commands = {"ours": [sys.executable, "-m", "solar_jax.evaluate", *evaluate, f"--out={work}/ours.json"]}
         for batch in map(int, args.batches.split(",")):
             side = json.dumps([folder, str(data), str(tasks), batch, f"{work}/batch {batch}.json"])
