@@ -31,9 +31,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("port", 8000, "Port to listen on; 0: any that is free.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Dtype of weights, activations and cache.")
     flags.DEFINE_enum("quantize", "", ("", "int8"), "Dtype of the projections' weights, if not the others'.")
-    flags.DEFINE_integer("rows", 8, "Answers that are generated side by side.")
+    flags.DEFINE_integer("rows", 8, "Responses that are generated side by side.")
     flags.DEFINE_integer("context", 0, "Most tokens of a prompt with its answer; the model's own if 0.")
-    flags.DEFINE_integer("queue", 64, "Answers that may wait for a row before more are refused with status 429.")
+    flags.DEFINE_integer("queue", 64, "Responses that may wait for a row before more are refused with status 429.")
     flags.DEFINE_string("api_key_file", None, "File of keys, one a line; a client has to give one of them.")
     flags.DEFINE_bool("compilation_cache", True, "Reuse compiled programs at the next start.")
     flags.DEFINE_bool("warm_up", True, "Compile for a short prompt before /health says ready.")
@@ -78,8 +78,8 @@ from solar_jax.decoding.model import Loaded, load_model
 def main(argv: Sequence[str]) -> None:
     del argv
     from solar_jax.serving.app import Service, make_app  # imported here: they need the extra
-    from solar_jax.serving.pieces import Pieces
     from solar_jax.serving.server import run_server
+    from solar_jax.serving.token_bytes import TokenBytes
     from solar_jax.serving.worker import Worker
 
     f = flags.FLAGS
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     print(_announced(model, engine, name, f.rows), flush=True)
     model = dataclasses.replace(model, params={})  # the engine has its own
     worker = Worker(engine, rows=f.rows, most_waiting=f.queue)
-    gate = make_app(Service(name, model, engine, worker, Pieces(model.tokenizer)), keys)
+    gate = make_app(Service(name, model, engine, worker, TokenBytes(model.tokenizer)), keys)
     print(f"address  {url_of(sock)}, {'with a key' if keys else 'without a key'}", flush=True)
     open_to_clients(sock)
     worker.start(warm_up=f.warm_up, then=lambda: print("ready", flush=True))

@@ -18,7 +18,7 @@ import pytest
 from solar_jax import serve
 from solar_jax.errors import UserError
 from solar_jax.serving import address
-from tests.serving.running import save_writer
+from tests.serving.servers import save_writer
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -142,7 +142,7 @@ def test_keys_are_the_lines_of_a_file(tmp_path):
 
 def test_a_cache_that_cannot_fit_is_refused_at_the_start(folder, monkeypatch):
     from solar_jax.decoding import engine as engine_module
-    from tests.serving.running import load_alone
+    from tests.serving.servers import load_alone
 
     engine = load_alone(folder).engine(rows=100)
     monkeypatch.setattr(engine_module.chips, "memory_bytes", lambda device: 30e6)

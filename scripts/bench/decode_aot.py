@@ -44,17 +44,14 @@ def with_sharding(shapes, sharding):
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
-def matrix_shardings(cfg, mesh, unrolled):
+def matrix_shardings(cfg, mesh):
     """Shardings of `laid_out`'s parameters: o and down are split by inputs, the other projections by outputs."""
     plain = rules.parameter_shardings(cfg, mesh)
     spec = {1: (None, None, "tensor"), 2: (None, "tensor", None)}
     ends = {name: 2 if name in ("o", "down") else 1 for name in INPUTS}
     split = {f"{name}_proj": NamedSharding(mesh, PartitionSpec(*spec[end])) for name, end in ends.items()}
-    layers = plain["layers"] | split
-    if unrolled:
-        apart = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), layers)
-        layers = (apart,) * cfg.num_hidden_layers
-    return plain | {"layers": layers}
+    apart = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*s.spec[1:])), plain["layers"] | split)
+    return plain | {"layers": (apart,) * cfg.num_hidden_layers}
 
 
 def main() -> None:
@@ -64,7 +61,6 @@ def main() -> None:
     parser.add_argument("--rows", default="1,32,128")
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=0)
-    parser.add_argument("--scanned", action="store_true", help="layers stacked and scanned, not one by one")
     parser.add_argument("--options", action="store_true", help="with the compiler options of training")
     parser.add_argument("--hlo", type=pathlib.Path, help="folder for the programs' text")
     args = parser.parse_args()
@@ -75,10 +71,10 @@ def main() -> None:
         wanted = find_slice(name)
         devices = described_devices(wanted)
         mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=len(devices)), devices)
-        layout = Layout(unrolled=not args.scanned, mesh=mesh)
+        layout = Layout(mesh=mesh)
         weights = with_sharding(param_shapes(cfg, DTYPE), rules.parameter_shardings(cfg, mesh))
-        lay_out = functools.partial(laid_out, cfg=cfg, compute_dtype=DTYPE, unrolled=not args.scanned)
-        params = with_sharding(jax.eval_shape(lay_out, weights), matrix_shardings(cfg, mesh, not args.scanned))
+        lay_out = functools.partial(laid_out, cfg=cfg, compute_dtype=DTYPE)
+        params = with_sharding(jax.eval_shape(lay_out, weights), matrix_shardings(cfg, mesh))
         held = sum(x.size for x in jax.tree.leaves(params)) - params["embed"].size  # one row of it is read
         for rows in map(int, args.rows.split(",")):
             programs = make_programs(cfg, rows, DTYPE, layout)

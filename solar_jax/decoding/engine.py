@@ -114,9 +114,8 @@ class Engine:
         self.context = min(context or cfg.max_position_embeddings, cfg.max_position_embeddings)
         rows = rules.padded_rows(rows, mesh) if mesh else rows
         self._dtype, self.rows = compute_dtype, rows
-        self._layout = Layout(unrolled=True, apart=jax.default_backend() == "cpu", mesh=mesh)
-        lay_out = functools.partial(laid_out, cfg=cfg, compute_dtype=compute_dtype, unrolled=self._layout.unrolled)
-        self._lay_out = jax.jit(lay_out)
+        self._layout = Layout(apart=jax.default_backend() == "cpu", mesh=mesh)
+        self._lay_out = jax.jit(functools.partial(laid_out, cfg=cfg, compute_dtype=compute_dtype))
         self._params: Params = self._lay_out(params)
         self._length = 0
         self._cache: Cache = {}
@@ -149,13 +148,12 @@ class Engine:
         self._check_memory(bucket(total, self.context))
 
     def _check_memory(self, length: int) -> None:
-        needed = cache_bytes(self.cfg, self.rows, length, self._dtype)
-        weights = sum(x.nbytes for x in jax.tree.leaves(self._params))
+        """Raises a UserError if a cache of this length does not fit on this process's devices, beside the weights."""
         devices = jax.local_devices()
-        space = (
-            int(_FULL * chips.memory_bytes(devices[0]) * (len(devices) if devices[0].platform != "cpu" else 1))
-            - weights
-        )
+        needed = cache_bytes(self.cfg, self.rows, length, self._dtype) // jax.process_count()
+        weights = sum(s.data.nbytes for x in jax.tree.leaves(self._params) for s in x.addressable_shards)
+        memories = len(devices) if devices[0].platform != "cpu" else 1  # devices on a CPU share theirs
+        space = int(_FULL * memories * chips.memory_bytes(devices[0])) - weights
         if needed > space:
             most = space // max(1, cache_bytes(self.cfg, 1, length, self._dtype))
             raise UserError(

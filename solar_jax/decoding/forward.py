@@ -31,7 +31,7 @@ from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
 from solar_jax.parallel.mesh import platform
 
-# Keys and values after rotation: {"k", "v"}, each [L, B, K, S, H], or if it is held apart a tuple of [B, K, S, H].
+# Keys and values after rotation: {"k", "v"}, each [L, B, K, S, H], or if they are held apart a tuple of [B, K, S, H].
 Cache = dict[str, Any]
 Head = dict[str, jax.Array]  # {"embed": [V, D]} where it is tied, else {"lm_head": [D, V]}
 _SUBLANES = 8  # of a TPU's vector registers
@@ -40,10 +40,9 @@ _NEVER = jnp.finfo(jnp.float32).min
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How layers and cache are held."""
+    """How the cache is held."""
 
-    unrolled: bool = False  # weights of each layer apart, and none scanned
-    apart: bool = False  # the cache of each layer, too: what a CPU would copy a part of, and a TPU write one by one
+    apart: bool = False  # each layer's by itself: what a CPU would copy a part of, and a TPU write one by one
     mesh: Mesh | None = None  # rows are split over its axes of the batch, key heads over tensor; None: one device
 
     @property
@@ -101,7 +100,7 @@ def cached_hidden(
       cache: of B rows; None for a prompt.
       compute_dtype: dtype of matmuls and activations.
       constrain: lays out activations; the tokens are their axis T, and B is 1.
-      layout: of layers and cache.
+      layout: of the cache.
 
     Returns:
       The final norm's output [T or B, D], the output projection, for `projected`, and the tokens' keys and values: a
@@ -133,25 +132,16 @@ def cached_hidden(
         return block(x, rope, None, laid, attend, einsum), own[0], own[1]
 
     layers = params["layers"]
-    model = merge(layers[0] if layout.unrolled else layers)
+    model = merge(layers[0])
     x = constrain(model.embed[...][tokens[None]], "BTD")
     x = scaled(x.astype(compute_dtype), cfg.embedding_multiplier)
-    if layout.unrolled:
-        own = {"k": [], "v": []}
-        for i, layer in enumerate(layers):
-            held = () if cache is None else (cache["k"][i], cache["v"][i])
-            x, k, v = through(x, merge(layer).layers, *held)
-            own["k"].append(k)
-            own["v"].append(v)
-        new: Cache = {name: tuple(parts) if layout.apart else jnp.stack(parts) for name, parts in own.items()}
-    else:
-
-        def body(x: jax.Array, item: tuple[Any, ...]) -> tuple[jax.Array, Cache]:
-            x, k, v = through(x, *item)
-            return x, {"k": k, "v": v}
-
-        held = () if cache is None else (cache["k"], cache["v"])
-        x, new = jax.lax.scan(body, x, (model.layers, *held))
+    own = {"k": [], "v": []}
+    for i, layer in enumerate(layers):
+        held = () if cache is None else (cache["k"][i], cache["v"][i])
+        x, k, v = through(x, merge(layer).layers, *held)
+        own["k"].append(k)
+        own["v"].append(v)
+    new: Cache = {name: tuple(parts) if layout.apart else jnp.stack(parts) for name, parts in own.items()}
     x = scaled(rms_norm(x, model.final_norm[...], cfg.rms_norm_eps), cfg.logits_multiplier)
     head = {"embed": model.embed[...]} if cfg.tie_word_embeddings else {"lm_head": model.lm_head[...]}
     return x[0], head, new

@@ -43,7 +43,7 @@ def make_programs(cfg: ModelConfig, rows: int, compute_dtype: Any, layout: Layou
       cfg: the architecture.
       rows: a multiple of what the mesh's axes of the batch divide.
       compute_dtype: dtype of matmuls, activations and cache.
-      layout: of layers and cache.
+      layout: of the cache.
     """
     mesh = layout.mesh
     whole = rules.replicated(mesh) if mesh else None

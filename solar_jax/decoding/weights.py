@@ -53,14 +53,13 @@ def quantised(params: Params) -> Params:
     return params
 
 
-def laid_out(params: Params, cfg: ModelConfig, compute_dtype: Any, *, unrolled: bool) -> Params:
-    """Returns parameters as `forward.cached_hidden` takes them.
+def laid_out(params: Params, cfg: ModelConfig, compute_dtype: Any) -> Params:
+    """Returns parameters as `forward.cached_hidden` takes them: layers apart, so that they can be fetched ahead.
 
     Args:
       params: the stacked state, or a quantised one.
       cfg: the architecture.
       compute_dtype: dtype of matrices that are not in int8.
-      unrolled: with layers apart, as a tuple.
     """
     params = jax.tree.map_with_path(
         lambda path, p: p if is_int8(p) or is_vector(path[-1].key) else p.astype(compute_dtype), params, is_leaf=is_int8
@@ -68,9 +67,8 @@ def laid_out(params: Params, cfg: ModelConfig, compute_dtype: Any, *, unrolled: 
     layers = rotates(params["layers"], cfg)
     for name, inputs in INPUTS.items():
         layers = layers | {f"{name}_proj": _matrix(layers[f"{name}_proj"], inputs)}
-    if unrolled:
-        layers = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_hidden_layers))
-    return params | {"layers": layers}
+    apart = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_hidden_layers))
+    return params | {"layers": apart}
 
 
 def _matrix(weight: Any, inputs: int) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ BUDGET = 1024  # tokens of a row
 _PART = 64  # places whose logits are held at a time
 _SIZES = 4  # a row's length is rounded up to a multiple of the budget's so many-th part
 # Whole rows lie on one device; rows are split over all axes of the batch.
-_ACTIVATIONS = rules.ACTIVATIONS | {"B": rules.BATCH_AXES, "T": None, "S": None}
+_ACTIVATIONS = rules.ACTIVATIONS | {"B": rules.BATCH_AXES, "T": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,42 +91,50 @@ class Scorer:
           store: rows that it has are not computed again.
         """
         rows = pack_queries(queries, self.budget, share=share)
-        for group in itertools.batched(rows, self._rows):
-            wanted = [_wanted(row, queries) for row in group]
-            for row in group:
-                self.counts.asked += sum(len(queries[number].tokens) for number in row.ask)
-                self.counts.computed += len(row.tokens)
-            for row, (log_probs, greedy) in zip(group, self._known_or_run(group, wanted, store), strict=True):
+        groups = (self._dispatched(group, queries, store) for group in itertools.batched(rows, self._rows))
+        for group, scores in one_ahead(groups):
+            for row, (log_probs, greedy) in zip(group, scores(), strict=True):
                 at = 0
                 for number, places in row.ask.items():
                     stop = at + len(places)
                     yield number, Scored(log_probs[at:stop], greedy[at:stop])
                     at = stop
 
-    def _known_or_run(
-        self, group: Sequence[TrieRow], wanted: list[list[tuple[int, int]]], store: Store | None
-    ) -> list[Scores]:
+    def _dispatched(
+        self, group: Sequence[TrieRow], queries: Sequence[Query], store: Store | None
+    ) -> tuple[Sequence[TrieRow], Callable[[], list[Scores]]]:
+        """Begins to score rows, unless all are known; returns them with a function that waits for their scores."""
         T = self._size(max(len(row.tokens) for row in group))
+        wanted = [_wanted(row, queries) for row in group]
+        self.counts.asked += sum(len(queries[number].tokens) for row in group for number in row.ask)
+        self.counts.computed += sum(len(row.tokens) for row in group)
         self.counts.padding += T * self._rows - sum(len(row.tokens) for row in group)
-        if store is None:
-            return self._run(group, wanted, T)
-        keys = [key_of_row(row, asked) for row, asked in zip(group, wanted, strict=True)]
-        known = [found for key in keys if (found := store.scores(key)) is not None]
-        if len(known) == len(keys):
-            return known
-        found = self._run(group, wanted, T)
-        for key, scores in zip(keys, found, strict=True):
-            store.add_scores(key, scores)
-        return found
+        keys = [key_of_row(row, asked) for row, asked in zip(group, wanted, strict=True)] if store else []
+        known = [found for key in keys if store and (found := store.scores(key)) is not None]
+        if len(known) == len(group):
+            return group, lambda: known
+        arrays = self._run(group, wanted, T)
+
+        def fetched() -> list[Scores]:
+            log_probs, greedy = (np.asarray(x) for x in arrays)
+            found = [(log_probs[i, : len(asked)], greedy[i, : len(asked)]) for i, asked in enumerate(wanted)]
+            for key, scores in zip(keys, found, strict=False):
+                if store:
+                    store.add_scores(key, scores)
+            return found
+
+        return group, fetched
 
     def _size(self, length: int) -> int:
         """T, one of few, so that few programs are compiled."""
         step = max(1, self.budget // _SIZES)
         return -(-length // step) * step
 
-    def _run(self, group: Sequence[TrieRow], wanted: list[list[tuple[int, int]]], T: int) -> list[Scores]:
-        W = max(T, *(-(-len(asked) // _PART) * _PART for asked in wanted))
-        W = -(-W // _PART) * _PART
+    def _run(
+        self, group: Sequence[TrieRow], wanted: list[list[tuple[int, int]]], T: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Dispatches rows of T tokens to the devices."""
+        W = -(-max(T, *map(len, wanted)) // _PART) * _PART
         rows = [*group, *([TrieRow()] * (self._rows - len(group)))]
         pairs = np.zeros((2, len(rows), W), np.int32)
         for i, asked in enumerate(wanted):
@@ -140,13 +148,21 @@ class Scorer:
             mask &= positions[:, :, None] - positions[:, None, :] < window
         parts = np.int32(max(-(-len(asked) // _PART) for asked in wanted))
         arrays = [self._placed(array) for array in (tokens, positions, mask, pairs[0], pairs[1])]
-        log_probs, greedy = (np.asarray(x) for x in self._score(self.params, *arrays, parts))
-        return [(log_probs[i, : len(asked)], greedy[i, : len(asked)]) for i, asked in enumerate(wanted)]
+        return self._score(self.params, *arrays, parts)
 
     def _placed(self, array: np.ndarray) -> Any:
         if self._mesh is None:
             return array
         return jax.make_array_from_callback(array.shape, rules.batch_sharding(self._mesh), lambda index: array[index])
+
+
+def one_ahead[T](items: Iterable[T]) -> Iterator[T]:
+    """Yields each item once the next one is made, so that the devices have work while the host takes results."""
+    before: list[T] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
 
 
 def _wanted(row: TrieRow, queries: Sequence[Query]) -> list[tuple[int, int]]:

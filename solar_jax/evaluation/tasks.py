@@ -79,6 +79,7 @@ def find_tasks(names: Sequence[str], include_path: str | None = None, data: str 
             places.insert(0, _write_local(pathlib.Path(folder), pathlib.Path(data), [*wanted, *benchmarks], own))
         manager = _manager(places, [*wanted, *benchmarks], include_path, data)
         loaded = {name: _load(manager, name) for name in [*wanted, *benchmarks]}
+    _check_once(loaded)
     subjects: list[str] = []
     if preset:
         for one in H6:
@@ -129,6 +130,15 @@ def _leaves(items: Sequence[Task | Group]) -> list[Any]:
     for item in items:
         found += item.get_all_tasks() if isinstance(item, Group) else [item]
     return found
+
+
+def _check_once(loaded: dict[str, list[Task | Group]]) -> None:
+    """Raises a UserError for a task that is asked for twice, by its own name and by a group's."""
+    asked: dict[str, str] = {}
+    for name, items in loaded.items():
+        for task in _leaves(items):
+            if (other := asked.setdefault(task.task_name, name)) != name:
+                raise UserError(f"--tasks: {task.task_name} is asked for twice, by {other} and by {name}.")
 
 
 def _check_shots(task: Any, shots: int) -> None:

@@ -20,13 +20,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from solar_jax.decoding.engine import Engine
 from solar_jax.decoding.model import Loaded
-from solar_jax.serving.answers import Answers
-from solar_jax.serving.arriving import Arriving, Left, unless_left
-from solar_jax.serving.asked import Asked, make_asked
+from solar_jax.serving.api_errors import ApiError, server_closing
 from solar_jax.serving.fields import quoted, read_object
-from solar_jax.serving.pieces import Pieces
+from solar_jax.serving.prepared import PreparedCall, prepare_call
 from solar_jax.serving.protocol import Call, read_chat, read_completion
-from solar_jax.serving.refusals import Refusal, closing
+from solar_jax.serving.responses import Responses
+from solar_jax.serving.streams import AnswerStream, ClientGone, while_connected
+from solar_jax.serving.token_bytes import TokenBytes
 from solar_jax.serving.worker import CLOSING, READY, Worker
 
 _MOST_BYTES = 1 << 25  # of a body
@@ -44,23 +44,23 @@ class Service:
     model: Loaded
     engine: Engine
     worker: Worker
-    pieces: Pieces
+    token_bytes: TokenBytes
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
-    def asked(self, read: Read, body: bytes) -> Asked:
+    def prepared(self, read: Read, body: bytes) -> PreparedCall:
         """Reads a body; takes as long as its prompts are.
 
         Raises:
-          Refusal: it cannot be answered.
+          ApiError: it cannot be answered.
         """
         call = read(read_object(body))
         self.check_name(call.model)
-        return make_asked(call, self.model, self.engine)
+        return prepare_call(call, self.model, self.engine)
 
     def check_name(self, name: str | None) -> None:
-        """Raises a Refusal for another model's name."""
+        """Raises a ApiError for another model's name."""
         if name is not None and name != self.name:
-            raise Refusal(
+            raise ApiError(
                 f"there is no model {quoted(name)}; this server has {quoted(self.name)}.",
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
@@ -85,7 +85,8 @@ def make_app(service: Service, keys: Sequence[bytes] = ()) -> "Gate":
         Route("/v1/chat/completions", _chat, methods=["POST"]),
     ]
     handlers: dict[Any, Any] = {
-        Refusal: _refused, HTTPException: _not_routed, Left: _nobody, ClientDisconnect: _nobody, Exception: _broken,
+        ApiError: _refused, HTTPException: _not_routed, ClientGone: _nobody, ClientDisconnect: _nobody,
+        Exception: _broken,
     }  # fmt: skip
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.service = service
@@ -105,25 +106,25 @@ class Gate:
             return
         self.under_way += 1
         try:
-            refusal = self._refusal(scope)
-            await (_response(refusal) if refusal else self._app)(scope, receive, send)
+            error = self._error(scope)
+            await (_response(error) if error else self._app)(scope, receive, send)
         except Exception:  # a bug, which is answered; uvicorn would end the connection under the client's next request
             sys.stderr.write(traceback.format_exc())
         finally:
             self.under_way -= 1
 
-    def _refusal(self, scope: Scope) -> Refusal | None:
+    def _error(self, scope: Scope) -> ApiError | None:
         given = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, key = given.partition(b" ")
         # Every key is compared, each in a time that does not tell how much of it is right.
         known = [hmac.compare_digest(key.strip(), one) for one in self._keys]
         if self._keys and not (kind.lower() == b"bearer" and any(known)):
             said = "the key is wrong" if given else "a key is needed"
-            return Refusal(
+            return ApiError(
                 f"{said}; give it as `Authorization: Bearer KEY`.", status=401, code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )  # fmt: skip
-        return closing() if self._worker.state == CLOSING else None
+        return server_closing() if self._worker.state == CLOSING else None
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
@@ -133,8 +134,8 @@ async def _health(request: Request) -> Response:
     found: dict[str, Any] = {"status": state} | worker.counts
     if state == READY:
         return JSONResponse(found)
-    refusal = Refusal(f"the server is not ready: {state}.", status=503, code=state)
-    return JSONResponse(found | refusal.body, status_code=503)
+    error = ApiError(f"the server is not ready: {state}.", status=503, code=state)
+    return JSONResponse(found | error.body, status_code=503)
 
 
 async def _models(request: Request) -> Response:
@@ -159,24 +160,24 @@ async def _answered(request: Request, read: Read) -> "Response | EventStream":
     service = _service(request)
     service.worker.check_open()
     body = await _body(request)
-    asked = await asyncio.to_thread(service.asked, read, body)  # long prompts take seconds
-    answers = Answers(asked, service.model, service.name, service.pieces)
-    arriving = Arriving(service.worker, asked.requests)
-    if asked.call.stream:
-        return EventStream(arriving, answers, with_usage=asked.call.usage)
+    prepared = await asyncio.to_thread(service.prepared, read, body)  # long prompts take seconds
+    responses = Responses(prepared, service.model, service.name, service.token_bytes)
+    stream = AnswerStream(service.worker, prepared.requests)
+    if prepared.call.stream:
+        return EventStream(stream, responses, with_usage=prepared.call.usage)
     try:
-        found = await unless_left(request.receive, _all(arriving))
+        found = await while_connected(request.receive, _all(stream))
     finally:
-        arriving.close()
-    return Response(await asyncio.to_thread(_dumped, answers, found), media_type="application/json")
+        stream.close()
+    return Response(await asyncio.to_thread(_dumped, responses, found), media_type="application/json")
 
 
-async def _all(arriving: Arriving) -> list[tuple[int, Any]]:
-    return [item async for item in arriving.pieces()]
+async def _all(stream: AnswerStream) -> list[tuple[int, Any]]:
+    return [item async for item in stream.pieces()]
 
 
-def _dumped(answers: Answers, found: list[tuple[int, Any]]) -> bytes:
-    return _json(answers.whole(found))
+def _dumped(responses: Responses, found: list[tuple[int, Any]]) -> bytes:
+    return _json(responses.whole(found))
 
 
 def _json(content: Any) -> bytes:
@@ -187,13 +188,13 @@ async def _body(request: Request) -> bytes:
     """Receives a body.
 
     Raises:
-      Refusal: it is too large.
+      ApiError: it is too large.
     """
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > _MOST_BYTES:
-            raise Refusal(f"the body has more than {_MOST_BYTES:,} bytes.", status=413, code="body_too_large")
+            raise ApiError(f"the body has more than {_MOST_BYTES:,} bytes.", status=413, code="body_too_large")
     return bytes(body)
 
 
@@ -204,16 +205,16 @@ def _service(request: Request) -> Service:
 class EventStream:
     """A response of server-sent events. Its status is known once the first piece is there."""
 
-    def __init__(self, arriving: Arriving, answers: Answers, *, with_usage: bool):
-        self._arriving, self._answers, self._with_usage = arriving, answers, with_usage
+    def __init__(self, stream: AnswerStream, responses: Responses, *, with_usage: bool):
+        self._stream, self._responses, self._with_usage = stream, responses, with_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_left(receive, self._send(scope, receive, send))
-        except Left:
+            await while_connected(receive, self._send(scope, receive, send))
+        except ClientGone:
             return
         finally:
-            self._arriving.close()
+            self._stream.close()
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_begun = False
@@ -224,7 +225,7 @@ class EventStream:
                     await send({"type": "http.response.start", "status": 200, "headers": headers})
                     is_begun = True
                 await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
-        except Refusal as e:
+        except ApiError as e:
             if not is_begun:
                 await _response(e)(scope, receive, send)
                 return
@@ -232,25 +233,25 @@ class EventStream:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
-        async for index, piece in self._arriving.pieces():
+        async for index, piece in self._stream.pieces():
             # A prompt's log-probabilities are many.
-            chunks = self._answers.chunks
+            chunks = self._responses.chunks
             made = chunks(index, piece) if piece.prompt is None else await asyncio.to_thread(chunks, index, piece)
             for chunk in made:
                 yield _json(chunk)
         if self._with_usage:
-            yield _json(self._answers.last_chunk)
+            yield _json(self._responses.last_chunk)
         yield b"[DONE]"
 
 
 # ---- Refusals --------------------------------------------------------------------------------------------------------
-def _response(refusal: Refusal) -> Response:
-    return JSONResponse(refusal.body, status_code=refusal.status, headers=refusal.headers)
+def _response(error: ApiError) -> Response:
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
 async def _refused(request: Request, e: Exception) -> Response:
     del request
-    assert isinstance(e, Refusal)
+    assert isinstance(e, ApiError)
     return _response(e)
 
 
@@ -258,7 +259,7 @@ async def _not_routed(request: Request, e: Exception) -> Response:
     assert isinstance(e, HTTPException)
     code = {404: "unknown_path", 405: "method_not_allowed"}.get(e.status_code)
     said = f"{request.method} {request.url.path}: {HTTPStatus(e.status_code).phrase.lower()}."
-    return _response(Refusal(said, status=e.status_code, code=code, headers=e.headers))
+    return _response(ApiError(said, status=e.status_code, code=code, headers=e.headers))
 
 
 async def _nobody(request: Request, e: Exception) -> Response:
@@ -267,6 +268,6 @@ async def _nobody(request: Request, e: Exception) -> Response:
 
 
 async def _broken(request: Request, e: Exception) -> Response:
-    """Answers for a bug, whose traceback goes to the log alone."""
+    """Responses for a bug, whose traceback goes to the log alone."""
     del request, e
-    return _response(Refusal("the server failed on this request.", status=500, code="internal_error"))
+    return _response(ApiError("the server failed on this request.", status=500, code="internal_error"))

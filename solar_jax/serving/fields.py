@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from solar_jax.serving.refusals import Refusal
+from solar_jax.serving.api_errors import ApiError
 
 _SHOWN = 80  # characters of a wrong value
 
@@ -13,14 +13,14 @@ def read_object(body: bytes) -> dict[str, Any]:
     """Reads a body.
 
     Raises:
-      Refusal: it is not JSON, or no object.
+      ApiError: it is not JSON, or no object.
     """
     try:
         found = json.loads(body)
     except (ValueError, RecursionError) as e:
-        raise Refusal(f"the body must be JSON, but is not: {e or 'nested too deep'}.") from e
+        raise ApiError(f"the body must be JSON, but is not: {e or 'nested too deep'}.") from e
     if not isinstance(found, dict):
-        raise Refusal(f"the body must be a JSON object, found {quoted(found)}.")
+        raise ApiError(f"the body must be a JSON object, found {quoted(found)}.")
     return found
 
 
@@ -33,21 +33,21 @@ def quoted(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def wrong(name: str, expected: str, value: Any) -> Refusal:
-    """The refusal of a field whose value is not as expected."""
-    return Refusal(f"{name} must be {expected}, found {quoted(value)}.", param=name)
+def wrong(name: str, expected: str, value: Any) -> ApiError:
+    """The error of a field whose value is not as expected."""
+    return ApiError(f"{name} must be {expected}, found {quoted(value)}.", param=name)
 
 
 def encodable(name: str, text: str) -> str:
     """Returns a text that can be encoded.
 
     Raises:
-      Refusal: it has half of a surrogate pair.
+      ApiError: it has half of a surrogate pair.
     """
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise Refusal(f"{name} must be text, but has half of a surrogate pair at {e.start}.", param=name) from e
+        raise ApiError(f"{name} must be text, but has half of a surrogate pair at {e.start}.", param=name) from e
     return text
 
 

@@ -11,8 +11,8 @@ from solar_jax.decoding.logprobs import MOST_TOP
 from solar_jax.decoding.sampling import Sampling
 from solar_jax.decoding.stops import check_stops
 from solar_jax.errors import UserError
+from solar_jax.serving.api_errors import ApiError
 from solar_jax.serving.fields import encodable, integer, number, truth, wrong
-from solar_jax.serving.refusals import Refusal
 
 MOST_CHOICES = 128  # n
 _MOST_PROMPTS = 2048
@@ -58,19 +58,19 @@ def read_completion(body: Mapping[str, Any]) -> Call:
     """Reads the body of /v1/completions.
 
     Raises:
-      Refusal: a field is missing, wrong, or asks for what is not supported.
+      ApiError: a field is missing, wrong, or asks for what is not supported.
     """
     echo = truth(body, "echo")
     most_new = integer(body, "max_tokens", _NEW, 0, _MOST_TOKEN)
     if most_new == 0 and not echo:
-        raise Refusal("max_tokens must be at least 1 where echo is not set, found 0.", param="max_tokens")
+        raise ApiError("max_tokens must be at least 1 where echo is not set, found 0.", param="max_tokens")
     shared = _shared(body)
     if body.get("best_of") not in (None, shared["n"]):
-        raise Refusal(f"best_of is not supported, but for the value of n, {shared['n']}.", param="best_of")
+        raise ApiError(f"best_of is not supported, but for the value of n, {shared['n']}.", param="best_of")
     top = integer(body, "logprobs", None, 0, MOST_TOP)
     prompts = _prompts(body.get("prompt"))
     if (answers := len(prompts) * shared["n"]) > _MOST_PROMPTS:
-        raise Refusal(f"{len(prompts)} prompts of n={shared['n']} are {answers}, above {_MOST_PROMPTS}.", param="n")
+        raise ApiError(f"{len(prompts)} prompts of n={shared['n']} are {answers}, above {_MOST_PROMPTS}.", param="n")
     return Call(chat=False, prompts=prompts, echo=echo, most_new=most_new, top=top, **shared)
 
 
@@ -78,18 +78,18 @@ def read_chat(body: Mapping[str, Any]) -> Call:
     """Reads the body of /v1/chat/completions.
 
     Raises:
-      Refusal: as in `read_completion`.
+      ApiError: as in `read_completion`.
     """
     shared = _shared(body)
     if body.get("best_of") not in (None, 1):
-        raise Refusal("best_of is not supported.", param="best_of")
+        raise ApiError("best_of is not supported.", param="best_of")
     most_new = integer(body, "max_completion_tokens", None, 1, _MOST_TOKEN)
     if most_new is None:
         most_new = integer(body, "max_tokens", None, 1, _MOST_TOKEN)
     top = integer(body, "top_logprobs", None, 0, MOST_TOP)
     if not truth(body, "logprobs"):
         if top:
-            raise Refusal("top_logprobs needs logprobs to be true.", param="top_logprobs")
+            raise ApiError("top_logprobs needs logprobs to be true.", param="top_logprobs")
         top = None
     elif top is None:
         top = 0
@@ -100,7 +100,7 @@ def read_chat(body: Mapping[str, Any]) -> Call:
 def _shared(body: Mapping[str, Any]) -> dict[str, Any]:
     for name, harmless in _REFUSED.items():
         if (value := body.get(name)) is not None and value not in harmless:
-            raise Refusal(f"{name} is not supported; leave it out.", param=name)
+            raise ApiError(f"{name} is not supported; leave it out.", param=name)
     model = body.get("model")
     if model is not None and not isinstance(model, str):
         raise wrong("model", "a name", model)
@@ -132,7 +132,7 @@ def _stops(value: Any) -> tuple[str, ...]:
     try:
         return tuple(encodable("stop", text) for text in check_stops(value))
     except UserError as e:
-        raise Refusal(str(e), param="stop") from e
+        raise ApiError(str(e), param="stop") from e
 
 
 def _include_usage(value: Any, stream: bool) -> bool:
@@ -141,7 +141,7 @@ def _include_usage(value: Any, stream: bool) -> bool:
     if not isinstance(value, dict):
         raise wrong("stream_options", "an object", value)
     if not stream:
-        raise Refusal("stream_options needs stream to be true.", param="stream_options")
+        raise ApiError("stream_options needs stream to be true.", param="stream_options")
     return truth(value, "include_usage")
 
 
@@ -179,7 +179,7 @@ def _message(where: str, message: Any) -> dict[str, str]:
         raise wrong(f"{where}.role", f"one of {', '.join(_ROLES)}", role)
     for name in ("tool_calls", "function_call", "audio"):
         if message.get(name):
-            raise Refusal(f"{where}.{name} is not supported.", param=f"{where}.{name}")
+            raise ApiError(f"{where}.{name} is not supported.", param=f"{where}.{name}")
     return {"role": _ROLES[role], "content": _content(f"{where}.content", message.get("content"))}
 
 

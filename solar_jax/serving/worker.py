@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from solar_jax.decoding.engine import Engine, NewText, Request
 from solar_jax.decoding.sampling import Sampling
 from solar_jax.errors import UserError
-from solar_jax.serving.refusals import Refusal, closing, failed
+from solar_jax.serving.api_errors import ApiError, engine_failed, server_closing
 
 STARTING, READY, CLOSING, FAILED = "starting", "ready", "closing", "failed"
 _AGAIN = 1  # seconds after which a client that found the queue full may come again
@@ -53,17 +53,17 @@ class Worker:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Answers that are being generated, and that wait."""
+        """Responses that are being generated, and that wait."""
         return {"running": len(self._running), "waiting": len(self._waiting)}
 
     def check_open(self) -> None:
-        """Raises a Refusal where nothing more is taken: the queue is full, the server ends, or the engine failed."""
+        """Raises a ApiError where nothing more is taken: the queue is full, the server ends, or the engine failed."""
         if self.state == FAILED:
-            raise failed()
+            raise engine_failed()
         if self.state == CLOSING:
-            raise closing()
+            raise server_closing()
         if len(self._waiting) >= self._most_waiting:
-            raise Refusal(
+            raise ApiError(
                 f"{len(self._waiting)} answers are waiting already; come again in {_AGAIN} s.",
                 status=429, code="queue_full", headers={"Retry-After": str(_AGAIN)},
             )  # fmt: skip
@@ -72,7 +72,7 @@ class Worker:
         """Queues all of a call's jobs.
 
         Raises:
-          Refusal: as in `check_open`.
+          ApiError: as in `check_open`.
         """
         with self._changed:
             self.check_open()
@@ -111,10 +111,10 @@ class Worker:
                 self._then()
             while self._wait():
                 self._turn()
-            self._refuse(closing())
+            self._refuse(server_closing())
         except BaseException:
             self.state = FAILED
-            self._refuse(failed())
+            self._refuse(engine_failed())
             sys.stderr.write(f"the engine failed:\n{traceback.format_exc()}")
 
     def _compile(self) -> None:
@@ -140,7 +140,7 @@ class Worker:
             try:
                 self._running[self._engine.submit(job.request)] = job
             except UserError as e:
-                _put(job, Refusal(str(e)))
+                _put(job, ApiError(str(e)))
         for piece in self._engine.step():
             if (job := self._running.get(piece.number)) is not None:
                 if piece.answer is not None:
@@ -151,13 +151,13 @@ class Worker:
         with self._changed:
             return [self._waiting.popleft() for _ in range(min(self._rows - len(self._running), len(self._waiting)))]
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, error: ApiError) -> None:
         with self._changed:
             jobs = [*self._running.values(), *self._waiting]
             self._running.clear()
             self._waiting.clear()
         for job in jobs:
-            _put(job, refusal)
+            _put(job, error)
 
 
 def _put(job: Job, item: NewText | Exception) -> None:

@@ -72,7 +72,7 @@ def test_greedy_tokens_are_transformers_in_batches_of_ragged_prompts_that_join_a
         assert answer.finish == "length"
 
 
-def test_scanned_layers_give_the_tokens_of_unrolled_ones(folder, expected, monkeypatch):
+def test_a_stacked_cache_gives_the_tokens_of_one_held_apart(folder, expected, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine_module.jax, "default_backend", lambda: "tpu")
         engine = make.__wrapped__(folder, 3)
@@ -82,7 +82,7 @@ def test_scanned_layers_give_the_tokens_of_unrolled_ones(folder, expected, monke
 
 def cached(c: Checkpoint, rows: np.ndarray, layout: Layout, *, prompt: int, shift: int = 0) -> np.ndarray:
     """Logits of the tokens [B, T] after the first `prompt`, each fed behind a cache of those before it."""
-    held = laid_out(load_params(c), c.cfg, jnp.float32, unrolled=layout.unrolled)
+    held = laid_out(load_params(c), c.cfg, jnp.float32)
     cache = empty_cache(c.cfg, len(rows), 128, jnp.float32, layout)
     run = functools.partial(cached_hidden, c.cfg, held, compute_dtype=jnp.float32, layout=layout)
     for i, row in enumerate(rows):
@@ -97,12 +97,12 @@ def cached(c: Checkpoint, rows: np.ndarray, layout: Layout, *, prompt: int, shif
     return np.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_cached_logits_are_those_without_a_cache(folder, unrolled):
+@pytest.mark.parametrize("apart", [False, True])
+def test_cached_logits_are_those_without_a_cache(folder, apart):
     c = open_checkpoint(str(folder))
     rows = np.array([prompts(8)[7], prompts(8)[7][::-1]])
     whole = logits(c.cfg, load_params(c), jnp.asarray(rows))
-    np.testing.assert_allclose(cached(c, rows, Layout(unrolled), prompt=40), whole[:, 40:], atol=1e-4)
+    np.testing.assert_allclose(cached(c, rows, Layout(apart), prompt=40), whole[:, 40:], atol=1e-4)
 
 
 def test_a_wrong_position_is_seen(folder):

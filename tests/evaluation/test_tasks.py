@@ -102,6 +102,13 @@ def test_2023_scores_numbers_and_unsorted_truths_its_own_way(data):
     assert truth(doc, [(0.0, True)] * 3)["acc"] == pytest.approx(1 / 3), "today it is 2 / 3"
 
 
+def test_a_task_that_is_asked_for_twice_is_named(data):
+    with pytest.raises(UserError, match="mmlu_anatomy is asked for twice, by mmlu_anatomy and by mmlu"):
+        find_tasks(["mmlu_anatomy", "h6"], None, str(data))
+    suite = find_tasks(["winogrande", "h6"], None, str(data))
+    assert [item.task_name for item in suite.tasks if hasattr(item, "task_name")].count("winogrande") == 1
+
+
 def test_too_few_examples_and_unknown_data_are_named(data, tmp_path):
     few = h6_data.write(tmp_path)
     file = few / "hellaswag/hellaswag_train.jsonl"

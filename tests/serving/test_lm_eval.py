@@ -7,7 +7,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from solar_jax.evaluation.harness import SolarModel
-from tests.serving.running import load_alone, running, save_writer
+from tests.serving.servers import load_alone, running, save_writer
 
 pytestmark = pytest.mark.slow  # lm-eval imports for ten seconds
 PAIRS = [

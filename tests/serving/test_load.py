@@ -11,9 +11,9 @@ import openai
 import pytest
 
 from solar_jax.decoding.model import Loaded
-from solar_jax.serving.arriving import Arriving
+from solar_jax.serving.streams import AnswerStream
 from solar_jax.serving.worker import Job
-from tests.serving.running import load_alone, running, save_writer
+from tests.serving.servers import load_alone, running, save_writer
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_200_clients_that_leave_in_the_middle_give_back_rows_threads_and_memory(
 
     def kept() -> tuple[int, int]:
         gc.collect()
-        return threading.active_count(), sum(isinstance(one, Job | Arriving) for one in gc.get_objects())
+        return threading.active_count(), sum(isinstance(one, Job | AnswerStream) for one in gc.get_objects())
 
     def crowd(count: int) -> None:
         threads = [

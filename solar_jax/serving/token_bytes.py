@@ -8,7 +8,7 @@ import tokenizers
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
 
 
-class Pieces:
+class TokenBytes:
     """The bytes and the text of a tokenizer's tokens."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):

@@ -19,7 +19,7 @@ from solar_jax.checkpoints.tokenizer import end_ids, load_tokenizer
 from solar_jax.decoding.model import Loaded
 from solar_jax.serving.address import bind_address, open_to_clients
 from solar_jax.serving.app import Gate, Service, make_app
-from solar_jax.serving.pieces import Pieces
+from solar_jax.serving.token_bytes import TokenBytes
 from solar_jax.serving.worker import STARTING, Worker
 from tests.conftest import byte_tokenizer, hf_model, save_hf
 
@@ -78,7 +78,7 @@ def running(
     """Serves a model on a port of its own."""
     engine = model.engine(rows=rows, context=context)
     worker = Worker(engine, rows=rows, most_waiting=queue)
-    service = Service("tiny", model, engine, worker, Pieces(model.tokenizer))
+    service = Service("tiny", model, engine, worker, TokenBytes(model.tokenizer))
     gate = make_app(service, keys)
     sock = bind_address("127.0.0.1", 0, has_keys=bool(keys))
     open_to_clients(sock)

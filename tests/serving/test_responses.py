@@ -7,7 +7,7 @@ import pytest
 from solar_jax.decoding.engine import Request
 from solar_jax.decoding.sampling import Sampling
 from solar_jax.model.llama import logits
-from tests.serving.running import load_alone, running, save_writer
+from tests.serving.servers import load_alone, running, save_writer
 
 PROMPT = "Once upon"
 GREEDY = Sampling()

@@ -10,14 +10,14 @@ import openai
 import pytest
 
 from solar_jax.serving import app
-from tests.serving.running import load_alone, running, save_writer
+from tests.serving.servers import load_alone, running, save_writer
 
 KEY = b"a-key"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return load_alone(save_writer(tmp_path_factory.mktemp("refusals") / "model"))
+    return load_alone(save_writer(tmp_path_factory.mktemp("errors") / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_a_failure_of_the_engine_answers_everyone_and_shows_at_health(model, cap
 def test_a_bug_in_a_route_is_500_without_its_traceback_and_the_connection_goes_on(web, monkeypatch, capfd):
     for _ in range(20):
         with monkeypatch.context() as patch:
-            patch.setattr(app, "make_asked", lambda *_: 1 / 0)
+            patch.setattr(app, "prepare_call", lambda *_: 1 / 0)
             response = web.post("/v1/completions", json={"prompt": "x"})
         assert error(response, 500)["code"] == "internal_error"
         assert "division" not in response.text

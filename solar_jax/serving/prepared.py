@@ -8,8 +8,8 @@ from solar_jax.decoding.engine import Engine, Request
 from solar_jax.decoding.model import Loaded
 from solar_jax.decoding.stops import TextStream
 from solar_jax.errors import UserError
+from solar_jax.serving.api_errors import ApiError
 from solar_jax.serving.protocol import Call
-from solar_jax.serving.refusals import Refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class PreparedCall:
     """A call with what the engine is asked."""
 
     call: Call
@@ -33,11 +33,11 @@ class Asked:
         return self.prompts[index // self.call.n]
 
 
-def make_asked(call: Call, model: Loaded, engine: Engine) -> Asked:
+def prepare_call(call: Call, model: Loaded, engine: Engine) -> PreparedCall:
     """Tokenises a call's prompts and checks that each can be answered; takes as long as the prompts are.
 
     Raises:
-      Refusal: one cannot.
+      ApiError: one cannot.
     """
     field = "messages" if call.chat else "prompt"
     try:
@@ -46,8 +46,8 @@ def make_asked(call: Call, model: Loaded, engine: Engine) -> Asked:
         for request in requests[:: call.n]:
             engine.check(request)
     except UserError as e:
-        raise Refusal(str(e), param=field) from e
-    return Asked(call, prompts, requests)
+        raise ApiError(str(e), param=field) from e
+    return PreparedCall(call, prompts, requests)
 
 
 def _prompts(call: Call, model: Loaded) -> list[Prompt]:

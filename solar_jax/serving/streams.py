@@ -11,14 +11,14 @@ from solar_jax.decoding.engine import NewText, Request
 from solar_jax.serving.worker import Job, Worker
 
 
-class Arriving:
+class AnswerStream:
     """A call's answers on their way; leaving the context drops what is not complete."""
 
     def __init__(self, worker: Worker, requests: Sequence[Request]):
         """Queues the requests.
 
         Raises:
-          Refusal: nothing more is taken.
+          ApiError: nothing more is taken.
         """
         self._loop, self._worker = asyncio.get_running_loop(), worker
         self._inbox: asyncio.Queue[tuple[int, NewText | Exception]] = asyncio.Queue()
@@ -32,7 +32,7 @@ class Arriving:
         """Yields each choice's number with what is new, until all are complete.
 
         Raises:
-          Refusal: they cannot be completed.
+          ApiError: they cannot be completed.
         """
         left = len(self._jobs)
         while left:
@@ -47,11 +47,11 @@ class Arriving:
         self._worker.leave(self._jobs)
 
 
-class Left(Exception):
+class ClientGone(Exception):
     """Raised when the client leaves before its answer is complete."""
 
 
-async def unless_left[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Awaits some work, given up when the client leaves.
 
     Args:
@@ -59,14 +59,14 @@ async def unless_left[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T:
       work: what the client waits for.
 
     Raises:
-      Left: the client left first.
+      ClientGone: the client left first.
     """
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Left
+        raise ClientGone
     finally:
         for task in (working, leaving):
             task.cancel()

@@ -1,4 +1,4 @@
-"""Refusal of a request: a status and OpenAI's error object."""
+"""Error of a request: a status and OpenAI's error object."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     """A request that is not answered, with what the client is shown."""
 
     def __init__(
@@ -23,11 +23,11 @@ class Refusal(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def failed() -> Refusal:
-    """The refusal of everything once the model cannot go on."""
-    return Refusal("the model failed and answers nothing until it is started again.", status=500, code="engine_failed")
+def engine_failed() -> ApiError:
+    """The error of everything once the model cannot go on."""
+    return ApiError("the model failed and answers nothing until it is started again.", status=500, code="engine_failed")
 
 
-def closing() -> Refusal:
-    """The refusal of what comes while the server ends."""
-    return Refusal("the server is ending; ask another one, or later.", status=503, code="ending")
+def server_closing() -> ApiError:
+    """The error of what comes while the server ends."""
+    return ApiError("the server is ending; ask another one, or later.", status=503, code="ending")

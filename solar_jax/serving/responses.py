@@ -9,8 +9,8 @@ from typing import Any
 from solar_jax.decoding.engine import NewText
 from solar_jax.decoding.logprobs import LogProbs
 from solar_jax.decoding.model import Loaded
-from solar_jax.serving.asked import Asked, token_offsets
-from solar_jax.serving.pieces import Pieces
+from solar_jax.serving.prepared import PreparedCall, token_offsets
+from solar_jax.serving.token_bytes import TokenBytes
 
 _LEAST = -9999.0  # stands for minus infinity, which JSON does not have
 
@@ -39,12 +39,12 @@ class _Part:
         self.finish = other.finish
 
 
-class Answers:
+class Responses:
     """The answers to one call, in OpenAI's form."""
 
-    def __init__(self, asked: Asked, model: Loaded, name: str, pieces: Pieces):
-        self._asked, self._model, self._pieces = asked, model, pieces
-        chat = asked.call.chat
+    def __init__(self, prepared: PreparedCall, model: Loaded, name: str, token_bytes: TokenBytes):
+        self._prepared, self._model, self._token_bytes = prepared, model, token_bytes
+        chat = prepared.call.chat
         self._head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
             "object": "text_completion" if not chat else "chat.completion",
@@ -56,7 +56,7 @@ class Answers:
 
     def whole(self, found: Iterable[tuple[int, NewText]]) -> dict[str, Any]:
         """Returns the answer made of everything that was generated, each piece with its choice."""
-        parts = [_Part() for _ in self._asked.requests]
+        parts = [_Part() for _ in self._prepared.requests]
         for index, piece in found:
             parts[index].add(self._part(index, piece))
         choices = [self._choice(i, part) for i, part in enumerate(parts)]
@@ -64,7 +64,7 @@ class Answers:
 
     def chunks(self, index: int, piece: NewText) -> list[dict[str, Any]]:
         """Returns a choice's next chunks of a stream."""
-        call, is_first = self._asked.call, index not in self._begun
+        call, is_first = self._prepared.call, index not in self._begun
         part = self._part(index, piece)
         choices = []
         if call.chat and is_first:
@@ -84,19 +84,19 @@ class Answers:
 
     @property
     def usage(self) -> dict[str, int]:
-        prompt = sum(len(one.tokens) for one in self._asked.prompts)
+        prompt = sum(len(one.tokens) for one in self._prepared.prompts)
         return {"prompt_tokens": prompt, "completion_tokens": self._made, "total_tokens": prompt + self._made}
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
-        kind = {"object": "chat.completion.chunk"} if self._asked.call.chat else {}
-        counted = {"usage": usage} if self._asked.call.usage else {}
+        kind = {"object": "chat.completion.chunk"} if self._prepared.call.chat else {}
+        counted = {"usage": usage} if self._prepared.call.usage else {}
         return self._head | kind | {"choices": choices} | counted
 
     # ---- Choices -----------------------------------------------------------------------------------------------------
     def _part(self, index: int, piece: NewText) -> _Part:
         """Reads a piece; the first of a choice begins with the prompt if that is echoed."""
-        call, part = self._asked.call, _Part()
-        prompt = self._asked.prompt_of(index)
+        call, part = self._prepared.call, _Part()
+        prompt = self._prepared.prompt_of(index)
         base = len(prompt.text) if call.echo else 0
         if call.echo and index not in self._begun:
             part.text = prompt.text
@@ -111,7 +111,7 @@ class Answers:
         return part
 
     def _choice(self, index: int, part: _Part) -> dict[str, Any]:
-        if self._asked.call.chat:
+        if self._prepared.call.chat:
             message = {"role": "assistant", "content": part.text, "refusal": None}
             shown = {"index": index, "message": message, "logprobs": self._chat_log_probs(part)}
         else:
@@ -126,10 +126,10 @@ class Answers:
     # ---- Log-probabilities -------------------------------------------------------------------------------------------
     def _log_probs(self, part: _Part) -> dict[str, Any] | None:
         """Log-probabilities of a completion; None where none are asked for, and at the end of a stream."""
-        if self._asked.call.top is None or not (part.places or part.text):
+        if self._prepared.call.top is None or not (part.places or part.text):
             return None
         return {
-            "tokens": [self._pieces.text(place.token) for place in part.places],
+            "tokens": [self._token_bytes.text(place.token) for place in part.places],
             "token_logprobs": [_number(place.log_prob) for place in part.places],
             "top_logprobs": [self._top(place) for place in part.places],
             "text_offset": [place.offset for place in part.places],
@@ -140,21 +140,21 @@ class Answers:
         if place.log_prob is None:
             return None
         found: dict[str, float | None] = {}
-        for token, log_prob in (*place.top[: self._asked.call.top], (place.token, place.log_prob)):
-            found.setdefault(self._pieces.text(token), _number(log_prob))
+        for token, log_prob in (*place.top[: self._prepared.call.top], (place.token, place.log_prob)):
+            found.setdefault(self._token_bytes.text(token), _number(log_prob))
         return found
 
     def _chat_log_probs(self, part: _Part) -> dict[str, Any] | None:
-        if self._asked.call.top is None or not part.places:
+        if self._prepared.call.top is None or not part.places:
             return None
         content = []
         for place in part.places:
-            top = [self._scored(*one) for one in place.top[: self._asked.call.top]]
+            top = [self._scored(*one) for one in place.top[: self._prepared.call.top]]
             content.append(self._scored(place.token, place.log_prob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
 
     def _scored(self, token: int, log_prob: float | None) -> dict[str, Any]:
-        found = self._pieces.of(token)
+        found = self._token_bytes.of(token)
         return {"token": found.decode(errors="replace"), "logprob": _number(log_prob), "bytes": list(found)}
 
 
