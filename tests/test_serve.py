@@ -68,7 +68,7 @@ def test_the_server_says_what_it_serves_and_a_signal_lets_running_streams_end(fo
         assert re.search(r"rows     2 of at most 900 tokens, cache of at most 1,382,400 bytes", shown)
         (url,) = re.findall(r"address  (http://127.0.0.1:\d+/v1), without a key", shown)
         client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-        with httpx.Client(base_url=url.removesuffix("/v1"), trust_env=False) as web:
+        with httpx.Client(base_url=url.removesuffix("/v1"), trust_env=False, timeout=60) as web:
             assert web.get("/health").json() == {"status": "ready", "running": 0, "waiting": 0}
             stream = client.completions.create(model="writer", prompt="x", max_tokens=800, temperature=0, stream=True)
             text = next(stream).choices[0].text

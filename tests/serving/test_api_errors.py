@@ -28,7 +28,7 @@ def server(model):
 
 @pytest.fixture(scope="module")
 def web(server):
-    with httpx.Client(base_url=server.url.removesuffix("/v1"), trust_env=False) as client:
+    with httpx.Client(base_url=server.url.removesuffix("/v1"), trust_env=False, timeout=60) as client:
         yield client
 
 
@@ -152,7 +152,7 @@ def test_openais_client_raises_its_own_errors(server):
 
 def test_a_model_without_a_template_refuses_chats_alone(tmp_path):
     model = load_alone(save_writer(tmp_path / "model", template=False))
-    with running(model, rows=1) as server, httpx.Client(base_url=server.url, trust_env=False) as web:
+    with running(model, rows=1) as server, httpx.Client(base_url=server.url, trust_env=False, timeout=60) as web:
         found = error(web.post("/chat/completions", json={"messages": [USER]}), 400)
         assert "no chat template" in found["message"]
         assert web.post("/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
@@ -160,7 +160,7 @@ def test_a_model_without_a_template_refuses_chats_alone(tmp_path):
 
 def test_a_server_with_keys_asks_for_one_everywhere_but_at_health(model):
     with running(model, rows=1, keys=(b"other", KEY)) as server:
-        with httpx.Client(base_url=server.url.removesuffix("/v1"), trust_env=False) as web:
+        with httpx.Client(base_url=server.url.removesuffix("/v1"), trust_env=False, timeout=60) as web:
             assert web.get("/health").json()["status"] == "ready"
             for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY.decode()}"}):
                 for path in ("/v1/models", "/v1/nothing"):
@@ -230,7 +230,7 @@ def test_a_failure_of_the_engine_answers_everyone_and_shows_at_health(model, cap
         for thread in waiting:
             thread.join(10)
         assert [getattr(e, "status_code", None) for e in found] == [500, 500, 500]
-        with httpx.Client(base_url=server.url, trust_env=False) as web:
+        with httpx.Client(base_url=server.url, trust_env=False, timeout=60) as web:
             assert "secret" not in str(error(web.post("/completions", json={"prompt": "x"}), 500))
             health = web.get("/../health")
             assert health.status_code == 503
