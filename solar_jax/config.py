@@ -7,22 +7,17 @@ keys, wrong types and impossible values before anything is allocated. The datacl
 
 import dataclasses
 import functools
-import typing
-from typing import Any
 
 import ml_collections
 
 from solar_jax.config_checks import above_0, at_least, between, named, not_negative
+from solar_jax.config_tree import typed, without_old_keys
 from solar_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a Llama-family decoder; field names are Hugging Face's `config.json` keys.
-
-    In a run's config these are what the checkpoint is expected to be: a value of 0 (or an unset window) means
-    "as the checkpoint says", any other value has to agree with it.
-    """
+    """Architecture of a Llama-family decoder; field names are Hugging Face's `config.json` keys."""
 
     vocab_size: int = 0  # V
     hidden_size: int = 0  # D
@@ -63,14 +58,71 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShapeConfig:
+    """Shape that a run's checkpoint is expected to have, under Hugging Face's `config.json` keys.
+
+    0 means "as the checkpoint says"; any other value has to agree with it. With `source="scratch"` it is the new
+    model's shape.
+    """
+
+    vocab_size: int = 0
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    num_hidden_layers: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 0
+    rope_theta: float = 0.0
+    rms_norm_eps: float = 0.0
+    tie_word_embeddings: bool = False
+    sliding_window: int = 0
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """The plain Llama of this shape."""
+        return ModelConfig(**vars(self))
+
+
+@dataclasses.dataclass(frozen=True)
 class GrowthConfig:
-    operator: str = "dus"  # a name of growth.operators.OPERATORS, or "slices"
+    operator: str = "dus"  # a name of growth.operators.OPERATORS
     m: int = 8  # dus, zeroed: layers cut from each side of the seam
-    a: int = 0  # block_repeat: first layer of the block
-    b: int = 0  # block_repeat: first layer after the block
-    every: int = 4  # llama_pro, average: a new layer after every so many
+    a: int = 0  # block_repeat, split: first layer of the block
+    b: int = 0  # block_repeat, split: first layer after the block; midas, lidas, stack_last: layers of the block
+    every: int = 4  # llama_pro, average, linear_lesa: a new layer after every so many
     copies: int = 2  # naive, interleave: how often each layer stands
     slices: str = ""  # slices: half-open source ranges, e.g. "0:24,8:32"
+    blocks: str = (
+        ""  # blocks: disjoint source ranges and how often each is visited, e.g. "2:20" (twice) or "2:8x3,9:12"
+    )
+    of: str = "dus"  # gated, tied: the operator whose layers they take, with its keys
+    beta: float = 0.5  # gated: scale of what second and later visits add; 0: the base's outputs, 1: the operator's
+    alpha: float = 0.5  # split: the first twin's scale; the second has 1 - alpha
+    inner: str = "copy"  # zeroed: projections that are not 0, copy, mean (of the neighbours) or normal (noise)
+    at_step: int = 0  # growth after so many steps of the base; 0: before training
+    schedule: tuple[int, ...] = ()  # later steps after which the operator is applied again (MIDAS, LIDAS, stacking)
+    state: str = "copied"  # of new layers' optimiser state at at_step, a name of training.growing.STATES
+    rewarm_steps: int = 0  # steps over which the learning rate rises again after growth in a run
+    new_rate: float = 1.0  # factor of the learning rate of new layers
+
+    def check(self) -> None:
+        not_negative("growth", self, "at_step", "rewarm_steps")
+        above_0("growth", self, "new_rate")
+        steps = (self.at_step, *self.schedule)
+        if self.schedule and (self.at_step < 1 or list(steps) != sorted(set(steps))):
+            raise UserError(
+                f"config.growth.schedule={self.schedule} must rise from a config.growth.at_step above 0, found "
+                f"{self.at_step}."
+            )
+        for key, value in (("rewarm_steps", self.rewarm_steps), ("state", self.state != "copied" and self.state)):
+            if value and not self.at_step:
+                raise UserError(f"config.growth.{key}={value!r} needs config.growth.at_step above 0, found 0.")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of a run after which the model grows; () if it grows before the first."""
+        return (self.at_step, *self.schedule) if self.at_step else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +324,7 @@ class Config:
     seed: int = 0
     source: str = ""  # checkpoint to grow: HF folder or hub id, .gguf file, one of our own, or "smollm2"
     fallback: str = ""  # the sibling config to name when this one does not fit the machine
-    model: ModelConfig = ModelConfig()
+    model: ShapeConfig = ShapeConfig()
     growth: GrowthConfig = GrowthConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -289,6 +341,10 @@ class Config:
         for group in (getattr(self, field.name) for field in dataclasses.fields(self)):
             if hasattr(group, "check"):
                 group.check()
+        if (late := max(self.growth.steps, default=0)) and late >= self.train.steps > 0:
+            raise UserError(
+                f"config.growth.at_step and schedule must be under config.train.steps={self.train.steps}, found {late}."
+            )
         if not self.seed >= 0:
             raise UserError(f"config.seed must be finite and not negative, found {self.seed}.")
         if not self.source:
@@ -304,6 +360,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # Keys of older config files and runs -> (new name, {old value: new value})
 RENAMED = {"train.compute_dtype": ("train.precision", {"float32": "float32", "bfloat16": "mixed"})}
+# Keys of older config files and runs that a run has no more: accepted with the default, which they had in every run
+DROPPED = {
+    f"model.{f.name}": f.default
+    for f in dataclasses.fields(ModelConfig)
+    if f.name not in {kept.name for kept in dataclasses.fields(ShapeConfig)}
+}
 
 
 def defaults() -> ml_collections.ConfigDict:
@@ -317,7 +379,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     Raises:
       UserError: a key is unknown, has another type than its default, or an impossible value.
     """
-    resolved = _typed(Config, _renamed(config.to_dict()), "config")
+    resolved = typed(Config, without_old_keys(config.to_dict(), RENAMED, DROPPED), "config")
     resolved.check()
     warmup, steps = resolved.optimizer.warmup_steps, resolved.train.steps
     if warmup > steps > 0:  # a shorter run than the recipe's, as for a first try
@@ -329,50 +391,3 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
 @functools.cache
 def _say_once(text: str) -> None:
     print(text, flush=True)
-
-
-def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with the keys of `RENAMED` under their new names.
-
-    Raises:
-      UserError: a value that the new key has no counterpart for.
-    """
-    for old, (new, counterparts) in RENAMED.items():
-        (group, old_name), new_name = old.split("."), new.split(".")[1]
-        keys = values.get(group)
-        if not isinstance(keys, dict) or old_name not in keys:
-            continue
-        keys = dict(keys)
-        value = keys.pop(old_name)
-        if value not in counterparts:
-            raise UserError(f"config.{old} is config.{new} now, which has nothing for {value!r}.")
-        values = values | {group: keys | {new_name: counterparts[value]}}
-    return values
-
-
-def _typed(cls: type, values: Any, path: str) -> Any:
-    """`values` as dataclass `cls`, every key known and of its field's type."""
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys, found {values!r}.")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{path}.{key} is not a key of the config; {path} has {', '.join(fields)}.")
-    types = typing.get_type_hints(cls)
-    out = {}
-    for key, value in values.items():
-        expected = types[key]
-        if dataclasses.is_dataclass(expected):
-            out[key] = _typed(typing.cast(type, expected), value, f"{path}.{key}")
-            continue
-        if expected is float and type(value) is int:
-            value = float(value)
-        if of := typing.get_args(expected):  # a tuple of one type
-            value = tuple(value) if isinstance(value, (list, tuple)) else value
-            fits = isinstance(value, tuple) and all(type(v) is of[0] for v in value)
-        else:
-            fits = type(value) is expected
-        if not fits:
-            raise UserError(f"{path}.{key} must be of type {getattr(expected, '__name__', expected)}, found {value!r}.")
-        out[key] = value
-    return cls(**out)

@@ -156,7 +156,7 @@ def plan(
     # ---- The run ----------------------------------------------------------------------------------------------------
     begin = time.monotonic()
     if base is None:
-        base = config.model if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
+        base = config.model.architecture if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
     layer_map = make_layer_map(base.num_hidden_layers, config.growth)
     cfg, partition = grown_config(base, layer_map), make_partition(config.train.trainable, layer_map, config.lora)
     step_tokens = config.train.batch_size * config.data.sequence_length

@@ -86,6 +86,7 @@ from solar_jax.storage.owner import owned
 from solar_jax.storage.paths import is_local
 from solar_jax.training import run_folder
 from solar_jax.training.chunks import check_chunks
+from solar_jax.training.growing import make_phases
 from solar_jax.training.optimizer import make_optimizer
 from solar_jax.training.partition import make_partition
 from solar_jax.training.preemption import listen_for_preemption
@@ -140,11 +141,12 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     if config.model.num_hidden_layers:  # known shape: what cannot fit is refused before opening a checkpoint
         layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
         trained = make_partition(config.train.trainable, layer_map, config.lora)
-        search.choose(grown_config(config.model, layer_map), config, devices, trained)
+        search.choose(grown_config(config.model.architecture, layer_map), config, devices, trained)
     checkpoint = open_checkpoint(config.source)
     check_model(config, checkpoint)
     layer_map = make_layer_map(checkpoint.cfg.num_hidden_layers, config.growth)
-    partition = make_partition(config.train.trainable, layer_map, config.lora)
+    make_phases(checkpoint.cfg.num_hidden_layers, config)  # refuses growth that a run cannot make
+    partition = make_partition(config.train.trainable, layer_map, config.lora, config.growth.new_rate)
     deeper = grown(checkpoint, layer_map)
     option, need = search.choose(deeper.cfg, config, devices, partition)
     mesh = make_mesh(option.config.mesh)
@@ -241,6 +243,7 @@ def check_names(config: Config) -> None:
     kind = kind_of(config.data.format)
     for key, used, without in (
         ("train.control", config.train.control, kind != "text"),
+        ("growth.at_step", config.growth.at_step > 0, kind != "text"),
         ("preferences.chunks", config.preferences.chunks, kind != "pairs"),
         ("mesh.context", config.mesh.context > 1, kind != "text"),
     ):

@@ -201,8 +201,8 @@ def test_the_full_config_is_the_papers_growth():
     c = resolve(dus_48l())
     layer_map = make_layer_map(c.model.num_hidden_layers, c.growth)
     assert (c.model.num_hidden_layers, layer_map.layers) == (32, 48)
-    assert parameter_count(c.model) == 7_241_732_096
-    assert parameter_count(grown_config(c.model, layer_map)) == 10_731_524_096
+    assert parameter_count(c.model.architecture) == 7_241_732_096
+    assert parameter_count(grown_config(c.model.architecture, layer_map)) == 10_731_524_096
     assert c.data.sequence_length == 4096
 
 

@@ -62,7 +62,7 @@ def recipe(config_file: str, layers: int) -> tuple[ModelConfig, Config]:
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = resolve(module.get_config(*([argument] if argument else [])))
-    cfg = grown_config(config.model, make_layer_map(config.model.num_hidden_layers, config.growth))
+    cfg = grown_config(config.model.architecture, make_layer_map(config.model.num_hidden_layers, config.growth))
     return dataclasses.replace(cfg, num_hidden_layers=layers or cfg.num_hidden_layers), config
 
 

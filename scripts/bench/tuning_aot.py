@@ -58,7 +58,7 @@ def main() -> None:
             config = dataclasses.replace(config, model=model)
         layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
         partition = make_partition(config.train.trainable, layer_map, config.lora)
-        step = compile_step(grown_config(config.model, layer_map), config, wanted, partition=partition)
+        step = compile_step(grown_config(config.model.architecture, layer_map), config, wanted, partition=partition)
         overlapped, serial = step.program.seconds()
         compared = ""
         if first is not None:

@@ -32,7 +32,7 @@ def planned_stages(chain: Chain, workdir: pathlib.Path) -> list[Planned]:
         if stage.start:
             base = shapes[stage.start]
         else:
-            base = config.model if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
+            base = config.model.architecture if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
         cfg = shapes[stage.name] = grown_config(base, make_layer_map(base.num_hidden_layers, config.growth))
         found.append(Planned(stage, _counted(config, stage.tokens), base, cfg))
     return found

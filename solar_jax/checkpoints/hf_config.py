@@ -10,7 +10,7 @@ from typing import Any
 from solar_jax.checkpoints.hf_families import FAMILIES, FIXED, HARMLESS, SIZES, Family, depth_keys
 from solar_jax.checkpoints.hf_keys import one_of, positive, shown, shown_key
 from solar_jax.checkpoints.hf_rope import rope_keys
-from solar_jax.config import ModelConfig
+from solar_jax.config import ModelConfig, ShapeConfig
 from solar_jax.errors import UserError
 
 MOST_LAYERS = 1 << 20  # a config may claim a billion
@@ -174,7 +174,7 @@ def with_dtype(hf: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     return hf | dict.fromkeys(keys, dtype)
 
 
-def differences(expected: ModelConfig, found: ModelConfig) -> dict[str, tuple[Any, Any]]:
+def differences(expected: ShapeConfig, found: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """Returns keys that `expected` sets and that differ in `found`, as (expected, found)."""
     if not expected.num_hidden_layers:
         return {}

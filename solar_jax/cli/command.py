@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from logging import ERROR, LogRecord
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -30,7 +30,8 @@ USAGE_STATUS = 2  # bad flags and bad input
 INTERRUPTED_BY_KEY = 130  # 128 + SIGINT
 INTERRUPTED_STATUS = 75  # a run that was asked to stop, and resumes when it is started again
 _FILE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
-GROWTH_NUMBERS = ("m", "a", "b", "every", "copies")  # the operators' numbers, fields of GrowthConfig
+# The operators' own keys, fields of GrowthConfig
+GROWTH_KEYS = ("m", "a", "b", "every", "copies", "blocks", "of", "beta", "alpha", "inner")
 
 _argv: list[str] = []  # what `begin` left after the flags
 
@@ -95,8 +96,10 @@ def define_conversion_flags() -> None:
     flags.DEFINE_string("source", None, "SRC: HF folder, hub id, gs:// or s3:// folder, .gguf file, run, or smollm2.")
     flags.DEFINE_enum("operator", None, sorted(OPERATORS), "Growth operator.")
     flags.DEFINE_string("slices", None, "Half-open source ranges one after another, e.g. 0:24,8:32.")
-    for key in GROWTH_NUMBERS:
-        flags.DEFINE_integer(key, getattr(GrowthConfig(), key), f"The operator's number, as config.growth.{key}.")
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    for key in GROWTH_KEYS:
+        default = getattr(GrowthConfig(), key)
+        define[type(default)](key, default, f"The operator's, as config.growth.{key}.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the weights written; each as it is stored if not given.")
     define_target_flags()
 
@@ -110,7 +113,7 @@ def define_target_flags() -> None:
     flags.DEFINE_bool("verify", False, "Write certificate.json: every tensor's hash and the logits, compared.")
 
 
-def growth_config(operator: str | None, slices: str | None, numbers: dict[str, int]) -> GrowthConfig | None:
+def growth_config(operator: str | None, slices: str | None, keys: dict[str, Any]) -> GrowthConfig | None:
     """The growth that the flags name; None where they name none.
 
     Raises:
@@ -120,12 +123,12 @@ def growth_config(operator: str | None, slices: str | None, numbers: dict[str, i
         raise UserError(f"--slices and --operator={operator} exclude each other.")
     if slices is None and operator is None:
         return None
-    return GrowthConfig("slices" if slices is not None else str(operator), slices=slices or "", **numbers)
+    return GrowthConfig(operator or "slices", slices=slices or "", **keys)
 
 
 def growth_from_flags() -> GrowthConfig | None:
     f = flags.FLAGS
-    return growth_config(f.operator, f.slices, {key: getattr(f, key) for key in GROWTH_NUMBERS})
+    return growth_config(f.operator, f.slices, {key: getattr(f, key) for key in GROWTH_KEYS})
 
 
 def folder_from_flag(text: str) -> pathlib.Path:

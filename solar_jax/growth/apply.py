@@ -4,8 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from solar_jax.config import ModelConfig
+from solar_jax.growth.derived import fitted, moments
 from solar_jax.growth.operators import LayerMap
 from solar_jax.model.shapes import Params
 
@@ -30,8 +32,11 @@ def grow(params: Params, layer_map: LayerMap) -> Params:
       A tree of the same dtypes whose `layers` arrays are [L, ...]; everything else is the base's.
 
     Raises:
-      ValueError: an array's layer axis is not the layer map's n.
+      ValueError: an array's layer axis is not the layer map's n; or the map asks for noise, which
+        `checkpoints.views.grown` makes by the tensors' HF names.
     """
+    if any(layer_map.noise):
+        raise ValueError(f"{layer_map.operator} draws noise by tensor names; grow a checkpoint with views.grown.")
     source, partner = jnp.array(layer_map.source), jnp.array(layer_map.partner)
     scale = jnp.array(layer_map.scale, jnp.float32)
     scaled = SCALED_NORMS if SCALED_NORMS[0] in params["layers"] else SCALED
@@ -41,13 +46,22 @@ def grow(params: Params, layer_map: LayerMap) -> Params:
             raise ValueError(f"layers/{name} has {x.shape[0]} layers, the plan is for {layer_map.base_layers}.")
         grown = jnp.take(x, source, axis=0)
         if layer_map.partner != layer_map.source:
-            mean = (grown.astype(jnp.float32) + jnp.take(x, partner, axis=0).astype(jnp.float32)) / 2
-            grown = jnp.where(_per_layer(source == partner, x), grown, mean.astype(x.dtype))
+            mixed = _mixed(grown, jnp.take(x, partner, axis=0), layer_map.mix, x)
+            grown = jnp.where(_per_layer(source == partner, x), grown, mixed.astype(x.dtype))
         if name in scaled and set(layer_map.scale) != {1.0}:
             grown = grown * _per_layer(scale, x).astype(x.dtype)
         return grown
 
     return params | {"layers": {name: one(name, x) for name, x in params["layers"].items()}}
+
+
+def _mixed(x: jax.Array, y: jax.Array, mix: str, stack: jax.Array) -> jax.Array:
+    """The mixture of layers [L, ...] and their partners in float32; a fit needs the values of the base's `stack`."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    if mix == "mean":
+        return (x + y) / 2
+    a, b = fitted(moments(lambda i: np.asarray(stack[i]), len(stack)))
+    return np.float32(a) * x + np.float32(b) * y
 
 
 def _per_layer(values: jax.Array, like: jax.Array) -> jax.Array:

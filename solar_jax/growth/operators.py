@@ -12,6 +12,8 @@ from collections.abc import Callable
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
 
+INNER = ("copy", "mean", "normal")  # how `zeroed` makes the matrices that are not 0
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerMap:
@@ -23,11 +25,15 @@ class LayerMap:
     scale: tuple[float, ...] = ()  # factor on o_proj and down_proj; at 0 a layer passes its input through unchanged
     partner: tuple[int, ...] = ()  # second source layer of a mean; the source itself if there is none
     new: tuple[bool, ...] = ()  # True for an added copy, False for a layer that the base had there
+    mix: str = "mean"  # of a layer and its partner: mean, or fit (by least squares, `growth.derived.fitted`)
+    noise: tuple[bool, ...] = ()  # True where matrices are normal noise of the source's standard deviation
+    tied: bool = False  # layers of one source share their weights in training
 
     def __post_init__(self):
         object.__setattr__(self, "scale", self.scale or (1.0,) * len(self.source))
         object.__setattr__(self, "partner", self.partner or self.source)
         object.__setattr__(self, "new", self.new or _repeats(self.source))
+        object.__setattr__(self, "noise", self.noise or (False,) * len(self.source))
 
     @property
     def layers(self) -> int:
@@ -42,7 +48,7 @@ class LayerMap:
     @property
     def copies_only(self) -> bool:
         """True if every output layer is bitwise equal to a source layer."""
-        return self.partner == self.source and set(self.scale) <= {1.0}
+        return self.partner == self.source and set(self.scale) <= {1.0} and not any(self.noise)
 
     @property
     def distances(self) -> tuple[int, ...]:
@@ -95,7 +101,7 @@ def block_repeat(n: int, g: GrowthConfig) -> LayerMap:
     """[0..b) + [a..b) + [b..n); Yi-9B used a=12, b=28 of 32."""
     name = f"block_repeat(a={g.a}, b={g.b})"
     _require(0 <= g.a < g.b <= n, name, n, f"0 <= a < b <= {n} must hold, found a={g.a} b={g.b}")
-    return LayerMap(name, n, (*range(g.b), *range(g.a, g.b), *range(g.b, n)))
+    return _one_block(name, n, g.a, g.b)
 
 
 def llama_pro(n: int, g: GrowthConfig) -> LayerMap:
@@ -113,29 +119,141 @@ def llama_pro(n: int, g: GrowthConfig) -> LayerMap:
 
 
 def zeroed(n: int, g: GrowthConfig) -> LayerMap:
-    """[0..n-m) + [m..n-m) twice with o_proj = down_proj = 0 + [n-m..n)."""
-    name = f"zeroed(m={g.m})"
+    """[0..n-m) + [m..n-m) twice with o_proj = down_proj = 0 + [n-m..n).
+
+    The new layers' other matrices are copies, means with the next layer (OpT-DeUS averages neighbours), or noise.
+    """
+    name = f"zeroed(m={g.m})" if g.inner == "copy" else f"zeroed(m={g.m}, inner={g.inner})"
     _require(1 <= g.m < n / 2, name, n, f"m must be at least 1 and under {n}/2, found m={g.m}")
+    _require(g.inner in INNER, name, n, f"inner must be one of {', '.join(INNER)}, found {g.inner!r}")
     block = tuple(range(g.m, n - g.m))
     source = (*range(n - g.m), *block, *block, *range(n - g.m, n))
-    scale = (1.0,) * (n - g.m) + (0.0,) * (2 * len(block)) + (1.0,) * g.m
-    return LayerMap(name, n, source, scale)
+    new = (False,) * (n - g.m) + (True,) * (2 * len(block)) + (False,) * g.m
+    scale = tuple(0.0 if added else 1.0 for added in new)
+    if g.inner == "mean":
+        partner = tuple(i + added for i, added in zip(source, new, strict=True))
+        return LayerMap(name, n, source, scale, partner, new)
+    return LayerMap(name, n, source, scale, new=new, noise=new if g.inner == "normal" else ())
 
 
 def average(n: int, g: GrowthConfig) -> LayerMap:
     """Adds a new layer (W_i + W_{i+1}) / 2 after every `every`-th layer i; none after the last."""
-    name = f"average(every={g.every})"
-    _require(1 <= g.every < n, name, n, f"every must lie between 1 and {n - 1}, found {g.every}")
+    return _between(f"average(every={g.every})", n, g.every, "mean")
+
+
+def linear_lesa(n: int, g: GrowthConfig) -> LayerMap:
+    """Adds a W_i + b W_{i+1} after every `every`-th layer i; none after the last.
+
+    a and b of each tensor are those with which the base's own layers are best predicted from their neighbours,
+    W_i = a W_{i-1} + b W_{i+1}: the linear form of LESA (arXiv 2502.13794).
+    """
+    name = f"linear_lesa(every={g.every})"
+    _require(n >= 3, name, n, "a layer with two neighbours is needed")
+    return _between(name, n, g.every, "fit")
+
+
+def _between(name: str, n: int, every: int, mix: str) -> LayerMap:
+    """New layers made of their two neighbours."""
+    _require(1 <= every < n, name, n, f"every must lie between 1 and {n - 1}, found {every}")
     source, partner, new = [], [], []
     for i in range(n):
         source.append(i)
         partner.append(i)
         new.append(False)
-        if (i + 1) % g.every == 0 and i + 1 < n:
+        if (i + 1) % every == 0 and i + 1 < n:
             source.append(i)
             partner.append(i + 1)
             new.append(True)
-    return LayerMap(name, n, tuple(source), partner=tuple(partner), new=tuple(new))
+    return LayerMap(name, n, tuple(source), partner=tuple(partner), new=tuple(new), mix=mix)
+
+
+def blocks(n: int, g: GrowthConfig) -> LayerMap:
+    """Visits disjoint blocks several times, written "2:20" (twice) or "2:8x3,9:12" (three times, twice)."""
+    name = f"blocks({g.blocks})"
+    source, end = [], 0
+    for part in g.blocks.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*(?:x\s*(\d+)\s*)?", part)
+        _require(match is not None, name, n, f"blocks are written START:STOP or START:STOPxVISITS, found {part!r}")
+        assert match is not None
+        start, stop, visits = int(match[1]), int(match[2]), int(match[3] or 2)
+        _require(start < stop <= n, name, n, f"each block needs START < STOP <= {n}, found {start}:{stop}")
+        _require(end <= start, name, n, f"blocks must be disjoint and in order, found {start}:{stop} after layer {end}")
+        _require(visits >= 2, name, n, f"each block must be visited at least twice, found {visits}")
+        source += [*range(end, start), *tuple(range(start, stop)) * visits]
+        end = stop
+    return LayerMap(name, n, (*source, *range(end, n)))
+
+
+def _one_block(name: str, n: int, a: int, b: int) -> LayerMap:
+    return LayerMap(name, n, (*range(b), *range(a, b), *range(b, n)))
+
+
+def midas(n: int, g: GrowthConfig) -> LayerMap:
+    """Repeats the middle one of the base's n/b blocks of b layers (arXiv 2409.19044)."""
+    name, b = f"midas(b={g.b})", g.b
+    _require(1 <= b <= n and n % b == 0, name, n, f"b must divide {n}, found b={b}")
+    start = (-(-(n // b) // 2) - 1) * b
+    return _one_block(name, n, start, start + b)
+
+
+def lidas(n: int, g: GrowthConfig) -> LayerMap:
+    """Repeats the b layers around the middle one, whatever their block (arXiv 2512.08819)."""
+    name, b = f"lidas(b={g.b})", g.b
+    _require(1 <= b <= n, name, n, f"b must lie between 1 and {n}, found b={b}")
+    start = -(-n // 2) - -(-b // 2)
+    return _one_block(name, n, start, start + b)
+
+
+def stack_last(n: int, g: GrowthConfig) -> LayerMap:
+    """Repeats the last b layers (gradual stacking)."""
+    name, b = f"stack_last(b={g.b})", g.b
+    _require(1 <= b <= n, name, n, f"b must lie between 1 and {n}, found b={b}")
+    return _one_block(name, n, n - b, n)
+
+
+def split(n: int, g: GrowthConfig) -> LayerMap:
+    """Makes twins of each layer of [a..b): i, i with scales alpha and 1 - alpha."""
+    name = f"split(a={g.a}, b={g.b}, alpha={g.alpha:g})"
+    _require(0 <= g.alpha <= 1, name, n, f"alpha must lie between 0 and 1, found {g.alpha:g}")
+    return _twins(name, n, g, (g.alpha, 1 - g.alpha))
+
+
+def split_sqrt(n: int, g: GrowthConfig) -> LayerMap:
+    """Makes twins of each layer of [a..b): i, i, both scaled by 2^-1/2."""
+    return _twins(f"split_sqrt(a={g.a}, b={g.b})", n, g, (0.5**0.5, 0.5**0.5))
+
+
+def _twins(name: str, n: int, g: GrowthConfig, scales: tuple[float, float]) -> LayerMap:
+    _require(0 <= g.a < g.b <= n, name, n, f"0 <= a < b <= {n} must hold, found a={g.a} b={g.b}")
+    doubled = range(g.a, g.b)
+    source = [i for i in range(n) for _ in range(1 + (i in doubled))]
+    scale = [s for i in range(n) for s in (scales if i in doubled else (1.0,))]
+    return LayerMap(name, n, tuple(source), tuple(scale))
+
+
+def gated(n: int, g: GrowthConfig) -> LayerMap:
+    """Scales by `beta` what the new layers of another operator add: 0 keeps the base's outputs, 1 is the operator."""
+    inner = _of("gated", n, g)
+    name = f"gated({inner.operator}, beta={g.beta:g})"
+    _require(0 <= g.beta <= 1, name, n, f"beta must lie between 0 and 1, found {g.beta:g}")
+    scale = tuple(s * g.beta if new else s for s, new in zip(inner.scale, inner.new, strict=True))
+    return dataclasses.replace(inner, operator=name, scale=scale)
+
+
+def tied(n: int, g: GrowthConfig) -> LayerMap:
+    """Shares weights between the layers of one source while they train: compute without parameters, a control."""
+    inner = _of("tied", n, g)
+    name = f"tied({inner.operator})"
+    _require(inner.copies_only, name, n, "only plain copies can share weights")
+    return dataclasses.replace(inner, operator=name, tied=True)
+
+
+def _of(operator: str, n: int, g: GrowthConfig) -> LayerMap:
+    """The layer map of the operator that another one changes."""
+    known = [name for name in OPERATORS if name not in ("gated", "tied", "identity", "search")]
+    if g.of not in known:
+        raise UserError(f"growth.of of {operator} must be one of {', '.join(known)}, found {g.of!r}.")
+    return OPERATORS[g.of](n, g)
 
 
 def identity(n: int, g: GrowthConfig | None = None) -> LayerMap:
@@ -168,15 +286,55 @@ OPERATORS: dict[str, Callable[[int, GrowthConfig], LayerMap]] = {
     "average": average,
     "identity": identity,
     "slices": slices,
+    "blocks": blocks,
+    "midas": midas,
+    "lidas": lidas,
+    "stack_last": stack_last,
+    "split": split,
+    "split_sqrt": split_sqrt,
+    "linear_lesa": linear_lesa,
+    "gated": gated,
+    "tied": tied,
 }
 
 
+def composed(first: LayerMap, second: LayerMap) -> LayerMap:
+    """The layer map that equals growth by `first` and then by `second`.
+
+    Raises:
+      UserError: both grow, and one makes layers of more than copies and scales.
+    """
+    if first.is_identity:
+        return second
+    if second.is_identity:
+        return first
+    source = tuple(first.source[i] for i in second.source)
+    scale = tuple(first.scale[i] * s for i, s in zip(second.source, second.scale, strict=True))
+    new = tuple(first.new[i] or added for i, added in zip(second.source, second.new, strict=True))
+    if not (first.partner == first.source and second.partner == second.source) or any(first.noise + second.noise):
+        raise UserError(f"growth by {first.operator} and then by {second.operator} is only possible with copies.")
+    name = f"{first.operator}, {second.operator}"
+    return LayerMap(name, first.base_layers, source, scale, new=new)
+
+
+def operator_map(layers: int, growth: GrowthConfig) -> LayerMap:
+    """Builds the layer map of one application of an operator to a model of `layers` layers.
+
+    Raises:
+      UserError: unknown operator, or its numbers do not fit the model.
+    """
+    if growth.operator not in OPERATORS:
+        raise UserError(f"growth.operator must be one of {', '.join(OPERATORS)}, found {growth.operator!r}.")
+    return OPERATORS[growth.operator](layers, growth)
+
+
 def make_layer_map(base_layers: int, growth: GrowthConfig) -> LayerMap:
-    """Builds the layer map of `growth` for a base of `base_layers` layers.
+    """Builds the layer map from a base of `base_layers` layers to what a run ends with, scheduled growth included.
 
     Raises:
       UserError: unknown operator, or its numbers do not fit the base.
     """
-    if growth.operator not in OPERATORS:
-        raise UserError(f"growth.operator must be one of {', '.join(OPERATORS)}, found {growth.operator!r}.")
-    return OPERATORS[growth.operator](base_layers, growth)
+    total = operator_map(base_layers, growth)
+    for _ in growth.schedule:
+        total = composed(total, operator_map(total.layers, growth))
+    return total

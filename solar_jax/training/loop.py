@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from solar_jax.config import ModelConfig, OptimizerConfig
+from solar_jax.config import ModelConfig
 from solar_jax.data.pipeline import Feed
 from solar_jax.errors import Interrupted, UserError
 from solar_jax.hardware import chips
@@ -31,7 +29,7 @@ from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.parallel import rules
 from solar_jax.training import preemption
 from solar_jax.training.guards import Guard, NotFinite, NotReference, Spike, check_first_loss, storable
-from solar_jax.training.optimizer import learning_rate, make_optimizer
+from solar_jax.training.optimizer import learning_rates
 from solar_jax.training.prefetch import Prefetcher
 from solar_jax.training.report import step_line
 from solar_jax.training.run import (
@@ -87,7 +85,7 @@ def train_arm(run: Run, arm: Arm) -> Params:
             # Outside the handler, since the exception keeps the state alive.
             if failed := store.settle():
                 warn(f"{arm.name}: the last save failed: {failed}")
-            good = store.latest_step or 0
+            good = store.latest_step or arm.first
             rollbacks[good] += 1
             if rollbacks[good] > ROLLBACKS:
                 raise UserError(
@@ -108,18 +106,19 @@ def _train_from_last_good(
     """
     config, cfg = run.config, arm.cfg
     partition, policy = arm.partition, precision(config.train)
-    optimizer = make_optimizer(config.optimizer, config.train.steps, policy, seed=config.seed, mesh=run.mesh)
+    optimizer = run.optimizer()
     shardings = state_shardings(cfg, optimizer, run.mesh, partition)
     weights, base = policy.weights, partition.base_dtype(policy)
     abstract = abstract_state(cfg, weights, optimizer, shardings, partition, base)
     abstract |= {"params": partition.saved(abstract["params"])}
     older = functools.partial(stored_form, abstract["opt_state"], cfg, weights, optimizer, run.mesh, partition)
-    state = store.restore_newest(abstract, config.train.steps, older)
-    start = (
-        Start()
-        if state is None
-        else _start(state.pop("host", None), config.train.batch_size, config.data.sequence_length)
-    )
+    last = arm.last or config.train.steps
+    state = store.restore_newest(abstract, last, older)
+    resumes = state is not None
+    if state is None and arm.begin is not None:
+        state = arm.begin(abstract, optimizer, partition)
+    host = None if state is None else state.pop("host", None)
+    start = Start() if state is None else _start(host, config.train.batch_size, config.data.sequence_length)
     run.ledger.add("lost", sum(seconds(r) for r in lines.read() if r["step"] > start.step))
     lines.keep_if(lambda r: r["step"] <= start.step)
     for file in (run.evals, *([run.task_scores] if run.suite else [])):
@@ -127,10 +126,14 @@ def _train_from_last_good(
     tasks = TaskScores(run, arm)
     if state is not None and partition.lora is not None:
         state["params"] = first_params(run, arm.checkpoint, partition) | state["params"]
-    if start.step == config.train.steps and state is not None:
+    if state is not None and resumes and start.step == last:
         return state["params"]
-    if state is not None:
+    if resumes:
         say(f"{arm.name}: resuming from the checkpoint of step {start.step}")
+    elif state is not None:
+        loss = evaluate(run, arm.name, start.step, cfg, state["params"], partition)
+        say(f"{arm.name}: held-out loss {loss:.4f} after step {start.step}, grown and not trained since")
+        tasks.measure(start.step, state["params"])
     else:
         params = with_adapter(run, cfg, first_params(run, arm.checkpoint, partition), partition)
         loss = evaluate(run, arm.name, 0, cfg, params, partition)
@@ -185,8 +188,8 @@ class _Session:
     ):  # fmt: skip
         self._run, self._arm, self._cfg, self._start, self._store, self._lines = run, arm, cfg, start, store, lines
         self._tasks, config, done = tasks, run.config, start.step
-        self._last = config.train.steps
-        self._rates = _rates(config.optimizer, config.train.steps)
+        self._last = arm.last or config.train.steps
+        self._rates = learning_rates(config.optimizer, config.train.steps, run.rewarm)
         self._step_tokens = config.train.batch_size * config.data.sequence_length  # per step
         self._flops = flops_per_token(cfg, config.data.sequence_length, adapters=config.lora.rank > 0)
         self._peak = chips.peak_flops(jax.devices()[0])
@@ -391,9 +394,3 @@ class _Session:
             f"{self._arm.folder}: {self._arm.name}: {problem}; its batch holds {named}; {kept}. "
             f"To skip such steps, raise config.train.max_skipped, now {self._run.config.train.max_skipped}."
         )
-
-
-def _rates(cfg: OptimizerConfig, steps: int) -> np.ndarray:
-    """Computes every update's learning rate at once; one at a time, they would queue behind the devices' steps."""
-    rate = learning_rate(cfg, steps)
-    return np.asarray(jax.jit(jax.vmap(lambda i: jnp.asarray(rate(i), jnp.float32)))(jnp.arange(steps)))

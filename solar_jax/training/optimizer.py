@@ -1,10 +1,13 @@
 """Optimiser table with clipping, a schedule and weight decay; all the maths is optax's."""
 
+import functools
 import typing
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from jax.sharding import Mesh
@@ -36,8 +39,20 @@ SCHEDULES: dict[str, Callable[[float, float, int, float], optax.Schedule]] = {
 }
 
 
-def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
+class Rewarm(typing.NamedTuple):
+    """Steps after which the learning rate rises again from 0, and over how many."""
+
+    after: tuple[int, ...] = ()
+    length: int = 0
+
+
+NONE = Rewarm()
+
+
+def learning_rate(cfg: OptimizerConfig, steps: int, rewarm: Rewarm = NONE) -> optax.Schedule:
     """Returns the rate of update `count` = 0 .. steps - 1: linear warmup up to the peak, then the named schedule.
+
+    After each step of `rewarm` it rises linearly to that again.
 
     Raises:
       UserError: unknown schedule.
@@ -46,9 +61,25 @@ def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
         raise UserError(f"config.optimizer.schedule must be one of {', '.join(SCHEDULES)}, found {cfg.schedule!r}.")
     peak, warmup = cfg.learning_rate, cfg.warmup_steps or round(cfg.warmup_fraction * steps)
     after = SCHEDULES[cfg.schedule](peak, peak * cfg.final_fraction, max(1, steps - warmup - 1), cfg.decay_fraction)
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)), after], [warmup])
+    found = after
+    if warmup:
+        rising = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+        found = optax.join_schedules([rising, after], [warmup])
+    if not (rewarm.length and rewarm.after):
+        return found
+
+    def rewarmed(count: Any) -> jax.Array:
+        since = [jnp.where(count < k, rewarm.length, count - k + 1) for k in rewarm.after]
+        share = jnp.minimum(functools.reduce(jnp.minimum, since) / rewarm.length, 1.0)
+        return jnp.asarray(found(count)) * share
+
+    return rewarmed
+
+
+def learning_rates(cfg: OptimizerConfig, steps: int, rewarm: Rewarm = NONE) -> np.ndarray:
+    """Computes every update's learning rate at once; one at a time, they would queue behind the devices' steps."""
+    rate = learning_rate(cfg, steps, rewarm)
+    return np.asarray(jax.jit(jax.vmap(lambda i: jnp.asarray(rate(i), jnp.float32)))(jnp.arange(steps)))
 
 
 def _decayed(params: Params) -> Params:
@@ -141,7 +172,13 @@ DIRECTIONS: dict[str, Callable[[OptimizerConfig, Mesh | None], optax.GradientTra
 
 
 def make_optimizer(
-    cfg: OptimizerConfig, steps: int, policy: Precision, *, seed: int = 0, mesh: Mesh | None = None
+    cfg: OptimizerConfig,
+    steps: int,
+    policy: Precision,
+    *,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    rewarm: Rewarm = NONE,
 ) -> optax.GradientTransformation:
     """Clipping, the named optimiser, weight decay and schedule, for the parameters that train.
 
@@ -151,6 +188,7 @@ def make_optimizer(
       policy: dtypes of weights and moments.
       seed: of stochastic rounding.
       mesh: of the step; None, or any, where only the state's shapes are needed.
+      rewarm: where the learning rate rises again.
 
     Raises:
       UserError: no such optimiser or schedule.
@@ -161,7 +199,7 @@ def make_optimizer(
     step = optax.chain(
         DIRECTIONS[cfg.name](cfg, mesh),
         optax.add_decayed_weights(cfg.weight_decay, _decayed),
-        optax.scale_by_learning_rate(learning_rate(cfg, steps)),
+        optax.scale_by_learning_rate(learning_rate(cfg, steps, rewarm)),
     )
     # The two identities keep the state's tree compatible with checkpoints of versions that masked there.
     return narrow(optax.chain(optax.identity(), clip, step, optax.identity()), policy, seed)

@@ -41,6 +41,8 @@ class Partition:
     layers: tuple[bool, ...]  # [L]
     others: tuple[str, ...] = OTHERS  # names of arrays outside the layers
     lora: LoraConfig | None = None  # adapters of those layers train, in place of any parameter of the model
+    tied: tuple[int, ...] = ()  # [L], layers of one number share their weights; (): none do
+    rates: tuple[float, ...] = ()  # [L], factors of the layers' learning rates; (): all 1
 
     @property
     def count(self) -> int:
@@ -115,6 +117,34 @@ class Partition:
             return frozen | trained
         return frozen | trained | {"layers": self._stacks(jax.lax.stop_gradient(params["layers"]), trained["layers"])}
 
+    def shared(self, grads: Params) -> Params:
+        """Gradients of layers that share weights: their sum over the root of their number, for each of them.
+
+        Layers that start equal then stay equal, the global norm is that of the shared weights, and the optimisers
+        are invariant to a constant factor of a gradient.
+        """
+        if not self.tied:
+            return grads
+        groups = np.unique(self.tied, return_inverse=True)[1]
+        root = np.sqrt(np.bincount(groups))[groups]
+
+        def one(g: jax.Array) -> jax.Array:
+            total = jax.ops.segment_sum(g, groups, num_segments=int(groups.max()) + 1)[groups]
+            return total / root.reshape(-1, *(1,) * (g.ndim - 1)).astype(g.dtype)
+
+        return grads | {"layers": jax.tree.map(one, grads["layers"])}
+
+    def paced(self, updates: Params) -> Params:
+        """Updates times their layers' factors of the learning rate."""
+        if not self.rates or self.lora is not None:
+            return updates
+        factors = np.asarray(self.rates, np.float32)[np.flatnonzero(self.layers)]
+
+        def one(u: jax.Array) -> jax.Array:
+            return u * factors.reshape(-1, *(1,) * (u.ndim - 1)).astype(u.dtype)
+
+        return updates | {"layers": jax.tree.map(one, updates["layers"])}
+
     def whole(self, params: Params) -> Params:
         """The model's stacked state, with an adapter merged into its weights."""
         if self.lora is None:
@@ -177,11 +207,11 @@ class Partition:
         return tuple(stacks)
 
 
-def make_partition(name: str, layer_map: LayerMap, lora: LoraConfig | None = None) -> Partition:
+def make_partition(name: str, layer_map: LayerMap, lora: LoraConfig | None = None, new_rate: float = 1.0) -> Partition:
     """The partition that `config.train.trainable` names; with a rank in `lora`, adapters of its layers.
 
     Raises:
-      UserError: no such choice, or one that leaves nothing to train.
+      UserError: no such choice, or one that leaves nothing to train, or that unties layers.
     """
     if name not in TRAINABLE:
         raise UserError(f"config.train.trainable must be one of {', '.join(TRAINABLE)}, found {name!r}.")
@@ -190,7 +220,16 @@ def make_partition(name: str, layer_map: LayerMap, lora: LoraConfig | None = Non
         raise UserError(
             f"config.train.trainable={name!r} leaves nothing to train: {layer_map.operator} has no such layer."
         )
-    return Partition(layers, others) if lora is None or not lora.rank else Partition(layers, (), lora)
+    adapted = lora is not None and lora.rank > 0
+    if layer_map.tied and (adapted or not all(layers)):
+        raise UserError(
+            f"config.growth.operator={layer_map.operator} shares weights between all layers of one source, so "
+            f"config.train.trainable must be all or no_embed without config.lora.rank, found {name!r}."
+        )
+    if adapted:
+        return Partition(layers, (), lora)
+    rates = () if new_rate == 1.0 else tuple(new_rate if new else 1.0 for new in layer_map.new)
+    return Partition(layers, others, None, layer_map.source if layer_map.tied else (), rates)
 
 
 def everything(cfg: ModelConfig) -> Partition:

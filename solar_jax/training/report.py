@@ -98,10 +98,11 @@ def summarise(run: Run, seconds: float) -> dict[str, Any]:
     loss = {(r["arm"], r["step"]): r["loss"] for r in evals}
     last = max(step for arm, step in loss if arm == run.arm)
     first = run.arm if run.kind == "text" else evals[0]["arm"]  # of chunks, the first one's start
+    start = max(config.growth.steps, default=0)
     more = {
         f"{when}_{key}": value
         for r in evals
-        for when, place in (("start", (first, 0)), ("final", (run.arm, last)))
+        for when, place in (("start", (first, start)), ("final", (run.arm, last)))
         if (r["arm"], r["step"]) == place
         for key, value in r.items()
         if key not in ("arm", "step", "loss")
@@ -114,7 +115,7 @@ def summarise(run: Run, seconds: float) -> dict[str, Any]:
         "name": config.name,
         "kind": run.kind,
         "base_loss": loss.get(("base", 0)),
-        "zero_token_loss": loss[first, 0],
+        "zero_token_loss": loss[first, start],
         "final_loss": loss[run.arm, last],
         "control_loss": loss.get(("control", config.train.steps)),
         **more,

@@ -8,6 +8,7 @@ from typing import Any
 
 import grain
 import jax
+import optax
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.load import load_params
@@ -23,7 +24,9 @@ from solar_jax.monitoring.goodput import Ledger
 from solar_jax.monitoring.trackers import Writers
 from solar_jax.parallel import rules
 from solar_jax.training.objectives import Measures, Objective, next_token, text_measures
+from solar_jax.training.optimizer import Rewarm, make_optimizer
 from solar_jax.training.partition import Partition, make_partition
+from solar_jax.training.state import State
 from solar_jax.training.step import make_eval_step, means, with_error
 
 
@@ -57,6 +60,19 @@ class Run:
         return kind_of(self.config.data.format)
 
     @property
+    def rewarm(self) -> Rewarm:
+        """Where the learning rate rises again, since the model grows there."""
+        return Rewarm(self.config.growth.steps, self.config.growth.rewarm_steps)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The run's optimiser, which spans all its steps."""
+        config = self.config
+        return make_optimizer(
+            config.optimizer, config.train.steps, precision(config.train), seed=config.seed, mesh=self.mesh,
+            rewarm=self.rewarm,
+        )  # fmt: skip
+
+    @property
     def arm(self) -> str:
         """The name of the arm whose result is the run's."""
         return "healed" if self.kind == "text" else "tuned"
@@ -69,17 +85,22 @@ class Arm:
     name: str
     checkpoint: Checkpoint  # its first weights
     folder: pathlib.Path
-    trainable: str  # a name of training.optimizer.TRAINABLE
+    trainable: str  # a name of training.partition.TRAINABLE
+    lora: LoraConfig | None = None
+    new_rate: float = 1.0  # factor of the learning rate of new layers
+    first: int = 0  # the step that it begins after
+    last: int = 0  # the step that it ends after; 0: the run's last
+    # (abstract state, optimiser, partition) -> {"params", "opt_state", "host"} that it begins with; None: the
+    # checkpoint's weights
+    begin: Callable[[State, optax.GradientTransformation, Partition], State] | None = None
 
     @property
     def cfg(self) -> ModelConfig:
         return self.checkpoint.cfg
 
-    lora: LoraConfig | None = None
-
     @property
     def partition(self) -> Partition:
-        return make_partition(self.trainable, self.checkpoint.layer_map, self.lora)
+        return make_partition(self.trainable, self.checkpoint.layer_map, self.lora, self.new_rate)
 
 
 def say(text: str = "") -> None:

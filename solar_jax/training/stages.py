@@ -1,17 +1,26 @@
 """The stages of a run, each a function of it; a recipe is a sequence of stages."""
 
+import functools
 from collections.abc import Callable
+
+import optax
 
 from solar_jax.checkpoints.adapters import OWN, OwnAdapter, lows_of, replication_of, write_peft
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
 from solar_jax.checkpoints.open import open_checkpoint, read_adapter
+from solar_jax.checkpoints.views import grown
+from solar_jax.model.precision import precision
 from solar_jax.orbax_store.layout import MODEL_FOLDER, newest
+from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.parallel import processes
 from solar_jax.storage import bucket_folder
 from solar_jax.storage.atomic_folder import new_folder
 from solar_jax.storage.paths import is_local
+from solar_jax.training.growing import Phase, grown_state, make_phases
 from solar_jax.training.loop import train_arm
+from solar_jax.training.partition import Partition
 from solar_jax.training.run import Arm, Run, evaluate, first_params, say
+from solar_jax.training.state import State, abstract_state, state_shardings
 from solar_jax.training.tuning import tune_on_answers, tune_on_pairs
 
 Stage = Callable[[Run], None]
@@ -28,8 +37,41 @@ def measure_base(run: Run) -> None:
 
 
 def heal(run: Run) -> None:
-    """Trains the grown model."""
-    train_arm(run, Arm("healed", run.grown, run.workdir, run.config.train.trainable, run.config.lora))
+    """Trains the grown model; where it grows in the run, the base first, one phase after the other."""
+    train, growth = run.config.train, run.config.growth
+    phases = make_phases(run.checkpoint.cfg.num_hidden_layers, run.config)
+    before: Arm | None = None
+    for phase in phases:
+        healed = phase is phases[-1]
+        folder = run.workdir if healed else run.workdir / f"until_{phase.last}"
+        arm = Arm(
+            "healed" if healed else f"until_{phase.last}",
+            run.grown if healed else grown(run.checkpoint, phase.total),
+            folder,
+            train.trainable if healed or train.trainable == "no_embed" else "all",
+            run.config.lora,
+            new_rate=growth.new_rate,
+            first=phase.first,
+            last=phase.last,
+            begin=None if before is None else functools.partial(_grown_from, run, before, phase),
+        )
+        train_arm(run, arm)
+        before = arm
+
+
+def _grown_from(
+    run: Run, before: Arm, phase: Phase, abstract: State, optimizer: optax.GradientTransformation, partition: Partition
+) -> State:
+    """Reads the last checkpoint of the phase before and grows it, so that a resumed run begins with the same bits."""
+    weights, its = precision(run.config.train).weights, before.partition
+    shardings = state_shardings(before.cfg, optimizer, run.mesh, its)
+    wanted = abstract_state(before.cfg, weights, optimizer, shardings, its)
+    with CheckpointStore(before.folder, run.config.checkpoint) as store:
+        params, opt_state, host = store.restore(phase.first, wanted["params"], wanted["opt_state"])
+    say(f"{before.name}: step {phase.first} done; growing by {phase.growth.operator}")
+    state = {"params": params, "opt_state": opt_state}
+    kind, post_norm = run.config.growth.state, run.checkpoint.cfg.post_norm
+    return grown_state(state, abstract, phase, kind, post_norm, partition, optimizer) | {"host": host}
 
 
 def tune(run: Run) -> None:
@@ -83,7 +125,8 @@ def _losses(run: Run) -> dict[str, float]:
     last = _last_step(run)
     found = {(r["arm"], r["step"]): r["loss"] for r in run.evals.read()}
     before = "grown, not trained" if run.kind == "text" else "before tuning"
-    names = {("base", 0): "base", (run.arm, 0): before, (run.arm, last): f"this model, {last} steps"}
+    first = max(run.config.growth.steps, default=0)  # the last growth, where the arm begins
+    names = {("base", 0): "base", (run.arm, first): before, (run.arm, last): f"this model, {last} steps"}
     return {name: found[key] for key, name in names.items() if key in found}
 
 

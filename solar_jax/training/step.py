@@ -163,8 +163,9 @@ def make_train_step(
 
         loss, count, sums, grads = over_slices(mesh, accumulated)(trained, objective.whole(batch))
         count = jnp.maximum(count, 1.0)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        grads = partition.shared(jax.tree.map(lambda g: g / count, grads))
         updates, opt_state = optimizer.update(grads, state["opt_state"], trained)
+        updates = partition.paced(typing.cast(Params, updates))
         new_params = partition.replaced(params, typing.cast(Params, optax.apply_updates(trained, updates)))
         new_state = {"params": new_params, "opt_state": opt_state}
         measured = {"loss": loss / count, "grad_norm": optax.global_norm(grads)}

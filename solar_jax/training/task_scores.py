@@ -36,8 +36,9 @@ class TaskScores:
 
     def due(self, step: int) -> bool:
         """True if the tasks are measured after a step."""
-        every, last = self._run.config.evaluation.task_every, self._run.config.train.steps
-        return self._run.suite is not None and (step in (0, last) or bool(every and step % every == 0))
+        every, arm = self._run.config.evaluation.task_every, self._arm
+        ends = arm.first, arm.last or self._run.config.train.steps
+        return self._run.suite is not None and (step in ends or bool(every and step % every == 0))
 
     def measure(self, step: int, params: Params) -> None:
         """Measures, records and prints the scores, if they are due and not known; a resumed run reads them."""

@@ -28,6 +28,15 @@ GROWTHS = [
     GrowthConfig("average", every=2),
     GrowthConfig("identity"),
     GrowthConfig("slices", slices="4:6,0:3"),
+    GrowthConfig("blocks", blocks="0:2x3,3:5"),
+    GrowthConfig("midas", b=2),
+    GrowthConfig("lidas", b=3),
+    GrowthConfig("stack_last", b=2),
+    GrowthConfig("split", a=1, b=4, alpha=0.25),
+    GrowthConfig("split_sqrt", a=1, b=4),
+    GrowthConfig("linear_lesa", every=2),
+    GrowthConfig("gated", of="dus", m=2, beta=0.25),
+    GrowthConfig("tied", of="dus", m=2),
 ]
 IDS = [g.operator for g in GROWTHS]
 
@@ -58,6 +67,13 @@ def forward(layers: int):
     return jax.jit(lambda params: llama.logits(cfg, params, tokens))
 
 
+def fit_by_hand(stacked: np.ndarray) -> np.ndarray:
+    """(a, b) of W_i = a W_{i-1} + b W_{i+1}, by a least-squares solver on the elements."""
+    x = stacked.astype(np.float64).reshape(len(stacked), -1)
+    before, here, after = x[:-2].reshape(-1), x[1:-1].reshape(-1), x[2:].reshape(-1)
+    return np.linalg.lstsq(np.stack((before, after), axis=1), here)[0].astype(np.float32)
+
+
 def output(params: Params) -> np.ndarray:
     return np.asarray(forward(len(params["layers"]["q_proj"]))(params))
 
@@ -79,8 +95,11 @@ def test_the_gather_is_a_loop_over_layers_bit_by_bit(growth, dtype):
         for i in range(layer_map.layers):
             layer = stacked[layer_map.source[i]]
             if layer_map.partner[i] != layer_map.source[i]:
-                other = stacked[layer_map.partner[i]]
-                layer = ((layer.astype(np.float32) + other.astype(np.float32)) / 2).astype(layer.dtype)
+                wide, other = layer.astype(np.float32), stacked[layer_map.partner[i]].astype(np.float32)
+                a, b = fit_by_hand(stacked) if layer_map.mix == "fit" else (np.float32(0.5), np.float32(0.5))
+                layer = (a * wide + b * other).astype(layer.dtype)
+            if name in SCALED and layer_map.scale[i] != 1:
+                layer = layer * np.asarray(layer_map.scale[i], layer.dtype)
             grown = np.asarray(found["layers"][name][i])
             if layer_map.scale[i] == 0 and name in SCALED:
                 assert not grown.any(), (name, i)
@@ -95,11 +114,35 @@ def test_the_identity_gives_the_bases_logits_bitwise():
     np.testing.assert_array_equal(bits(output(grow(params, identity(6)))), bits(output(params)))
 
 
-@pytest.mark.parametrize("growth", [GrowthConfig("llama_pro", every=2), GrowthConfig("llama_pro", every=1)])
-def test_llama_pro_changes_no_logit(growth):
+PRESERVING = [
+    GrowthConfig("llama_pro", every=2),
+    GrowthConfig("llama_pro", every=1),
+    GrowthConfig("zeroed", m=2, inner="mean"),
+    GrowthConfig("gated", of="dus", m=2, beta=0.0),
+    GrowthConfig("gated", of="blocks", blocks="0:2x3,3:5", beta=0.0),
+    GrowthConfig("split", a=1, b=5, alpha=1.0),
+]
+
+
+@pytest.mark.parametrize("growth", PRESERVING, ids=str)
+def test_growth_that_keeps_the_bases_outputs_changes_no_logit(growth):
     # Bitwise: a zeroed layer adds exactly 0 to the residual stream, and the scan runs the same code for each layer.
     params, layer_map = random_params(), make_layer_map(6, growth)
     np.testing.assert_array_equal(output(grow(params, layer_map)), output(params))
+
+
+@pytest.mark.parametrize("of", ["dus", "blocks"])
+def test_a_gate_of_1_is_the_operator_itself_bit_by_bit_and_one_of_a_half_is_not(of):
+    params, keys = random_params(), {"m": 2, "blocks": "0:2x3,3:5"}
+    plain = grow(params, make_layer_map(6, GrowthConfig(of, **keys)))
+    assert_same_bits(grow(params, make_layer_map(6, GrowthConfig("gated", of=of, beta=1.0, **keys))), plain)
+    half = grow(params, make_layer_map(6, GrowthConfig("gated", of=of, beta=0.5, **keys)))
+    assert np.abs(output(half) - output(plain)).max() > 1e-2
+
+
+def test_a_layer_map_with_noise_is_refused_where_names_are_unknown():
+    with pytest.raises(ValueError, match=r"inner=normal.* views\.grown"):
+        grow(random_params(), make_layer_map(6, GrowthConfig("zeroed", m=2, inner="normal")))
 
 
 def test_llama_pro_without_the_zeros_changes_the_logits():

@@ -83,6 +83,7 @@ class Stored:
     def __init__(self, view: Checkpoint):
         self.c = c = view.source
         self.layer_map, self.dtype = view.layer_map, view.cast_to
+        self.derived = Derived(self)
         self._gguf: dict[str, Any] = {}
         self._interleaved = ()  # tensors that llama.cpp's converter stores with rotary pairs side by side
         if len(c.files) == 1 and _starts_with(c.files[0], b"GGUF"):
@@ -151,26 +152,86 @@ def source_names(layer_map: LayerMap, path: str, layer: int | None) -> list[str]
     return [TENSORS[path].hf.format(i) for i in dict.fromkeys((layer_map.source[layer], layer_map.partner[layer]))]
 
 
-def recomputed(parts: Sequence[np.ndarray], scale: float) -> np.ndarray:
-    """Returns the mean of one or two arrays times `scale`, each step rounded to the first one's dtype, as float32."""
+def recomputed(parts: Sequence[np.ndarray], scale: float, pair: tuple[float, float] | None = None) -> np.ndarray:
+    """Returns the mixture of one or two arrays times `scale`, each step rounded to the first one's dtype, as float32.
+
+    Two arrays give their mean, or a x + b y where `pair` is (a, b).
+    """
     dtype = parts[0].dtype
     x = widen(parts[0])
     if len(parts) == 2:
-        x = widen(rounded_to((x + widen(parts[1])) / np.float32(2), dtype))
+        y = widen(parts[1])
+        x = (x + y) / np.float32(2) if pair is None else np.float32(pair[0]) * x + np.float32(pair[1]) * y
+        x = widen(rounded_to(x, dtype))
     if scale != 1.0:
         x = widen(rounded_to(x * widen(rounded_to(np.array([scale], np.float32), dtype)), dtype))
     return x
 
 
+class Derived:
+    """What growth derives from the values of the base: coefficients of fits, and noise."""
+
+    def __init__(self, stored: Stored):
+        self._stored, self._pairs, self._spreads = stored, {}, {}
+
+    def pair(self, path: str) -> tuple[float, float] | None:
+        """(a, b) of a W_i + b W_{i+1}, or None where two layers give their mean."""
+        if self._stored.layer_map.mix != "fit":
+            return None
+        if path not in self._pairs:
+            c, n, gram, right = self._stored.c, self._stored.layer_map.base_layers, np.zeros((2, 2)), np.zeros(2)
+            for rows in row_blocks(hf_shape(path, c.cfg), row_unit(path, c.cfg)):
+                wide = [self._flat(TENSORS[path].hf.format(i), rows) for i in range(n)]
+                for before, here, after in zip(wide, wide[1:], wide[2:], strict=False):
+                    both = np.stack((before, after))
+                    gram += both @ both.T
+                    right += both @ here
+            a, b = np.linalg.pinv(gram, rcond=1e-12, hermitian=True) @ right
+            self._pairs[path] = float(np.float32(a)), float(np.float32(b))
+        return self._pairs[path]
+
+    def _flat(self, name: str, rows: slice) -> np.ndarray:
+        return widen(np.ascontiguousarray(self._stored.values(name, rows))).reshape(-1).astype(np.float64)
+
+    def noise(self, name: str, source: str, rows: slice) -> np.ndarray:
+        """Rows of a matrix of noise with the standard deviation of `source`, in its dtype."""
+        if source not in self._spreads:
+            self._spreads[source] = np.float32(np.std(self._flat(source, slice(None))))
+        shape = self._stored.c.shape_of[source]
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+        drawn = [
+            np.random.Generator(np.random.Philox(key=key, counter=[0, 0, row, 0])).standard_normal(
+                math.prod(shape[1:]), np.float32
+            )
+            for row in range(shape[0])[rows]
+        ]
+        return rounded_to(np.stack(drawn) * self._spreads[source], self._stored.c.dtype_of[source])
+
+
 def grown_tensor(stored: Stored, path: str, layer: int | None, rows: slice) -> np.ndarray:
     """Computes rows of a tensor of the grown model from the base alone, float32 in HF's layout."""
-    parts = [np.ascontiguousarray(stored.values(name, rows)) for name in source_names(stored.layer_map, path, layer)]
+    parts, scale = _parts(stored, path, layer, rows), _scale(stored, path, layer)
+    pair = stored.derived.pair(path) if len(parts) == 2 else None
     out = np.empty(parts[0].shape, np.float32)
-    flat, scale = [part.reshape(-1) for part in parts], _scale(stored, path, layer)
+    flat = [part.reshape(-1) for part in parts]
     for start in range(0, out.size, _PIECE):  # a mean needs several times its own memory
         piece = slice(start, start + _PIECE)
-        out.reshape(-1)[piece] = recomputed([part[piece] for part in flat], scale)
+        out.reshape(-1)[piece] = recomputed([part[piece] for part in flat], scale, pair)
     return out
+
+
+def _parts(stored: Stored, path: str, layer: int | None, rows: slice) -> list[np.ndarray]:
+    """What a tensor is mixed from: rows of its sources, or noise."""
+    sources = source_names(stored.layer_map, path, layer)
+    if layer is not None and _is_noise(stored, path, layer):
+        return [stored.derived.noise(TENSORS[path].hf.format(layer), sources[0], rows)]
+    return [np.ascontiguousarray(stored.values(source, rows)) for source in sources]
+
+
+def _is_noise(stored: Stored, path: str, layer: int | None) -> bool:
+    """Returns whether a tensor is noise: a matrix of a layer that the layer map gives noise."""
+    matrix = len(hf_shape(path, stored.c.cfg)) > 1
+    return layer is not None and stored.layer_map.noise[layer] and matrix
 
 
 def _scale(stored: Stored, path: str, layer: int | None) -> float:
@@ -245,9 +306,14 @@ def _check(
         expected = " or ".join(sorted(d.name for d in allowed))
         raise UserError(f"{result.where}: {name} must be {expected}, found {after.name}.")
     made = [stored.made(source) for source in sources[:1]]
+    noise, pair = _is_noise(stored, path, layer), None
+    if noise:
+        made.append("noise with the standard deviation")
     if len(sources) == 2:
         assert layer is not None
-        made.append(f"mean of layers {stored.layer_map.source[layer]} and {stored.layer_map.partner[layer]}")
+        pair = stored.derived.pair(path)
+        mix = "mean" if pair is None else f"{pair[0]:.6g} and {pair[1]:.6g} times the values"
+        made.append(f"{mix} of layers {stored.layer_map.source[layer]} and {stored.layer_map.partner[layer]}")
     made += [f"scaled by {scale}"] if scale != 1.0 else []
     made += [f"cast {before.name}->{after.name}"] if after != before else []
     digest, equal, difference = hashlib.sha256(), True, 0.0
@@ -256,10 +322,10 @@ def _check(
         found = np.ascontiguousarray(result.read(name, rows)).reshape(-1)
         digest.update(found.view(np.uint8).data)
         if computed:
-            parts = [np.ascontiguousarray(stored.values(source, rows)).reshape(-1) for source in sources]
+            parts = [part.reshape(-1) for part in _parts(stored, path, layer, rows)]
             for start in range(0, found.size, _PIECE):
                 piece = slice(start, start + _PIECE)
-                x = recomputed([part[piece] for part in parts], scale)
+                x = recomputed([part[piece] for part in parts], scale, pair)
                 equal &= np.array_equal(bits(rounded_to(x, after)), bits(found[piece]))
                 if after != before:
                     difference = max(difference, _distance(widen(found[piece]), x))
