@@ -93,9 +93,7 @@ class GrowthConfig:
     every: int = 4  # llama_pro, average, linear_lesa: a new layer after every so many
     copies: int = 2  # naive, interleave: how often each layer stands
     slices: str = ""  # slices: half-open source ranges, e.g. "0:24,8:32"
-    blocks: str = (
-        ""  # blocks: disjoint source ranges and how often each is visited, e.g. "2:20" (twice) or "2:8x3,9:12"
-    )
+    blocks: str = ""  # blocks: disjoint source ranges and how often each is visited: "2:20" (twice), "2:8x3,9:12"
     of: str = "dus"  # gated, tied: the operator whose layers they take, with its keys
     beta: float = 0.5  # gated: scale of what second and later visits add; 0: the base's outputs, 1: the operator's
     alpha: float = 0.5  # split: the first twin's scale; the second has 1 - alpha
@@ -129,8 +127,9 @@ class GrowthConfig:
 class DataConfig:
     # Each entry is "PATH[?text=COLUMN&epochs=N&limit=TOKENS&as=text][:weight]": a file of text, JSONL or JSON (.gz and
     # .zst too), Parquet, Arrow or ArrayRecord, a folder or glob of them, local, in a bucket or on the hub
-    # (hf://datasets/...), or the documentation that every CPython carries: pydoc-topics, pydoc-functions (records).
-    # Weights are shares of the tokens; of records, multiples of a source's size. ?as=text reads any file as plain text.
+    # (hf://datasets/...), or what every CPython carries: pydoc-topics, python-stdlib (sources of its library),
+    # pydoc-functions (records). Weights are shares of the tokens; of records, multiples of a source's size. ?as=text
+    # reads any file as plain text.
     sources: tuple[str, ...] = ("pydoc-topics",)
     text_key: str = "text"  # the JSON key or column of the text, where a source does not say ?text=
     skip_empty: bool = True  # documents whose text is empty or null are skipped and counted; False refuses them
@@ -322,7 +321,7 @@ class ExportConfig:
 class Config:
     name: str = ""
     seed: int = 0
-    source: str = ""  # checkpoint to grow: HF folder or hub id, .gguf file, one of our own, or "smollm2"
+    source: str = ""  # checkpoint to grow: HF folder or hub id, .gguf file, one of our own, smollm2, or scratch
     fallback: str = ""  # the sibling config to name when this one does not fit the machine
     model: ShapeConfig = ShapeConfig()
     growth: GrowthConfig = GrowthConfig()

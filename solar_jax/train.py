@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax.checkpoints.find import check_local
+from solar_jax.checkpoints.scratch import check_source
 from solar_jax.cli import command
 from solar_jax.config import Config, resolve
 from solar_jax.data.sources import check_sources
@@ -50,7 +50,7 @@ def check() -> None:
         raise UserError("--config is missing; for a first run give --config=configs/dus_48l.py:smollm2.")
     config = resolve(f.config)
     command.folder_from_flag(f.workdir or f"runs/{config.name}")
-    check_local(config.source)
+    check_source(config.source)
     check_sources(config.data)
 
 
@@ -61,7 +61,7 @@ if __name__ == "__main__":
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.companions import template_files, template_text, with_end
 from solar_jax.checkpoints.hf_config import differences
-from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.scratch import open_source
 from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.checkpoints.views import grown
 from solar_jax.checkpoints.write_hf import parse_size
@@ -142,7 +142,7 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
         layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
         trained = make_partition(config.train.trainable, layer_map, config.lora)
         search.choose(grown_config(config.model.architecture, layer_map), config, devices, trained)
-    checkpoint = open_checkpoint(config.source)
+    checkpoint = open_source(config.source, config.model, config.seed)
     check_model(config, checkpoint)
     layer_map = make_layer_map(checkpoint.cfg.num_hidden_layers, config.growth)
     make_phases(checkpoint.cfg.num_hidden_layers, config)  # refuses growth that a run cannot make

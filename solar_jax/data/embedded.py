@@ -2,16 +2,24 @@
 
 import importlib
 import inspect
+import pathlib
+import sysconfig
+import tokenize
 from collections.abc import Iterator
 from typing import Any
 
 TOPICS = "pydoc-topics"  # the documentation topics, as text
 FUNCTIONS = "pydoc-functions"  # questions about functions of the standard library, as conversations or pairs
-EMBEDDED = (TOPICS, FUNCTIONS)
+STDLIB = "python-stdlib"  # the sources of the standard library, as text
+EMBEDDED = (TOPICS, FUNCTIONS, STDLIB)
 _MODULES = (
     "builtins", "math", "itertools", "functools", "collections", "string", "re", "json", "statistics", "random",
     "os.path", "shutil", "datetime", "textwrap", "operator", "bisect", "heapq", "pathlib", "inspect", "zlib",
 )  # fmt: skip
+# Not part of the library, tables of characters, or the text of TOPICS, whose held-out documents must stay unseen
+_LEFT_OUT = {
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "encodings", "pydoc_data",
+}  # fmt: skip
 
 
 def topics() -> Iterator[tuple[str, str]]:
@@ -19,6 +27,23 @@ def topics() -> Iterator[tuple[str, str]]:
     from pydoc_data.topics import topics as found
 
     yield from ((name, found[name]) for name in sorted(found) if found[name])
+
+
+def stdlib() -> Iterator[tuple[str, str]]:
+    """Yields (name, text) of each module of the standard library, without its tests and what is installed beside it."""
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root)
+        if not _LEFT_OUT & set(name.parts) and (text := _source_text(file)):
+            yield name.as_posix(), text
+
+
+def _source_text(file: pathlib.Path) -> str:
+    with tokenize.open(file) as f:  # in the encoding that the file declares
+        return f.read()
+
+
+TEXTS = {TOPICS: topics, STDLIB: stdlib}
 
 
 def functions() -> list[tuple[str, str]]:

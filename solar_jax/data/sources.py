@@ -6,13 +6,14 @@ import hashlib
 import heapq
 import itertools
 import pathlib
+import platform
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from solar_jax.config import DataConfig
 from solar_jax.data.chat.formats import FORMS, contents, kind_of, read_record
-from solar_jax.data.embedded import EMBEDDED, FUNCTIONS, TOPICS, records, topics
+from solar_jax.data.embedded import EMBEDDED, FUNCTIONS, TEXTS, records
 from solar_jax.data.files import find_files
 from solar_jax.data.readers import WHOLE, read_documents
 from solar_jax.errors import UserError
@@ -147,11 +148,11 @@ def documents(source: Source, on_empty: Callable[[], None] = lambda: None) -> It
         names file, record and column.
     """
     if source.path in EMBEDDED:
-        if (source.path == TOPICS) != (source.kind == "text"):
-            holds = "text" if source.path == TOPICS else "conversations and pairs"
+        if (source.path in TEXTS) != (source.kind == "text"):
+            holds = "text" if source.path in TEXTS else "conversations and pairs"
             raise UserError(f"config.data.sources: {source.path} holds {holds}; config.data.format is {source.form!r}.")
-        if source.path == TOPICS:
-            yield from (Document(f"{TOPICS}:{name}", text) for name, text in topics())
+        if source.path in TEXTS:
+            yield from (Document(f"{source.path}:{name}", text) for name, text in TEXTS[source.path]())
         else:
             for name, record in records(source.kind):
                 found = read_record(record, f"{FUNCTIONS}:{name}", source.form)
@@ -178,7 +179,7 @@ def choice(source: Source) -> str:
       UserError: as `documents`.
     """
     if source.path in EMBEDDED:
-        return f"{source.path}, the documentation of this Python"
+        return f"{source.path}, of this Python ({platform.python_version()})"
     found = find_files(source.path, source.plain)
     kinds = sorted({file.ending or "no ending" for file in found.files})
     said = f"{source.path}: {len(found.files):,} file(s) of {', '.join(kinds[:_NAMED])}"

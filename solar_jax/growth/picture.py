@@ -2,6 +2,7 @@
 
 from solar_jax.growth.operators import LayerMap
 
+_MIXES = {"mean": "means of two neighbours", "fit": "fitted to two neighbours"}
 _MOST_BARS = 12  # with more runs than this, bars would hide the pattern and a grid of numbers is drawn
 
 
@@ -65,8 +66,15 @@ def picture(layer_map: LayerMap, base_parameters: int, parameters: int) -> str:
     lines.append(
         f"  {sum(layer_map.new)} new layers"
         + (f", {zeroed} with o_proj and down_proj zeroed" if zeroed else "")
-        + (f", {means} means of two neighbours" if means else "")
+        + (f", {means} {_MIXES[layer_map.mix]}" if means else "")
+        + (f", {sum(layer_map.noise)} with other matrices of noise" if any(layer_map.noise) else "")
     )
+    partly = [i for i, scale in enumerate(layer_map.scale) if scale not in (0, 1)]
+    for scale in sorted({layer_map.scale[i] for i in partly}):
+        its = [i for i in partly if layer_map.scale[i] == scale]
+        lines.append(f"  o_proj and down_proj scaled by {scale:g} in layers {layer_list(its)}")
+    if layer_map.tied:
+        lines.append("  layers of one source share their weights in training")
     return "\n".join(lines)
 
 

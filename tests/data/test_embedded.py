@@ -1,5 +1,7 @@
 """What every CPython carries: questions about its functions, as conversations and as pairs."""
 
+import inspect
+import json.decoder
 import math
 
 import pytest
@@ -36,3 +38,15 @@ def test_records_are_not_taken_for_text():
     (source,) = sources_of(DataConfig(sources=(embedded.FUNCTIONS,)))
     with pytest.raises(UserError, match="pydoc-functions holds conversations and pairs"):
         list(documents(source))
+
+
+def test_the_standard_librarys_sources_are_a_million_tokens_and_hold_no_help_topic():
+    (source,) = sources_of(DataConfig(sources=(embedded.STDLIB,)))
+    found = {d.id: d.text for d in documents(source)}
+    assert found["python-stdlib:json/decoder.py"] == inspect.getsource(json.decoder)
+    assert sum(map(len, found.values())) > 5_000_000
+    assert not any(name.split(":")[1].startswith(("test", "encodings", "pydoc_data")) for name in found)
+    topics = [text for _, text in embedded.topics() if len(text) > 500]
+    everything = "\n".join(found.values())
+    assert not any(text[100:300] in everything for text in topics)
+    assert topics[0][100:300] in "\n".join(topics)  # the control

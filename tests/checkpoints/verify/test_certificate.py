@@ -79,6 +79,7 @@ def assert_sound(found: dict) -> None:
     assert certificate.failures(found) == []
 
 
+NOISE = GrowthConfig("zeroed", m=2, inner="normal")
 # growth -> (source layer of each output layer, those of which every tensor is its, distance to the base's logits)
 SOUND = {
     "identity": (IDENTITY, [0, 1, 2, 3, 4, 5], {0, 1, 2, 3, 4, 5}, 0.0),
@@ -86,6 +87,10 @@ SOUND = {
     "llama_pro": (PRO, [0, 1, 2, 2, 3, 4, 5, 5], {0, 1, 2, 4, 5, 6}, 0.0),
     "zeroed": (ZEROED, [0, 1, 2, 3, 2, 3, 2, 3, 4, 5], {0, 1, 2, 3, 8, 9}, 0.0),
     "average": (AVERAGE, [0, 1, 2, 2, 3, 4, 5], {0, 1, 2, 4, 5, 6}, None),
+    "linear_lesa": (GrowthConfig("linear_lesa", every=3), [0, 1, 2, 2, 3, 4, 5], {0, 1, 2, 4, 5, 6}, None),
+    "gated": (GrowthConfig("gated", m=2, beta=0.25), [0, 1, 2, 3, 2, 3, 4, 5], {0, 1, 2, 3, 6, 7}, None),
+    "gated by 0": (GrowthConfig("gated", m=2, beta=0.0), [0, 1, 2, 3, 2, 3, 4, 5], {0, 1, 2, 3, 6, 7}, 0.0),
+    "noise": (NOISE, [0, 1, 2, 3, 2, 3, 2, 3, 4, 5], {0, 1, 2, 3, 8, 9}, 0.0),
     "one layer": (GrowthConfig("slices", slices="4:5"), [4], {0}, None),
 }
 
@@ -126,6 +131,11 @@ def test_computed_tensors_say_how_they_were_made(tmp_path, tiny):
     assert record["source"] == ["model.layers.2.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"]
     assert (record["made"], record["equals_recomputation"]) == ("mean of layers 2 and 3", True)
     found = convert(tiny, tmp_path / "pro", PRO)["tensors"]
+    fit = convert(tiny, tmp_path / "fit", GrowthConfig("linear_lesa", every=3))["tensors"][UP]
+    assert fit["source"] == record["source"]
+    assert re.fullmatch(r"-?[\d.e-]+ and -?[\d.e-]+ times the values of layers 2 and 3", fit["made"])
+    noise = convert(tiny, tmp_path / "noise", NOISE)["tensors"]["model.layers.4.mlp.up_proj.weight"]
+    assert (noise["made"], noise["equals_recomputation"]) == ("noise with the standard deviation", True)
     scaled = {name for name, record in found.items() if record["made"] == "scaled by 0.0"}
     assert scaled == {f"model.layers.{i}.{x}.weight" for i in (3, 7) for x in ("self_attn.o_proj", "mlp.down_proj")}
 
