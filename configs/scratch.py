@@ -12,8 +12,8 @@ The model grows by `growth.operator` after `growth.at_step` steps and again at e
   chosen    everything: no paper gives this recipe
 
 :stdlib, the same file at the size of a laptop
-  trains    4 -> 6 -> 8 layers by LIDAS, 7.9 M parameters, of which 6.3 M are the embedding of SmolLM2's tokenizer, on the sources of
-            Python's standard library
+  trains    4 -> 6 -> 8 layers by LIDAS, 7.9 M parameters, of which 6.3 M are the embedding of SmolLM2's tokenizer, on
+            the sources of Python's standard library
   needs     2 GiB of memory, some minutes on 2 cores
 """
 

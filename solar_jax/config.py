@@ -98,6 +98,7 @@ class GrowthConfig:
     beta: float = 0.5  # gated: scale of what second and later visits add; 0: the base's outputs, 1: the operator's
     alpha: float = 0.5  # split: the first twin's scale; the second has 1 - alpha
     inner: str = "copy"  # zeroed: projections that are not 0, copy, mean (of the neighbours) or normal (noise)
+    beside: str = ""  # blocks of another cut, written as `blocks`, that is grown and trained beside on the same tokens
     at_step: int = 0  # growth after so many steps of the base; 0: before training
     schedule: tuple[int, ...] = ()  # later steps after which the operator is applied again (MIDAS, LIDAS, stacking)
     state: str = "copied"  # of new layers' optimiser state at at_step, a name of training.growing.STATES
@@ -112,6 +113,11 @@ class GrowthConfig:
             raise UserError(
                 f"config.growth.schedule={self.schedule} must rise from a config.growth.at_step above 0, found "
                 f"{self.at_step}."
+            )
+        if self.beside and self.at_step:
+            raise UserError(
+                f"config.growth.beside={self.beside!r} needs growth before the first step: config.growth.at_step=0, "
+                f"found {self.at_step}."
             )
         for key, value in (("rewarm_steps", self.rewarm_steps), ("state", self.state != "copied" and self.state)):
             if value and not self.at_step:

@@ -71,7 +71,7 @@ from solar_jax.data.chat.template import NAMED
 from solar_jax.data.corpus import heldout_rows, load_corpus
 from solar_jax.data.pipeline import batch_documents, heldout_batches, passes, training_rows
 from solar_jax.growth.apply import grown_config
-from solar_jax.growth.operators import make_layer_map
+from solar_jax.growth.operators import beside_map, make_layer_map
 from solar_jax.hardware import compilation
 from solar_jax.model.precision import precision
 from solar_jax.monitoring import metrics
@@ -146,6 +146,9 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     check_model(config, checkpoint)
     layer_map = make_layer_map(checkpoint.cfg.num_hidden_layers, config.growth)
     make_phases(checkpoint.cfg.num_hidden_layers, config)  # refuses growth that a run cannot make
+    if cut := beside_map(config.growth, checkpoint.cfg.num_hidden_layers):
+        trained = make_partition(config.train.trainable, cut, config.lora)
+        search.choose(grown_config(checkpoint.cfg, cut), config, devices, trained)
     partition = make_partition(config.train.trainable, layer_map, config.lora, config.growth.new_rate)
     deeper = grown(checkpoint, layer_map)
     option, need = search.choose(deeper.cfg, config, devices, partition)
@@ -244,6 +247,7 @@ def check_names(config: Config) -> None:
     for key, used, without in (
         ("train.control", config.train.control, kind != "text"),
         ("growth.at_step", config.growth.at_step > 0, kind != "text"),
+        ("growth.beside", bool(config.growth.beside), kind != "text"),
         ("preferences.chunks", config.preferences.chunks, kind != "pairs"),
         ("mesh.context", config.mesh.context > 1, kind != "text"),
     ):

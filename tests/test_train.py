@@ -27,6 +27,7 @@ from solar_jax.orbax_store.layout import newest
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.parallel.rules import parameter_shardings
 from solar_jax.training import loop, run_folder, stages
+from solar_jax.training.report import result_table
 from tests.conftest import byte_tokenizer, hf_model, save_hf
 
 REPO = pathlib.Path(__file__).parents[1]
@@ -94,6 +95,31 @@ def test_a_run_leaves_every_promised_file_and_key(finished):
         "checkpoints", "config.json", "control", "data.json", "evals.jsonl", "goodput.json", "hf", "loss.png",
         "metrics.jsonl", "model", "summary.json",
     ]  # fmt: skip
+
+
+def test_another_cut_is_trained_beside_on_the_same_tokens_and_changes_no_number_of_the_run(
+    finished, tiny, text, tmp_path
+):
+    _, whole, summary = finished
+    found = train.run(make_config(tiny, text, growth_beside="1:3"), tmp_path / "run")
+    assert metrics(tmp_path / "run") == metrics(whole)
+    cut = found["beside"]
+    assert (cut["operator"], cut["source_layers"]) == ("blocks(1:3)", [0, 1, 2, 1, 2, 3, 4, 5])
+    assert [r[0] for r in metrics(tmp_path / "run/beside")] == list(range(1, 7))
+    assert cut["final_loss"] < cut["zero_token_loss"] != summary["zero_token_loss"]
+    alone = make_config(tiny, text, growth_operator="blocks", growth_blocks="1:3")
+    assert train.run(alone, tmp_path / "alone")["final_loss"] == cut["final_loss"]
+    table = result_table(found).splitlines()
+    assert [line.split()[0] for line in table] == ["model", "base", "grown,", "healed", "grown,", "healed"]
+    assert table[4].startswith("grown, blocks(1:3)")
+
+
+def test_a_cut_beside_that_does_not_fit_is_refused(tiny, text, tmp_path):
+    with pytest.raises(UserError, match=r"blocks\(4:9\) .* found 4:9"):
+        train.run(make_config(tiny, text, growth_beside="4:9"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"growth\.beside='1:3' needs growth before the first step"):
+        make_config(tiny, text, growth_beside="1:3", growth_at_step=2)
 
 
 def test_the_lineage_leads_from_the_healed_model_to_the_base(finished, tiny):

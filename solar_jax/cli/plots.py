@@ -32,7 +32,7 @@ def plot_losses(
     ax = figure.subplots()
     if base_loss is not None:
         ax.axhline(base_loss, color="0.4", linestyle="--", linewidth=1.2, label=f"base, {base_loss:.3f}")
-    for (name, curves), color in zip(arms.items(), ("C1", "C0"), strict=False):
+    for (name, curves), color in zip(arms.items(), ("C1", "C2", "C0") if len(arms) > 2 else ("C1", "C0"), strict=False):
         steps, losses = zip(*curves["heldout"], strict=True)
         label = f"{name}, held out: {losses[0]:.3f} to {losses[-1]:.3f}"
         ax.plot([step * tokens_a_step for step in steps], losses, "o-", color=color, label=label)

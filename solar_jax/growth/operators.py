@@ -298,6 +298,15 @@ OPERATORS: dict[str, Callable[[int, GrowthConfig], LayerMap]] = {
 }
 
 
+def beside_map(growth: GrowthConfig, base_layers: int) -> LayerMap | None:
+    """The other cut that a run compares its growth with; None if there is none.
+
+    Raises:
+      UserError: blocks that do not fit the base.
+    """
+    return blocks(base_layers, GrowthConfig(blocks=growth.beside)) if growth.beside else None
+
+
 def composed(first: LayerMap, second: LayerMap) -> LayerMap:
     """The layer map that equals growth by `first` and then by `second`.
 

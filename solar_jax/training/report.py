@@ -13,6 +13,8 @@ from solar_jax.cli.progress import duration
 from solar_jax.config import Config, ModelConfig
 from solar_jax.data.corpus import Corpus
 from solar_jax.data.pipeline import passes
+from solar_jax.growth.apply import grown_config
+from solar_jax.growth.operators import beside_map
 from solar_jax.growth.picture import layer_list, picture
 from solar_jax.hardware import chips
 from solar_jax.model.flops import flops_per_token
@@ -73,6 +75,8 @@ def announce(
     say(f"devices   {jax.device_count()} x {kind}, {jax.process_count()} process(es)")
     say(mesh)
     say(f"memory    about {memory}; a device here has {chips.memory_bytes(jax.local_devices()[0]) / GIB:.1f} GiB")
+    if cut := beside_map(config.growth, base.num_hidden_layers):
+        say(f"beside    {cut.operator}: {cut.layers} layers, trained on the same tokens")
     seconds = expected_seconds(config, base, cfg, windows)
     say(f"time      about {duration(seconds)}; each step will show what is left\n")
 
@@ -83,7 +87,10 @@ def expected_seconds(config: Config, base: ModelConfig, cfg: ModelConfig, window
     train_tokens = config.train.steps * config.train.batch_size * length
     per_arm = 2 + (config.train.steps // config.evaluation.every - 1 if config.evaluation.every else 0)
     flops = 0.0
-    for arm, trains in ((base, config.train.control), (cfg, True)):
+    arms = [(base, config.train.control), (cfg, True)]
+    if cut := beside_map(config.growth, base.num_hidden_layers):
+        arms.append((grown_config(base, cut), True))
+    for arm, trains in arms:
         evals = per_arm if trains else 1
         flops += flops_per_token(arm, length) * (train_tokens * trains + evals * windows * length / 3)
     peak = chips.peak_flops(jax.devices()[0])
@@ -107,8 +114,17 @@ def summarise(run: Run, seconds: float) -> dict[str, Any]:
         for key, value in r.items()
         if key not in ("arm", "step", "loss")
     }
-    lines = metrics.JsonLines(run.workdir / "metrics.jsonl").read()
-    control = metrics.JsonLines(run.workdir / "control" / "metrics.jsonl").read()
+    lines = _lines(run, run.arm)
+    others = [r for name in ("beside", "control") for r in _lines(run, name)]
+    if cut := beside_map(config.growth, base.num_hidden_layers):
+        more["beside"] = {
+            "operator": cut.operator,
+            "layers": cut.layers,
+            "params": parameter_count(grown_config(base, cut)),
+            "source_layers": list(cut.source),
+            "zero_token_loss": loss["beside", 0],
+            "final_loss": loss["beside", config.train.steps],
+        }
     rates = sorted(r["tokens_per_second"] for r in lines)
     used = [r["mfu"] for r in lines if r["mfu"] is not None]
     return {
@@ -131,7 +147,7 @@ def summarise(run: Run, seconds: float) -> dict[str, Any]:
         "tokens_per_second": rates[len(rates) // 2],
         "mfu": sorted(used)[len(used) // 2] if used else None,
         "seconds": round(seconds, 1),
-        "time": run.ledger.summary(lines + control),
+        "time": run.ledger.summary(lines + others),
         "memory_peak_gib": chips.memory_peaks(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": dict(run.mesh.shape),
@@ -140,13 +156,22 @@ def summarise(run: Run, seconds: float) -> dict[str, Any]:
     }
 
 
+def _lines(run: Run, arm: str) -> list[dict[str, Any]]:
+    """The metrics of an arm; those of the run's own are in its folder."""
+    return metrics.JsonLines((run.workdir if arm == run.arm else run.workdir / arm) / "metrics.jsonl").read()
+
+
 def draw(run: Run, summary: dict[str, Any]) -> None:
     """Draws loss.png: the healing curve with the base's line and the control's curve."""
     arms = {}
-    for name, folder in ((run.arm, run.workdir), ("control", run.workdir / "control")):
+    shown = {run.arm: run.arm, "control": "control"}
+    if "beside" in summary:
+        shown = {run.arm: run.arm, "beside": f"beside, {summary['beside']['operator']}", "control": "control"}
+    for name, label in shown.items():
         heldout = [(r["step"], r["loss"]) for r in run.evals.read() if r["arm"] == name]
-        if lines := metrics.JsonLines(folder / "metrics.jsonl").read():
-            arms[name] = {"heldout": heldout, "train": [(r["step"], r["loss"]) for r in lines if r["loss"] is not None]}
+        if lines := _lines(run, name):
+            trained = [(r["step"], r["loss"]) for r in lines if r["loss"] is not None]
+            arms[label] = {"heldout": heldout, "train": trained}
     name = pathlib.PurePath(summary["source"]).name
     title = f"{name}, {summary['operator']}: {summary['base_layers']} to {summary['layers']} layers"
     a_step = run.config.train.batch_size * run.config.data.sequence_length
@@ -162,6 +187,9 @@ def result_table(s: dict[str, Any]) -> str:
         (f"grown, {s['operator']}", s["layers"], s["params"], 0, s["zero_token_loss"]),
         ("healed", s["layers"], s["params"], s["tokens"], s["final_loss"]),
     ]
+    if cut := s.get("beside"):
+        rows.append((f"grown, {cut['operator']}", cut["layers"], cut["params"], 0, cut["zero_token_loss"]))
+        rows.append(("healed", cut["layers"], cut["params"], s["tokens"], cut["final_loss"]))
     if s["control_loss"] is not None:
         rows.append(("control, not grown", s["base_layers"], s["base_params"], s["tokens"], s["control_loss"]))
     lines = [f"{'model':<24}{'layers':>7}{'parameters':>16}{'tokens':>14}{'held-out loss':>15}"]

@@ -1,5 +1,6 @@
 """The stages of a run, each a function of it; a recipe is a sequence of stages."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from solar_jax.checkpoints.adapters import OWN, OwnAdapter, lows_of, replication
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
 from solar_jax.checkpoints.open import open_checkpoint, read_adapter
 from solar_jax.checkpoints.views import grown
+from solar_jax.growth.operators import beside_map
 from solar_jax.model.precision import precision
 from solar_jax.orbax_store.layout import MODEL_FOLDER, newest
 from solar_jax.orbax_store.store import CheckpointStore
@@ -130,6 +132,14 @@ def _losses(run: Run) -> dict[str, float]:
     return {name: found[key] for key, name in names.items() if key in found}
 
 
+def train_beside(run: Run) -> None:
+    """Grows another cut and trains it on the same tokens, where the config asks for it."""
+    config = run.config
+    if cut := beside_map(config.growth, run.checkpoint.cfg.num_hidden_layers):
+        arm = Arm("beside", grown(run.checkpoint, cut), run.workdir / "beside", config.train.trainable, config.lora)
+        train_arm(run, dataclasses.replace(arm, new_rate=config.growth.new_rate))
+
+
 def train_control(run: Run) -> None:
     """Trains the base without growth on the same tokens, where the config asks for it."""
     if run.config.train.control:
@@ -142,6 +152,6 @@ def _last_step(run: Run) -> int:
     return max(r["step"] for r in run.evals.read() if r["arm"] == run.arm)
 
 
-CONTINUED_PRETRAINING: tuple[Stage, ...] = (measure_base, heal, export, train_control)
+CONTINUED_PRETRAINING: tuple[Stage, ...] = (measure_base, heal, export, train_beside, train_control)
 TUNING: tuple[Stage, ...] = (tune, export)
 RECIPES = {"text": CONTINUED_PRETRAINING, "conversations": TUNING, "pairs": TUNING}  # by kind of record
