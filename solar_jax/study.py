@@ -82,13 +82,16 @@ def main(argv: Sequence[str]) -> None:
     run_study(study, pathlib.Path(f.workdir or f"runs/{study.name}"), dry_run=f.dry_run)
 
 
-def run_study(study: StudyConfig, folder: pathlib.Path, *, dry_run: bool = False) -> Findings | None:
+def run_study(
+    study: StudyConfig, folder: pathlib.Path, *, dry_run: bool = False, devices: Sequence[jax.Device] | None = None
+) -> Findings | None:
     """Runs what is not finished and writes tables, pictures and the report.
 
     Args:
       study: its config.
       folder: of the study, from which it goes on.
       dry_run: only say what would be run.
+      devices: to run on; all that there are if None.
 
     Returns:
       What the report says; None for a dry run.
@@ -105,7 +108,8 @@ def run_study(study: StudyConfig, folder: pathlib.Path, *, dry_run: bool = False
     base = open_checkpoint(study.run.source)
     train.check_model(study.run, base)
     arms = plan_arms(study, base.cfg)
-    groups = device_groups(jax.devices(), study.devices_per_arm)
+    devices = jax.devices() if devices is None else devices
+    groups = device_groups(devices, study.devices_per_arm)
     if jax.process_count() > 1:
         raise UserError("study runs in one process; start it on one host.")
     tokenizer, eos = load_tokenizer(base), eos_id(base)
@@ -123,7 +127,7 @@ def run_study(study: StudyConfig, folder: pathlib.Path, *, dry_run: bool = False
             store.open(study, documents, text_record(base, corpus))
         done = sum(store.result(run) is not None for run in runs)
         say(f"{study.name} in {folder}\n{plan_lines(study, arms, {a.name: work(bench, a) for a in arms}, done)}")
-        say(f"devices   {len(groups)} group(s) of {len(groups[0])} of {len(jax.devices())} {groups[0][0].device_kind}")
+        say(f"devices   {len(groups)} group(s) of {len(groups[0])} of {len(devices)} {groups[0][0].device_kind}")
         say(f"text      {documents.note}\n")
         if dry_run:
             return None

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
 from solar_jax.config import Config, ModelConfig
+from solar_jax.errors import UserError
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import LayerMap, make_layer_map
 from solar_jax.model.flops import flops_per_token_in_part
@@ -95,8 +96,20 @@ def plan_arms(study: StudyConfig, base: ModelConfig) -> tuple[PlannedArm, ...]:
         steps = sorted({equal_steps(one, control.flops_a_token) for one in wanted})
         names = [arm.name] if len(steps) == 1 else [f"{arm.name}_{n}" for n in steps]
         found += [dataclasses.replace(control, name=name, steps=n) for name, n in zip(names, steps, strict=True)]
+    _check_differ([arm for arm in grown.values() if arm.control != "tokens"])
     found += [arm for arm in grown.values() if arm.control == "tied"]
     return (*found, *(arm for arm in grown.values() if not arm.control))
+
+
+def _check_differ(arms: Sequence[PlannedArm]) -> None:
+    """Raises a UserError for arms that are the same model trained alike, which would count twice in every table."""
+    known: dict[Hashable, str] = {}
+    for arm in arms:
+        key = (dataclasses.replace(arm.layer_map, operator=""), arm.trainable)
+        if (other := known.setdefault(key, arm.name)) != arm.name:
+            raise UserError(
+                f"config.arms: {other} and {arm.name} place the same layers and train the same part; leave one out."
+            )
 
 
 def equal_steps(arm: PlannedArm, flops_a_token: float) -> int:
@@ -157,7 +170,7 @@ def arms_near_best(
     study: StudyConfig, arms: Sequence[PlannedArm], results: Results, rates: Mapping[str, float],
     validation: np.ndarray, tokens: np.ndarray,
 ) -> list[PlannedArm]:  # fmt: skip
-    """Arms that run with every seed: the controls, and those near the best arm that is no control.
+    """Arms that run with every seed: controls, arms whose claim the report judges, those near the best that is tested.
 
     Near is within two standard errors of the paired difference of final losses on validation text at the first seed.
 
@@ -181,7 +194,7 @@ def arms_near_best(
 
     def is_near(name: str) -> bool:
         behind, error = difference_error(last[name], last[best], tokens[validation])
-        return name == best or math.isnan(error) or behind <= NEAR * error
+        return name in (best, study.searched, study.rival) or math.isnan(error) or behind <= NEAR * error
 
     return [arm for arm in arms if arm.name in last and (arm.control or is_near(arm.name))]
 

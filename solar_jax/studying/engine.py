@@ -156,7 +156,7 @@ def train_arm_of_study(
 
 def _check_finite(run: PlannedRun, step: int, loss: float) -> None:
     if not np.isfinite(loss):
-        raise UserError(f"{run}: the loss at step {step} of {run.arm.steps} is {loss}; a lower rate may help.")
+        raise UserError(f"the loss at step {step} of {run.arm.steps} is {loss}; a lower rate may help.")
 
 
 def _first_state(

@@ -88,7 +88,8 @@ class Findings:
     probe: Mapping[str, float]  # by arm, after the probe's steps; NaN where it has none
     to_base: Mapping[str, float | None]  # tokens at which an arm that grew reaches the base's loss
     comparisons: tuple[Comparison, ...]
-    correlations: Mapping[tuple[str, str], Interval]  # of zero, probe and end, over the arms that grew, first seed
+    first_seed: Mapping[str, Mapping[str, float]]  # zero-token, probe, end -> losses of the arms that grew, by arm
+    correlations: Mapping[tuple[str, str], Interval]  # between two of those times, over the arms that grew
     lead: Lead | None
 
     def measured(self, name: str) -> MeasuredArm | None:
@@ -114,6 +115,7 @@ def find(study: StudyConfig, arms: Sequence[PlannedArm], results: Results, docum
     curves = {one.arm.name: one.curve(list(one.runs), test, tokens) for one in measured}
     base = next((curves[one.arm.name][0] for one in measured if one.arm.control == "tokens"), math.nan)
     grew = [one for one in measured if one.arm.control in ("", "tied")]
+    first_seed = _at_first_seed(study, grew, test, tokens)
     return Findings(
         arms=tuple(measured),
         base_loss=base,
@@ -123,7 +125,8 @@ def find(study: StudyConfig, arms: Sequence[PlannedArm], results: Results, docum
         comparisons=tuple(
             _compared(study, one, control, documents) for one in grew for control in _controls(measured, one)
         ),
-        correlations=_correlations(study, grew, test, tokens),
+        first_seed=first_seed,
+        correlations=_correlations(study, first_seed),
         lead=_lead(study, measured, documents),
     )
 
@@ -163,16 +166,20 @@ def _common(one: MeasuredArm, other: MeasuredArm) -> list[int]:
     return [seed for seed in one.runs if seed in other.runs]
 
 
-def _correlations(
+def _at_first_seed(
     study: StudyConfig, grew: Sequence[MeasuredArm], test: np.ndarray, tokens: np.ndarray
-) -> dict[tuple[str, str], Interval]:
-    """At the first seed, which all arms have: means over other seeds would differ by the order of the data, too."""
-    curves = [one.curve([study.seeds[0]], test, tokens) for one in grew]
-    of = {
-        "zero-token": np.array([curve[0] for curve in curves]),
-        "probe": np.array([_at_probe(study, one, curve) for one, curve in zip(grew, curves, strict=True)]),
-        "end": np.array([curve[-1] for curve in curves]),
+) -> dict[str, dict[str, float]]:
+    """Losses at the first seed, which all arms have: means over seeds would differ by the order of the data, too."""
+    curves = [(one, one.curve([study.seeds[0]], test, tokens)) for one in grew]
+    return {
+        "zero-token": {one.arm.name: curve[0] for one, curve in curves},
+        "probe": {one.arm.name: _at_probe(study, one, curve) for one, curve in curves},
+        "end": {one.arm.name: curve[-1] for one, curve in curves},
     }
+
+
+def _correlations(study: StudyConfig, losses: Mapping[str, Mapping[str, float]]) -> dict[tuple[str, str], Interval]:
+    of = {when: np.array(list(by_arm.values())) for when, by_arm in losses.items()}
     pairs = [("zero-token", "end"), ("probe", "end"), ("zero-token", "probe")]
     return {(a, b): rank_correlation_interval(of[a], of[b], study.bootstrap) for a, b in pairs}
 

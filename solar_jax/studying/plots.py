@@ -1,13 +1,13 @@
 """Pictures of a study."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from solar_jax.cli.plots import png_bytes
 from solar_jax.studying.config import StudyConfig
-from solar_jax.studying.findings import Findings, MeasuredArm
+from solar_jax.studying.findings import Findings
 
 _CONTROLS = {"tokens": "black", "flops": "0.45", "tied": "C3"}  # by kind of control
 _WIDE = 9.0  # inches
@@ -102,21 +102,14 @@ def plot_differences(found: Findings) -> bytes:
 def plot_ranks(found: Findings, study: StudyConfig) -> bytes:
     """End loss of the arms that grew over their zero-token loss, and over that after the probe, at the first seed."""
     figure, colors = _figure(4.2), _colors(found)
-    grew = [one for one in found.arms if _is_grown(found, one.arm.name)]
-    before: Sequence[tuple[str, Callable[[MeasuredArm], float]]] = (
-        ("zero-token", lambda one: found.curves[one.arm.name][0]),
-        ("probe", lambda one: found.probe[one.arm.name]),
-    )
-    for ax, (name, of) in zip(figure.subplots(1, 2, sharey=True), before, strict=True):
-        for one in grew:
-            ax.plot(of(one), found.curves[one.arm.name][-1], "o", color=colors[one.arm.name])
-            ax.annotate(
-                _label(one.arm.name), (of(one), found.curves[one.arm.name][-1]), fontsize="xx-small",
-                xytext=(3, 3), textcoords="offset points",
-            )  # fmt: skip
-        said = f"after {study.probe_steps} steps" if name == "probe" else "before training"
+    end = found.first_seed["end"]
+    for ax, when in zip(figure.subplots(1, 2, sharey=True), ("zero-token", "probe"), strict=True):
+        for name, loss in found.first_seed[when].items():
+            ax.plot(loss, end[name], "o", color=colors[name])
+            ax.annotate(_label(name), (loss, end[name]), fontsize="xx-small", xytext=(3, 3), textcoords="offset points")
+        said = f"after {study.probe_steps} steps" if when == "probe" else "before training"
         ax.set(xlabel=f"test loss {said}")
-        ax.set_title(f"rank correlation {found.correlations[name, 'end']}", fontsize="medium", loc="left")
+        ax.set_title(f"rank correlation {found.correlations[when, 'end']}", fontsize="medium", loc="left")
     figure.axes[0].set(ylabel="test loss at the end")
     return png_bytes(figure)
 

@@ -88,7 +88,8 @@ def report(
         "## Each arm minus each control", _comparison_table(found.comparisons), _about_intervals(study, found),
         "![differences](differences.png)",
         "## What ranks arms early", _correlation_table(found),
-        "Spearman's correlation over the arms that grew, at the first seed, with a bootstrap over arms.",
+        f"Spearman's correlation over the {len(found.first_seed['end'])} arms that grew, at the first seed, with a "
+        "bootstrap over arms; few arms make its interval too narrow.",
         "![ranks](ranks.png)",
         "## Learning rates", _rate_table(study, arms, results, documents, found), _edges(found),
         "## How it was measured", _method(study, base, arms, documents, epochs),
@@ -184,6 +185,9 @@ def _about_intervals(study: StudyConfig, found: Findings) -> str:
         "exclude 0 by chance alone. A control is crossed where the arm's curve comes to stay at or below its curve: "
         "over tokens, or over FLOPs for a control at equal FLOPs."
     )
+    most = max((c.seeds for c in found.comparisons), default=1)
+    if most > 1:
+        said += f" Resampling {most} seeds gives only {most - 1}/{most} of their variance on average."
     if few:
         said += " With one seed, an interval covers the choice of documents and not the order of the data."
     if any(abs(c.flops_ratio - 1) > 0.05 and _kind_of(found, c.control) == "flops" for c in found.comparisons):
@@ -235,6 +239,7 @@ def _method(
 ) -> str:  # fmt: skip
     run, sunk = study.run, study.sunk_tokens
     sunk_flops = sunk * flops_per_token(base, run.data.sequence_length)
+    claim = f", for {study.searched} and for {study.rival}" if study.searched else ""
     chooses, reported = documents.split("validation"), documents.split("test")
     lines = [
         f"- Base: {run.source}, {base.num_hidden_layers} layers, {parameter_count(base):,} parameters.",
@@ -255,7 +260,7 @@ def _method(
         f"{reported.sum()} test documents ({documents.tokens[reported].sum():,} tokens) are reported; halves by a hash "
         f"of the text; each document is read alone, in pieces of {run.data.sequence_length} tokens; {documents.note}.",
         f"- Seeds: all rates at seed {study.seeds[0]}; seeds {study.seeds} at the chosen rate for controls and arms "
-        f"within {NEAR:g} standard errors of the best on validation text.",
+        f"within {NEAR:g} standard errors of the best on validation text{claim}.",
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from solar_jax.cli.progress import duration
-from solar_jax.errors import UserError
+from solar_jax.errors import UserError, phrase
 from solar_jax.model.flops import flops_per_token
 from solar_jax.studying.arms import PlannedArm, PlannedRun, RunResult, evaluation_steps
 from solar_jax.studying.engine import Bench, StudyPrograms, train_arm_of_study
@@ -128,11 +128,11 @@ class Schedule:
         try:
             result = train_arm_of_study(self._bench, run, programs, self._stop, tell)
         except Exception as e:  # whatever it is, the other arms do not depend on it
-            sentence = str(e) if isinstance(e, UserError) else f"{run}: {type(e).__name__}: {str(e).splitlines()[:1]}"
+            sentence = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {phrase(e)}"
             with self._lock:
                 self.meter.to_do -= whole - done
             self._store.fail(run, sentence)
-            self._say(f"{place} failed: {sentence}")
+            self._say(f"{place} {run}: failed: {sentence}")
             return None
         seconds = time.monotonic() - begin
         self._store.save(run, result, seconds)

@@ -1,5 +1,7 @@
 """A study's folder: one JSON file for each finished or failed run, and what all of them share."""
 
+import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -110,11 +112,8 @@ class StudyFolder:
 
 def arm_record(arm: PlannedArm) -> dict[str, Any]:
     """What the results of an arm depend on beside what all arms share, as JSON holds it."""
-    layers = arm.layer_map
-    return {
-        "operator": layers.operator, "source": list(layers.source), "partner": list(layers.partner),
-        "scale": list(layers.scale), "trainable": arm.trainable, "steps": arm.steps,
-    }  # fmt: skip
+    stated = dataclasses.asdict(arm.layer_map) | {"trainable": arm.trainable, "steps": arm.steps}
+    return json.loads(json.dumps(stated))
 
 
 def shared_config(study: StudyConfig) -> dict[str, Any]:
