@@ -172,7 +172,7 @@ def test_arms_side_by_side_on_sub_meshes_have_the_same_losses(whole, parts, tmp_
         ({"run_data_holdout_every": 5}, "config.run.data.holdout_every was 4 and is 5 now"),
         (
             {"arms": (*ARMS[:3], {**ARMS[3], "b": 3}, ARMS[4])},
-            "is of an arm block whose operator was 'block_repeat(a=0, b=2)'",
+            "is of an arm block whose operator was 'block_rep",
         ),
     ],
 )
