@@ -14,13 +14,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "solar_jax"
 COMMANDS = (
     "train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate", "serve", "evaluate",
-    "report",
+    "report", "study",
 )  # fmt: skip
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
     "errors", "config_checks", "config_tree", "config", "storage", "hardware", "model", "parallel", "growth", "cli",
     "formats", "orbax_store", "checkpoints", "data", "merging", "monitoring", "decoding", "serving", "evaluation",
-    "training", "planning", "chaining", *COMMANDS, "lm_eval", "__main__",
+    "training", "planning", "chaining", "studying", *COMMANDS, "lm_eval", "__main__",
 )  # fmt: skip
 LONGEST = 400  # lines of a file
 
@@ -111,6 +111,7 @@ USES = {
     "prepare": set(),
     "make_data": set(),
     "report": set(),
+    "study": {"optax", "orbax", "flax", "grain"},
 }
 NO_MODEL = {"make_data", "report"}  # commands that need no jax
 

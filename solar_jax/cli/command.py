@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from solar_jax.cli.config_files import find_config
 from solar_jax.cli.config_keys import check_override
 from solar_jax.cli.help import HELP, command_help, version
-from solar_jax.config import DTYPES, GrowthConfig
+from solar_jax.config import DTYPES, Config, GrowthConfig
 from solar_jax.errors import Interrupted, UserError
 from solar_jax.growth.operators import OPERATORS
 from solar_jax.storage import paths
@@ -36,7 +36,9 @@ GROWTH_KEYS = ("m", "a", "b", "every", "copies", "blocks", "of", "beta", "alpha"
 _argv: list[str] = []  # what `begin` left after the flags
 
 
-def begin(define_flags: Callable[[], None], check: Callable[[], None], *, takes_files: bool = False) -> None:
+def begin(
+    define_flags: Callable[[], None], check: Callable[[], None], *, takes_files: bool = False, tree: type = Config
+) -> None:
     """Defines and parses the flags and checks what they name; bad input ends the command with status 2.
 
     A command calls it before its slow imports. Flags are defined here and not on import, so that commands can be
@@ -46,6 +48,7 @@ def begin(define_flags: Callable[[], None], check: Callable[[], None], *, takes_
       define_flags: the command's own.
       check: raises a UserError for flags that cannot work; must not import jax.
       takes_files: whether arguments that are no flags are files, given to `main`, rather than mistakes.
+      tree: the dataclass whose keys --config.KEY=VALUE may change.
     """
     signal.signal(signal.SIGINT, _interrupted)  # a traceback through the imports would say nothing
     if "--version" in sys.argv[1:]:
@@ -54,11 +57,11 @@ def begin(define_flags: Callable[[], None], check: Callable[[], None], *, takes_
     before = set(flags.FLAGS)
     define_flags()
     if any(arg in HELP for arg in sys.argv[1:]):
-        print(command_help(sys.modules["__main__"].__doc__ or "", (f for f in flags.FLAGS if f not in before)))
+        print(command_help(sys.modules["__main__"].__doc__ or "", (f for f in flags.FLAGS if f not in before), tree))
         sys.exit()
     logging.set_verbosity(logging.WARNING)  # the libraries note every file they touch; --verbosity=0 shows that
     flags.FLAGS.set_gnu_getopt(takes_files)  # flags may then follow files
-    _argv[:] = _parse(sys.argv[:])
+    _argv[:] = _parse(sys.argv[:], tree)
     _leave_absent_tpu_alone()
     _guarded(lambda: (takes_files or _no_rest(_argv), check()))
 
@@ -163,13 +166,13 @@ def _interrupted(*_: object) -> NoReturn:
     _stop("interrupted.", INTERRUPTED_BY_KEY)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], tree: type) -> list[str]:
     # A config file is read while its flag is parsed, so its own errors appear here too. Of `merge`, it is plain text.
     finds = "config" in flags.FLAGS and flags.FLAGS["config"].flag_type() != "string"
     try:
         for k, (arg, following) in enumerate(itertools.zip_longest(argv[:], argv[1:], fillvalue="")):
             if match := re.fullmatch(r"--?(config(?:\.\w+)+)(?:=.*)?", arg, re.DOTALL):
-                check_override(match[1])
+                check_override(match[1], tree)
             elif finds and (match := re.fullmatch(r"--?config(?:=(.*))?", arg)):
                 at = k if match[1] is not None else k + 1
                 argv[at:] = [("--config=" if at == k else "") + find_config(match[1] or following), *argv[at + 1 :]]

@@ -20,9 +20,9 @@ class Key:
     comment: str
 
 
-def config_keys() -> Iterator[Key]:
-    """Yields the keys in the order of `config.py`, a group after the other."""
-    for cls, prefix in _groups():
+def config_keys(tree: type = Config) -> Iterator[Key]:
+    """Yields the keys of a tree in the order of its source, a group after the other."""
+    for cls, prefix in _groups(tree, "config"):
         types, defaults, comments = typing.get_type_hints(cls), cls(), _comments(cls)
         for field in dataclasses.fields(cls):
             if not dataclasses.is_dataclass(types[field.name]):
@@ -31,10 +31,12 @@ def config_keys() -> Iterator[Key]:
                 yield Key(f"{prefix}.{field.name}", kind, repr(default), comments.get(field.name, ""))
 
 
-def _groups() -> list[tuple[type, str]]:
-    types = typing.get_type_hints(Config)
-    inner = [(types[f.name], f"config.{f.name}") for f in dataclasses.fields(Config)]
-    return [(Config, "config"), *((cls, prefix) for cls, prefix in inner if dataclasses.is_dataclass(cls))]
+def _groups(tree: type, prefix: str) -> Iterator[tuple[type, str]]:
+    types = typing.get_type_hints(tree)
+    yield tree, prefix
+    for field in dataclasses.fields(tree):
+        if dataclasses.is_dataclass(inner := types[field.name]):
+            yield from _groups(typing.cast(type, inner), f"{prefix}.{field.name}")
 
 
 def _comments(cls: type) -> dict[str, str]:
@@ -52,11 +54,11 @@ def _comments(cls: type) -> dict[str, str]:
     return {name: " ".join(parts) for name, parts in found.items()}
 
 
-def check_override(path: str) -> None:
+def check_override(path: str, tree: type = Config) -> None:
     """Raises a UserError unless `path`, as in `--config.train.steps`, is a key of the tree."""
     if (new := RENAMED.get(path.removeprefix("config."))) is not None:
         raise UserError(f"{path} is not a key of the config any more; it is config.{new[0]} now.")
-    cls: Any = Config
+    cls: Any = tree
     done = "config"
     for key in path.split(".")[1:]:
         names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []

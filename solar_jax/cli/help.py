@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from absl import flags
 
 from solar_jax.cli.config_keys import config_keys
+from solar_jax.config import Config
 from solar_jax.growth.operators import OPERATORS
 
 COMMANDS = (
     "train", "upscale", "convert", "merge", "chain", "generate", "serve", "evaluate", "report", "plan", "prepare",
-    "make_data",
+    "make_data", "study",
 )  # fmt: skip
 HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull", "-?")
 _WIDE = 118
@@ -37,12 +38,13 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def command_help(doc: str, own: Iterable[str]) -> str:
+def command_help(doc: str, own: Iterable[str], tree: type = Config) -> str:
     """Formats the help of a command.
 
     Args:
       doc: its docstring, with an example.
       own: names of its flags.
+      tree: the dataclass of its config.
     """
     own = list(own)
     parts = [doc.strip(), "", "Flags", *(_flag(name) for name in own)]
@@ -50,7 +52,7 @@ def command_help(doc: str, own: Iterable[str]) -> str:
         parts += ["", "Growth operators", *(_entry(name, _first_line(OPERATORS[name])) for name in OPERATORS)]
     if "config" in own:
         parts += ["", "Keys of the config, each set by --KEY=VALUE"]
-        parts += [_entry(f"{key.name}={key.default}", key.comment) for key in config_keys()]
+        parts += [_entry(f"{key.name}={key.default}", key.comment) for key in config_keys(tree)]
     return "\n".join(parts)
 
 

@@ -1,5 +1,7 @@
 """Model FLOPs of training, and model FLOPs utilisation (MFU)."""
 
+from collections.abc import Sequence
+
 from solar_jax.config import ModelConfig
 
 
@@ -19,6 +21,35 @@ def flops_per_token(cfg: ModelConfig, sequence_length: int, *, causal: bool = Tr
         keys = min(keys, cfg.sliding_window)
     weights = L * (D * H * (2 * N + 2 * K) + 3 * D * F) + D * V
     return (4 if adapters else 6) * weights + 3 * L * 4 * N * H * keys
+
+
+def flops_per_token_in_part(
+    cfg: ModelConfig, sequence_length: int, *, trained: Sequence[bool], first: int, trains_head: bool
+) -> float:
+    """Model FLOPs of training a part of a model on one token; those of `flops_per_token` where everything trains.
+
+    Counted as there, with causal attention, in three terms:
+      forward      2 x the weights of all L layers and of the output projection, and L x 4 x N x H x keys of scores
+      by inputs    the same for the output projection, and for the layers from `first` on, whose scores count twice:
+                   frozen layers pass the gradient on, and those below the lowest trained one have none
+      by weights   2 x the weights of the trained layers alone, and of the output projection if it trains
+
+    Args:
+      cfg: the model.
+      sequence_length: T.
+      trained: [L], which layers train.
+      first: the lowest layer that a gradient reaches; counted in full.
+      trains_head: whether the output projection trains.
+    """
+    L, V, D = cfg.num_hidden_layers, cfg.vocab_size, cfg.hidden_size
+    N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    keys = min(sequence_length / 2, cfg.sliding_window or sequence_length)
+    layer, head = D * H * (2 * N + 2 * K) + 3 * D * cfg.intermediate_size, D * V
+    scores = 4 * N * H * keys
+    forward = 2 * (L * layer + head) + L * scores
+    by_inputs = 2 * ((L - first) * layer + head) + 2 * (L - first) * scores
+    by_weights = 2 * (sum(trained) * layer + trains_head * head)
+    return forward + by_inputs + by_weights
 
 
 def mfu(tokens_per_second: float, flops_a_token: float, peak: float | None, devices: int) -> float | None:
