@@ -23,15 +23,13 @@ from solar_jax.cli.config_keys import check_override
 from solar_jax.cli.help import HELP, command_help, version
 from solar_jax.config import DTYPES, Config, GrowthConfig
 from solar_jax.errors import Interrupted, UserError
-from solar_jax.growth.operators import OPERATORS
+from solar_jax.growth.operators import OPERATOR_KEYS, OPERATORS
 from solar_jax.storage import paths
 
 USAGE_STATUS = 2  # bad flags and bad input
 INTERRUPTED_BY_KEY = 130  # 128 + SIGINT
 INTERRUPTED_STATUS = 75  # a run that was asked to stop, and resumes when it is started again
 _FILE_ERRORS = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
-# The operators' own keys, fields of GrowthConfig
-GROWTH_KEYS = ("m", "a", "b", "every", "copies", "blocks", "of", "beta", "alpha", "inner")
 
 _argv: list[str] = []  # what `begin` left after the flags
 
@@ -100,7 +98,7 @@ def define_conversion_flags() -> None:
     flags.DEFINE_enum("operator", None, sorted(OPERATORS), "Growth operator.")
     flags.DEFINE_string("slices", None, "Half-open source ranges one after another, e.g. 0:24,8:32.")
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-    for key in GROWTH_KEYS:
+    for key in OPERATOR_KEYS:
         default = getattr(GrowthConfig(), key)
         define[type(default)](key, default, f"The operator's, as config.growth.{key}.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the weights written; each as it is stored if not given.")
@@ -131,7 +129,7 @@ def growth_config(operator: str | None, slices: str | None, keys: dict[str, Any]
 
 def growth_from_flags() -> GrowthConfig | None:
     f = flags.FLAGS
-    return growth_config(f.operator, f.slices, {key: getattr(f, key) for key in GROWTH_KEYS})
+    return growth_config(f.operator, f.slices, {key: getattr(f, key) for key in OPERATOR_KEYS})
 
 
 def folder_from_flag(text: str) -> pathlib.Path:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
 
+# Keys of GrowthConfig that operators read, beside `slices`
+OPERATOR_KEYS = ("m", "a", "b", "every", "copies", "blocks", "of", "beta", "alpha", "inner")
 INNER = ("copy", "mean", "normal")  # how `zeroed` makes the matrices that are not 0
 
 

@@ -13,7 +13,7 @@ from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import GrowthConfig
 from solar_jax.growth.apply import grow
-from solar_jax.growth.operators import make_layer_map
+from solar_jax.growth.operators import OPERATOR_KEYS, make_layer_map
 from solar_jax.model import llama
 
 TOKENS = np.arange(40).reshape(2, 20)
@@ -63,4 +63,4 @@ def test_the_operators_flags_reach_the_config():
 
     keys = {"m": 6, "of": "dus", "beta": 0.25, "alpha": 0.5, "blocks": "2:20", "inner": "mean"}
     assert command.growth_config("gated", None, keys) == GrowthConfig("gated", **keys)
-    assert set(keys) <= set(command.GROWTH_KEYS)
+    assert set(keys) <= set(OPERATOR_KEYS)
