@@ -76,6 +76,9 @@ def test_the_report_answers_plainly_and_its_numbers_are_those_of_the_table(whole
     for one in found.arms:
         ends = [r["loss"] for r in rows if (r["arm"], r["step"]) == (one.arm.name, one.arm.steps)]
         assert found.curves[one.arm.name][-1] == pytest.approx(np.mean(ends))
+    count = next(r["documents"] for r in rows)
+    assert count < 20
+    assert f"**Only {count} test documents**" in text.split("## Arms")[0]
     assert "block's lead over dus" in text or "no clear lead of block over dus" in text
     for kind in ("equal tokens", "equal FLOPs"):
         assert f"the base at {kind}" in text.split("## Arms")[0]

@@ -12,6 +12,7 @@ from solar_jax.studying.documents import Documents
 from solar_jax.studying.findings import Comparison, Findings, Lead, MeasuredArm
 from solar_jax.studying.statistics import COVERAGE
 
+ENOUGH = 20  # test documents that a bootstrap needs; a convention
 _CONTROL = {"tokens": "the base at equal tokens", "flops": "the base at equal FLOPs", "tied": "tied copies"}
 
 
@@ -74,7 +75,7 @@ def report(
       failures: the sentence of each run that failed.
       epochs: passes over each source in a run of each arm.
     """
-    parts = [f"# {study.name}", _answers(study, found)]
+    parts = [f"# {study.name}", _answers(study, found), _few_documents(documents)]
     if failures:
         parts += ["## Failed runs", *(f"- {run}: {sentence}" for run, sentence in failures.items())]
         parts.append("They are tried again when the same command is started again.")
@@ -106,6 +107,17 @@ def _answers(study: StudyConfig, found: Findings) -> str:
     if any(one.arm.control == "tied" for one in found.arms):
         lines.append(f"- {control_sentence('tied', found)}")
     return "\n".join(lines)
+
+
+def _few_documents(documents: Documents) -> str:
+    """Warns where a bootstrap has too little to draw from: its intervals are then far narrower than they should be."""
+    count = int(documents.split("test").sum())
+    if count >= ENOUGH:
+        return ""
+    return (
+        f"**Only {count} test documents**: a bootstrap of fewer than {ENOUGH} makes intervals too narrow, so that none "
+        "of these verdicts is to be relied on."
+    )
 
 
 def lead_sentence(study: StudyConfig, lead: Lead | None) -> str:
