@@ -118,7 +118,7 @@ def _dtype(train: TrainConfig) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scorer:
+class CutScorer:
     """A base on a mesh, with the programs that score its cuts on rows of one length."""
 
     cfg: ModelConfig
@@ -154,7 +154,7 @@ class Scorer:
 class TracedBatch:
     """A batch with every layer's input on the devices."""
 
-    scorer: Scorer
+    scorer: CutScorer
     batch: Batch
     found: jax.Array  # [n + 1, B, T, D]
     norms: jax.Array  # [n + 1, B, T] float32
@@ -168,7 +168,7 @@ class TracedBatch:
         return -np.asarray(programs.score(params, self.found, self.batch, np.int32(b), order, np.int32(len(layers))))
 
 
-def make_scorer(c: Checkpoint, mesh: Mesh, *, dtype: str, rows: int, length: int, add: int) -> Scorer:
+def make_scorer(c: Checkpoint, mesh: Mesh, *, dtype: str, rows: int, length: int, add: int) -> CutScorer:
     """Loads a base onto a mesh.
 
     Args:
@@ -184,4 +184,4 @@ def make_scorer(c: Checkpoint, mesh: Mesh, *, dtype: str, rows: int, length: int
     dtypes = jax.tree.map(lambda s: s.dtype, param_shapes(c.cfg, _dtype(train)))
     params = load_params(c, rules.parameter_shardings(c.cfg, mesh), dtypes)
     padded = rules.padded_rows(rows, mesh)
-    return Scorer(c.cfg, train, mesh, params, padded, length, c.cfg.num_hidden_layers + add)
+    return CutScorer(c.cfg, train, mesh, params, padded, length, c.cfg.num_hidden_layers + add)

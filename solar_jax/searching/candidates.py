@@ -13,7 +13,7 @@ from solar_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Block:
+class Repeat:
     """Layers [a, b), visited so often in a row."""
 
     a: int
@@ -29,7 +29,7 @@ class Block:
         return f"{self.a}:{self.b}" + (f"x{self.visits}" if self.visits != 2 else "")
 
 
-Cut = tuple[Block, ...]  # ascending and disjoint; () is the base
+Cut = tuple[Repeat, ...]  # ascending and disjoint; () is the base
 
 
 def blocks_text(cut: Cut) -> str:
@@ -84,7 +84,7 @@ def dus_cut(add: int, n: int) -> Cut | None:
 
     None where the base is too short for it: two copies without their ends add fewer than n layers.
     """
-    return (Block((n - add) // 2, (n - add) // 2 + add),) if add < n else None
+    return (Repeat((n - add) // 2, (n - add) // 2 + add),) if add < n else None
 
 
 def one_block_cuts(add: int, n: int) -> list[Cut]:
@@ -93,12 +93,12 @@ def one_block_cuts(add: int, n: int) -> list[Cut]:
     for visits in range(2, most_visits(add, n) + 1):
         length, rest = divmod(add, visits - 1)
         if not rest and length <= n:
-            found += [(Block(a, a + length, visits),) for a in range(n - length + 1)]
+            found += [(Repeat(a, a + length, visits),) for a in range(n - length + 1)]
     return found
 
 
 # ---- Ranking by sums -------------------------------------------------------------------------------------------------
-def best_sums(add: int, n: int, cost: Callable[[Block], float], count: int) -> list[tuple[float, Cut]]:
+def best_sums(add: int, n: int, cost: Callable[[Repeat], float], count: int) -> list[tuple[float, Cut]]:
     """Returns the `count` cuts with the lowest sum of their blocks' costs, by dynamic programming.
 
     State: first layer that is still free, layers still to add; O(n^2 add visits count). Excesses of disjoint blocks are
@@ -118,9 +118,9 @@ def best_sums(add: int, n: int, cost: Callable[[Block], float], count: int) -> l
         for a in range(n)
         for b in range(a + 1, n + 1)
         for visits in range(2, most_visits(add, n) + 1)
-        if (block := Block(a, b, visits)).added <= add
+        if (block := Repeat(a, b, visits)).added <= add
     }
-    by_start: dict[int, list[Block]] = {}
+    by_start: dict[int, list[Repeat]] = {}
     for block in costs:
         by_start.setdefault(block.a, []).append(block)
     # best[p][k]: the lowest sums of cuts of the layers from p on that add k.
@@ -186,7 +186,7 @@ def _merged(cut: Cut) -> Iterator[Cut]:
     """Merges two blocks that touch."""
     for i, (x, y) in enumerate(itertools.pairwise(cut)):
         if x.b == y.a and x.visits == y.visits:
-            yield (*cut[:i], Block(x.a, y.b, x.visits), *cut[i + 2 :])
+            yield (*cut[:i], Repeat(x.a, y.b, x.visits), *cut[i + 2 :])
 
 
 def _revisited(cut: Cut) -> Iterator[Cut]:
@@ -196,4 +196,4 @@ def _revisited(cut: Cut) -> Iterator[Cut]:
             length, rest = divmod(block.added, max(1, visits - 1))
             if not rest:
                 for a in (block.a, block.b - length):
-                    yield (*cut[:i], Block(a, a + length, visits), *cut[i + 1 :])
+                    yield (*cut[:i], Repeat(a, a + length, visits), *cut[i + 1 :])

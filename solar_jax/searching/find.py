@@ -13,15 +13,18 @@ from solar_jax.checkpoints import lineage
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.cli.progress import count_bar, duration
 from solar_jax.model.shapes import is_vector, layer_axes, size
-from solar_jax.searching.cache import Scorer, make_scorer
+from solar_jax.searching.cache import CutScorer, make_scorer
 from solar_jax.searching.candidates import Cut, blocks_text, check_added, dus_cut, slices_text, source_layers
-from solar_jax.searching.plan import Ledger, forwards, run_search
+from solar_jax.searching.plan import Evaluations, Measured, added_by, forwards, run_search
 from solar_jax.searching.predict import rank_correlation, seam_ratios
 from solar_jax.searching.store import LossStore, search_key
-from solar_jax.searching.texts import SearchText, by_document, mean_and_error
+from solar_jax.searching.texts import SearchText, by_document, counts_of, mean_and_error
 
 ROWS = 16  # of a batch at most
+PARTS = 4  # batches of a search text; a hopeless cut costs one of them
+HOPELESS, _SLACK = 1.4, 0.02  # times the best cut's excess on the same batches, and nats
 FINALISTS = 5
+SHOWN = 2  # cuts that are confirmed, beside dus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,12 @@ class SearchSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class ScoredCut:
     """A cut and its loss on the search text."""
 
     cut: Cut
-    loss: float  # nats a token
+    loss: float  # nats a token; where the share is below 1, the base's and the excess on that part
+    share: float = 1.0  # of the search text
     final_loss: float | None = None  # over the search text and the final one, of finalists
 
 
@@ -55,11 +59,11 @@ class Confirmation:
 class FoundCut:
     """Result of a search. `blocks` and `slices` are what config.growth takes."""
 
-    best: Scored
-    dus: Scored | None  # None where the base is too short for it
+    best: ScoredCut
+    dus: ScoredCut | None  # None where the base is too short for it
     base_loss: float
-    candidates: tuple[Scored, ...]  # that add all layers, lowest loss first
-    partial: tuple[Scored, ...]  # that add fewer, for the ranking alone
+    candidates: tuple[ScoredCut, ...]  # that add all layers, lowest loss first
+    partial: tuple[ScoredCut, ...]  # that add fewer, for the ranking alone
     ratios: np.ndarray  # [n + 1, n + 1], of predict.seam_ratios
     confirmed: tuple[Confirmation, ...]
     layers: int  # n
@@ -116,40 +120,39 @@ def find_cut(
     n = c.cfg.num_hidden_layers
     check_added(settings.add, n)
     texts = [text, *([final] if final else []), *confirm]
-    most, length = max(len(t.rows) for t in texts), len(text.rows[0]["tokens"])
-    scorer = make_scorer(c, mesh, dtype=dtype, rows=min(ROWS, most, len(text.rows)), length=length, add=settings.add)
+    length = len(text.rows[0]["tokens"])
+    rows = max(1, min(ROWS, -(-len(text.rows) // PARTS)))
+    scorer = make_scorer(c, mesh, dtype=dtype, rows=rows, length=length, add=settings.add)
     key, _ = search_identity(c, texts, settings, dtype)
     known = LossStore(store_file(store, key) if store else None)
-    measure = _Measure(scorer, text, known, say)
-    ledger = Ledger(n, settings.add, measure, settings.forwards * (n + measure.head), measure.head)
-    with count_bar(round(ledger.budget), 0, "search") as bar:
-        measure.begin(ledger, bar)
-        ended = run_search(ledger, measure.ratios)
-    say(f"search     ended as {ended}: {len(ledger.excess)} cuts, {forwards(ledger):.0f} forwards of the base")
+    measure = _Measure(scorer, text, settings.add, known, say)
+    done = Evaluations(n, settings.add, measure, settings.forwards * (n + measure.head), measure.head)
+    with count_bar(round(done.budget), 0, "search") as bar:
+        measure.report = lambda cut, measured: bar(round(done.cost(cut) * measured.share), _note(done, cut, measured))
+        ended = run_search(done, measure.ratios)
+    say(f"search     ended as {ended}: {len(done.found)} cuts, {forwards(done):.0f} forwards of the base")
 
-    scored = [Scored(cut, measure.base_loss + excess) for cut, excess in ledger.excess.items()]
-    of_cut = {s.cut: s for s in scored}
-    dus = dus_cut(settings.add, n)
-    full = [of_cut[cut] for cut in ledger.best()]
-    compared = list(dict.fromkeys([s.cut for s in full[: settings.finalists]] + ([dus] if dus else [])))
+    scored = [ScoredCut(cut, measure.base_loss + x.excess, x.share) for cut, x in done.found.items()]
+    whole = sorted((s for s in scored if added_by(s.cut) == settings.add), key=lambda s: (-s.share, s.loss, s.cut))
+    finalists = done.best()[: settings.finalists]
     if final is not None:
-        say(f"finals     {len(compared)} cuts on {final.tokens:,} tokens of {final.name}")
-        sums = _sums(scorer, known, final, [(), *compared], say)
-        joined = measure.joined(final, sums, compared)
-        full = [dataclasses.replace(s, final_loss=joined.get(s.cut)) for s in full]
-    finalists = [s for s in full if s.final_loss is not None] or full[:1]
-    best = min(finalists, key=lambda s: (s.loss if s.final_loss is None else s.final_loss, s.cut))
-    shown = list(dict.fromkeys([best.cut, *compared[:2], *([dus] if dus else [])]))
+        say(f"finals     {len(finalists)} cuts on {final.tokens:,} tokens of {final.name}")
+        sums, tokens = _sums(scorer, known, final, finalists, say), counts_of(final).sum() + counts_of(text).sum()
+        joined = {cut: float((measure.sums(cut).sum() + sums[cut].sum()) / tokens) for cut in finalists}
+        whole = [dataclasses.replace(s, final_loss=joined.get(s.cut)) for s in whole]
+        finalists.sort(key=lambda cut: (joined[cut], cut))
+    dus, of_cut = dus_cut(settings.add, n), {s.cut: s for s in whole}
+    shown = list(dict.fromkeys([*finalists[:SHOWN], *([dus] if dus else [])]))
     return FoundCut(
-        best=best,
-        dus=next((s for s in full if s.cut == dus), None),
+        best=of_cut[finalists[0]],
+        dus=of_cut.get(dus) if dus else None,
         base_loss=measure.base_loss,
-        candidates=tuple(full),
-        partial=tuple(s for s in scored if sum(b.added for b in s.cut) != settings.add),
+        candidates=tuple(whole),
+        partial=tuple(s for s in scored if added_by(s.cut) != settings.add),
         ratios=measure.ratios,
-        confirmed=tuple(_confirmed(scorer, known, other, best.cut, shown, say) for other in confirm),
+        confirmed=tuple(_confirmed(scorer, known, other, shown, say) for other in confirm),
         layers=n,
-        spent=forwards(ledger),
+        spent=forwards(done),
         ended=ended,
     )
 
@@ -173,63 +176,72 @@ def search_identity(
 
 
 class _Measure:
-    """Excess of a cut on the search text, from its cache; known losses are not computed again."""
+    """Excess of a cut on the search text, from its cache, batch by batch; known losses are not computed again.
 
-    def __init__(self, scorer: Scorer, text: SearchText, known: LossStore, say: Callable[[str], None]):
-        """Runs the base over the text, and times it."""
-        self.text, self._known, self._hash = text, known, text.sha256()
-        self._bar: Callable[[int, str], None] = lambda n, note: None
-        self._ledger: Ledger | None = None
+    A cut that is hopeless on the first batches is not measured on the others: one whose excess is `HOPELESS` times
+    that of the best so far on the same batches, or that adds fewer layers than asked and serves the ranking alone.
+    """
+
+    def __init__(self, scorer: CutScorer, text: SearchText, add: int, known: LossStore, say: Callable[[str], None]):
+        """Runs the base over the text."""
+        self.text, self._known, self._add, self._rows = text, known, add, scorer.rows
+        self._key = f"{text.sha256()} {scorer.rows}"
+        self.report: Callable[[Cut, Measured], None] = lambda cut, measured: None
         cfg = scorer.cfg
         weights = sum(size(cfg, letters) for name, letters in layer_axes(cfg).items() if not is_vector(name))
         self.head = size(cfg, "DV") / weights  # layers that take as long as the output projection
         begin = time.perf_counter()
         self._batches = scorer.traced(text.rows)
-        self.base_sums = self._measured(())
-        compiled = time.perf_counter() - begin
-        begin = time.perf_counter()
-        self._batches[0].losses(())
-        head = (time.perf_counter() - begin) * len(self._batches)
-        self.seconds_a_layer = head / self.head
-        self.base_loss = mean_and_error(self.base_sums, self.counts)[0]
-        self.ratios = seam_ratios(self._norms())
-        say(f"base       loss {self.base_loss:.4f} on {text.tokens:,} tokens; {duration(compiled)} with compilation")
+        self.counts = [self._by_document(np.zeros_like(text.weights[i : i + self._rows]), i)[1] for i in self._starts]
+        self.base_loss = mean_and_error(self.sums(()), counts_of(text))[0]
+        norms = np.concatenate([np.asarray(batch.norms) for batch in self._batches], axis=1)[:, : len(text.rows)]
+        self.ratios = seam_ratios(norms[:, text.weights > 0].astype(np.float64))
+        took = duration(time.perf_counter() - begin)
+        say(f"base       loss {self.base_loss:.4f} on {text.tokens:,} tokens; {took} with compilation")
 
     @property
-    def counts(self) -> np.ndarray:
-        return by_document(np.zeros(self.text.owners.shape), self.text)[1]
+    def _starts(self) -> range:
+        return range(0, len(self.text.rows), self._rows)
 
-    def begin(self, ledger: Ledger, bar: Callable[[int, str], None]) -> None:
-        self._ledger, self._bar = ledger, bar
+    def _by_document(self, values: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+        return by_document(values, self.text, start)
 
-    def __call__(self, cut: Cut) -> float:
-        """Excess of a cut in nats a token, and progress."""
-        excess = mean_and_error(self._measured(cut) - self.base_sums, self.counts)[0]
-        if self._ledger is not None:
-            best = self._ledger.best()
-            lowest = min([self._ledger.excess[x] for x in best[:1]] or [excess])
-            self._bar(round(self._ledger.cost(cut)), f"lowest excess {lowest:.4f}, {cut_name(cut)} {excess:.4f}")
-        return excess
+    def __call__(self, cut: Cut, best: Cut | None) -> Measured:
+        own, base, leader, count = (np.zeros(len(self.text.documents)) for _ in range(4))
+        measured = Measured(0.0)
+        for i in range(len(self._batches)):
+            own, base, count = own + self._of_batch(i, cut), base + self._of_batch(i, ()), count + self.counts[i]
+            excess = mean_and_error(own - base, count)[0]
+            measured = Measured(excess, (i + 1) / len(self._batches))
+            if added_by(cut) < self._add:
+                break
+            if best is not None:
+                leader = leader + self._of_batch(i, best)
+                if excess > HOPELESS * max(mean_and_error(leader - base, count)[0], 0.0) + _SLACK:
+                    break
+        self.report(cut, measured)
+        return measured
 
-    def _measured(self, cut: Cut) -> np.ndarray:
-        key = f"{self._hash} {blocks_text(cut)}"
+    def sums(self, cut: Cut) -> np.ndarray:
+        """Sums of losses by document over the whole text."""
+        return np.sum([self._of_batch(i, cut) for i in range(len(self._batches))], axis=0)
+
+    def _of_batch(self, i: int, cut: Cut) -> np.ndarray:
+        key = f"{self._key} {i} {blocks_text(cut)}"
         found = self._known.get(key)
         if found is None:
-            values = np.concatenate([batch.losses(cut) for batch in self._batches])[: len(self.text.rows)]
-            found = by_document(values, self.text)[0]
+            start = self._starts[i]
+            values = self._batches[i].losses(cut)[: len(self.text.rows) - start]
+            found = self._by_document(values, start)[0]
             self._known.add(key, found)
         return found
 
-    def _norms(self) -> np.ndarray:
-        """[n + 1, tokens] of tokens that count."""
-        norms = np.concatenate([np.asarray(batch.norms) for batch in self._batches], axis=1)[:, : len(self.text.rows)]
-        return norms[:, self.text.weights > 0].astype(np.float64)
 
-    def joined(self, final: SearchText, sums: dict[Cut, np.ndarray], cuts: Sequence[Cut]) -> dict[Cut, float]:
-        """Losses over the search text and the final one together."""
-        more = by_document(np.zeros(final.owners.shape), final)[1].sum()
-        own = self.counts.sum()
-        return {cut: float((self._measured(cut).sum() + sums[cut].sum()) / (own + more)) for cut in cuts}
+def _note(done: Evaluations, cut: Cut, measured: Measured) -> str:
+    """Progress in words."""
+    best = done.best()
+    lowest = f"{cut_name(best[0])} {done.excess[best[0]]:.4f}; " if best else ""
+    return f"lowest {lowest}{cut_name(cut)} {measured.excess:.4f}" + (" in part" if measured.share < 1 else "")
 
 
 def cut_name(cut: Cut) -> str:
@@ -238,7 +250,7 @@ def cut_name(cut: Cut) -> str:
 
 
 def _sums(
-    scorer: Scorer, known: LossStore, text: SearchText, cuts: Sequence[Cut], say: Callable[[str], None]
+    scorer: CutScorer, known: LossStore, text: SearchText, cuts: Sequence[Cut], say: Callable[[str], None]
 ) -> dict[Cut, np.ndarray]:
     """Returns sums of losses by document of each cut on a text that is not cached."""
     digest = text.sha256()
@@ -254,11 +266,11 @@ def _sums(
 
 
 def _confirmed(
-    scorer: Scorer, known: LossStore, text: SearchText, best: Cut, cuts: Sequence[Cut], say: Callable[[str], None]
+    scorer: CutScorer, known: LossStore, text: SearchText, cuts: Sequence[Cut], say: Callable[[str], None]
 ) -> Confirmation:
-    """Measures the base and some cuts on a text, and how much the best is below the others, paired by document."""
+    """Measures the base and cuts on a text, and how much the first is below the others, paired by document."""
     sums = _sums(scorer, known, text, [(), *cuts], say)
-    counts = by_document(np.zeros(text.owners.shape), text)[1]
+    counts, best = counts_of(text), cuts[0]
     return Confirmation(
         text,
         {cut: mean_and_error(own, counts)[0] for cut, own in sums.items()},

@@ -55,7 +55,9 @@ def _heat(figure: Any, ax: Any, values: np.ndarray, title: str, log: bool) -> No
 
     known = values[np.isfinite(values) & (values > 0)]
     norm = LogNorm(known.min(), known.max()) if log and known.size and known.min() < known.max() else None
-    drawn = ax.imshow(values.T, origin="lower", cmap="viridis_r", norm=norm, interpolation="nearest")
+    # The embedding is far smaller than all that follows: its column would take the whole scale.
+    top = {} if log else {"vmax": np.nanmax(values[1:]) if np.isfinite(values[1:]).any() else None}
+    drawn = ax.imshow(values.T, origin="lower", cmap="viridis_r", norm=norm, interpolation="nearest", **top)
     figure.colorbar(drawn, ax=ax, shrink=0.8)
     ax.set(xlabel="a, first layer of the block", ylabel="b, first layer after it", title=title)
     ax.title.set_fontsize("medium")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from solar_jax.searching.candidates import (
-    Block,
     Cut,
+    Repeat,
     best_sums,
     dus_cut,
     layers_from_cache,
@@ -27,20 +27,33 @@ class BudgetEnds(Exception):
     """Raised within a search when the next evaluation would exceed the budget."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Excess of a cut, and the share of the search text that it was measured on."""
+
+    excess: float  # nats a token
+    share: float = 1.0
+
+
 @dataclasses.dataclass
-class Ledger:
+class Evaluations:
     """Evaluations of a search: what was measured and the layers that it cost."""
 
     n: int
     add: int
-    measure: Callable[[Cut], float]  # cut -> excess, in nats
+    measure: Callable[[Cut, Cut | None], Measured]  # a cut, and the one that it has to come near
     budget: float  # layers
     head: float  # layers that cost as much as the output projection
     spent: float = 0.0
-    excess: dict[Cut, float] = dataclasses.field(default_factory=dict)  # in order
+    found: dict[Cut, Measured] = dataclasses.field(default_factory=dict)  # in order
+
+    @property
+    def excess(self) -> dict[Cut, float]:
+        """Excess of every evaluated cut."""
+        return {cut: measured.excess for cut, measured in self.found.items()}
 
     def cost(self, cut: Cut) -> float:
-        """Layers that a cut costs to evaluate."""
+        """Layers that a cut costs to evaluate on all of the text."""
         return len(layers_from_cache(cut, self.n)[1]) + self.head
 
     def evaluate(self, cut: Cut) -> float:
@@ -49,18 +62,23 @@ class Ledger:
         Raises:
           BudgetEnds: it is not known, and would cost too much.
         """
-        if cut not in self.excess:
-            cost = self.cost(cut)
-            if self.spent + cost > self.budget and self.best():
+        if cut not in self.found:
+            best = self.best()
+            if self.spent + self.cost(cut) > self.budget and best:
                 raise BudgetEnds
-            self.spent += cost
-            self.excess[cut] = self.measure(cut)
-        return self.excess[cut]
+            self.found[cut] = self.measure(cut, best[0] if best else None)
+            self.spent += self.cost(cut) * self.found[cut].share
+        return self.found[cut].excess
 
     def best(self) -> list[Cut]:
-        """Returns the evaluated cuts that add all layers, lowest excess first."""
-        full = [cut for cut in self.excess if sum(block.added for block in cut) == self.add]
-        return sorted(full, key=lambda cut: (self.excess[cut], cut))
+        """Returns the cuts that add all layers and were evaluated on all of the text, lowest excess first."""
+        full = [cut for cut, x in self.found.items() if x.share == 1.0 and added_by(cut) == self.add]
+        return sorted(full, key=lambda cut: (self.found[cut].excess, cut))
+
+
+def added_by(cut: Cut) -> int:
+    """Returns the number of layers that a cut adds."""
+    return sum(block.added for block in cut)
 
 
 def survey_cuts(add: int, n: int, ratios: np.ndarray) -> list[Cut]:
@@ -79,7 +97,7 @@ def survey_cuts(add: int, n: int, ratios: np.ndarray) -> list[Cut]:
         found |= dict.fromkeys(of_visits if full else sorted(of_visits, key=_by_ratio(ratios))[:_PLACES])
     lengths = {max(1, add // part) for part in _LADDER} | {1}
     for length in sorted((x for x in lengths if x < min(add, n)), reverse=True):
-        cuts = [(Block(a, a + length),) for a in range(n - length + 1)]
+        cuts = [(Repeat(a, a + length),) for a in range(n - length + 1)]
         evenly = [cuts[round(i)] for i in np.linspace(0, len(cuts) - 1, _PLACES)]
         found |= dict.fromkeys([*sorted(cuts, key=_by_ratio(ratios))[: _PLACES // 2], *evenly])
     return list(found)
@@ -89,7 +107,7 @@ def _by_ratio(ratios: np.ndarray) -> Callable[[Cut], float]:
     return lambda cut: sum(abs(float(np.log(ratios[block.a, block.b]))) * (block.visits - 1) for block in cut)
 
 
-def run_search(ledger: Ledger, ratios: np.ndarray) -> str:
+def run_search(ledger: Evaluations, ratios: np.ndarray) -> str:
     """Evaluates cuts until none is left that is worth it, or the budget ends.
 
     1. The survey. 2. Dynamic programming over sums, whose lowest are evaluated exactly; once more with what was
@@ -115,7 +133,7 @@ def run_search(ledger: Ledger, ratios: np.ndarray) -> str:
     return f"the best {EXPANDED} cuts have no better neighbour"
 
 
-def _climb(ledger: Ledger, ratios: np.ndarray) -> None:
+def _climb(ledger: Evaluations, ratios: np.ndarray) -> None:
     """Evaluates the neighbours of the best cuts, the best one's first, starting again whenever the order changes."""
     expanded: set[Cut] = set()
     while left := [cut for cut in ledger.best()[:EXPANDED] if cut not in expanded]:
@@ -133,6 +151,6 @@ def _in_order(cuts: Iterable[Cut], model: ExcessModel) -> list[Cut]:
     return sorted(cuts, key=lambda cut: (sum(map(model, cut)), cut))
 
 
-def forwards(ledger: Ledger) -> float:
+def forwards(ledger: Evaluations) -> float:
     """Returns the budget spent, in forwards of the base."""
     return ledger.spent / (ledger.n + ledger.head)

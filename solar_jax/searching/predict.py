@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from solar_jax.searching.candidates import Block, Cut
+from solar_jax.searching.candidates import Cut, Repeat
 
 _FLOOR = 1e-3  # of logarithms' arguments: an excess may be 0 or below
 # Before anything is measured: log excess = 0 + 1 log(log ratio) + 0 log length + 1 log(visits - 1), with this weight.
@@ -32,15 +32,15 @@ class ExcessModel:
 
     ratios: np.ndarray  # of `seam_ratios`
     weights: np.ndarray  # [4]
-    known: Mapping[Block, float]
+    known: Mapping[Repeat, float]
 
-    def __call__(self, block: Block) -> float:
+    def __call__(self, block: Repeat) -> float:
         if (found := self.known.get(block)) is not None:
             return max(found, 0.0)
         return float(np.exp(_features(self.ratios, block) @ self.weights))
 
 
-def _features(ratios: np.ndarray, block: Block) -> np.ndarray:
+def _features(ratios: np.ndarray, block: Repeat) -> np.ndarray:
     moved = abs(math.log(ratios[block.a, block.b]))
     return np.array([1.0, math.log(max(moved, _FLOOR)), math.log(block.b - block.a), math.log(block.visits - 1)])
 

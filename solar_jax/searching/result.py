@@ -7,7 +7,7 @@ from typing import Any
 from solar_jax.checkpoints import lineage
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.searching.candidates import Cut, blocks_text, slices_text, source_layers
-from solar_jax.searching.find import Confirmation, FoundCut, Scored, cut_name
+from solar_jax.searching.find import Confirmation, FoundCut, ScoredCut, cut_name
 from solar_jax.searching.texts import SearchText
 
 _SHOWN = 10  # candidates of a table
@@ -33,12 +33,12 @@ def search_record(
     """
     n = found.layers
 
-    def entry(scored: Scored) -> dict[str, Any]:
+    def entry(scored: ScoredCut) -> dict[str, Any]:
         layers = source_layers(scored.cut, n)
         return {
             "source_layers": list(layers), "blocks": blocks_text(scored.cut), "loss": scored.loss,
             "excess": scored.loss - found.base_loss, "slices": slices_text(layers),
-            **({} if scored.final_loss is None else {"final_loss": scored.final_loss}),
+            "share": scored.share, **({} if scored.final_loss is None else {"final_loss": scored.final_loss}),
         }  # fmt: skip
 
     return {

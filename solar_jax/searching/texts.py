@@ -100,7 +100,7 @@ def _pieces(source: AnyRows, index: int) -> tuple[np.ndarray, list[str]]:
 
 # ---- Where texts come from -------------------------------------------------------------------------------------------
 def training_texts(corpus: Corpus, tokens: int, name: str = "") -> tuple[SearchText, SearchText]:
-    """Returns the search text, and a final one twice as large, from different rows of a corpus's training part.
+    """Returns the search text, and a final one as large, from different rows of a corpus's training part.
 
     Rows lie evenly spread over each source, whose share is that of its weight.
 
@@ -114,8 +114,8 @@ def training_texts(corpus: Corpus, tokens: int, name: str = "") -> tuple[SearchT
     for source, rows in corpus.train:
         length = len(rows[0]["tokens"])
         count = max(1, round(tokens * source.weight / total / length))
-        places = np.unique(np.linspace(0, len(rows) - 1, min(3 * count, len(rows))).round().astype(int)).tolist()
-        chosen = places[1::3] if len(places) > 1 else places
+        places = np.unique(np.linspace(0, len(rows) - 1, min(2 * count, len(rows))).round().astype(int)).tolist()
+        chosen = places[1::2] if len(places) > 1 else places
         first += [(rows, i) for i in chosen]
         second += [(rows, i) for i in places if i not in chosen]
     if not second:
@@ -169,13 +169,24 @@ def standard_library() -> Iterator[Document]:
             yield Document(f"{CODE}:{name}", inspect.getsource(importlib.import_module(name)))
 
 
-def by_document(values: np.ndarray, text: SearchText) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of values [rows, T] and of weights over each document of a text, float64 [documents] each."""
-    counts = text.weights.astype(np.float64) * (text.owners >= 0)
-    owners = np.maximum(text.owners, 0).ravel()
-    size = len(text.documents)
-    sums = np.bincount(owners, (counts * values).ravel(), size)
-    return sums, np.bincount(owners, counts.ravel(), size)
+def by_document(values: np.ndarray, text: SearchText, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of values and of weights over each document of a text, float64 [documents] each.
+
+    Args:
+      values: [rows, T], of consecutive rows.
+      text: theirs.
+      start: the first of the rows.
+    """
+    rows = slice(start, start + len(values))
+    owners, counts = text.owners[rows], text.weights[rows].astype(np.float64)
+    counts *= owners >= 0
+    of, size = np.maximum(owners, 0).ravel(), len(text.documents)
+    return np.bincount(of, (counts * values).ravel(), size), np.bincount(of, counts.ravel(), size)
+
+
+def counts_of(text: SearchText) -> np.ndarray:
+    """Number of targets that count of each document, float64 [documents]."""
+    return by_document(np.zeros(text.owners.shape), text)[1]
 
 
 def mean_and_error(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
