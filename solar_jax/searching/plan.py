@@ -17,7 +17,7 @@ from solar_jax.searching.candidates import (
 )
 from solar_jax.searching.predict import ExcessModel, fitted_excess
 
-RANKED = 20  # cuts of the lowest sums that are evaluated exactly
+RANKED, ROUNDS = 5, 4  # new cuts of the lowest sums that are evaluated exactly, and how often sums are ranked again
 EXPANDED = 3  # best cuts whose neighbours are evaluated
 _LADDER = (2, 3, 6)  # the survey's shorter blocks have 1/2, 1/3, 1/6 of the added layers, and one layer
 _PLACES = 4  # of each shorter length that the survey evaluates
@@ -107,41 +107,42 @@ def _by_ratio(ratios: np.ndarray) -> Callable[[Cut], float]:
     return lambda cut: sum(abs(float(np.log(ratios[block.a, block.b]))) * (block.visits - 1) for block in cut)
 
 
-def run_search(ledger: Evaluations, ratios: np.ndarray) -> str:
+def run_search(done: Evaluations, ratios: np.ndarray) -> str:
     """Evaluates cuts until none is left that is worth it, or the budget ends.
 
-    1. The survey. 2. Dynamic programming over sums, whose lowest are evaluated exactly; once more with what was
-    learned. 3. Neighbours of the best, those of the lowest sums first, until the best few have no better ones.
+    1. The survey. 2. Dynamic programming over sums, whose lowest new ones are evaluated exactly, and again with
+    what was learned. 3. Neighbours of the best, those of the lowest sums first, until the best few have no better ones.
 
     Args:
-      ledger: filled in.
+      done: filled in.
       ratios: of `predict.seam_ratios`.
 
     Returns:
       Why it ended.
     """
     try:
-        for cut in survey_cuts(ledger.add, ledger.n, ratios):
-            ledger.evaluate(cut)
-        for _ in range(2):
-            model = fitted_excess(ratios, ledger.excess)
-            for _, cut in best_sums(ledger.add, ledger.n, model, RANKED):
-                ledger.evaluate(cut)
-        _climb(ledger, ratios)
+        for cut in survey_cuts(done.add, done.n, ratios):
+            done.evaluate(cut)
+        for _ in range(ROUNDS):
+            model = fitted_excess(ratios, done.excess)
+            ranked = [cut for _, cut in best_sums(done.add, done.n, model, RANKED * ROUNDS)]
+            for cut in [cut for cut in ranked if cut not in done.found][:RANKED]:
+                done.evaluate(cut)
+        _climb(done, ratios)
     except BudgetEnds:
         return "the budget is spent"
     return f"the best {EXPANDED} cuts have no better neighbour"
 
 
-def _climb(ledger: Evaluations, ratios: np.ndarray) -> None:
+def _climb(done: Evaluations, ratios: np.ndarray) -> None:
     """Evaluates the neighbours of the best cuts, the best one's first, starting again whenever the order changes."""
     expanded: set[Cut] = set()
-    while left := [cut for cut in ledger.best()[:EXPANDED] if cut not in expanded]:
+    while left := [cut for cut in done.best()[:EXPANDED] if cut not in expanded]:
         cut = left[0]
-        model = fitted_excess(ratios, ledger.excess)
-        for other in _in_order(neighbours(cut, ledger.n), model):
-            known = other in ledger.excess
-            if ledger.evaluate(other) < ledger.excess[cut] and not known:
+        model = fitted_excess(ratios, done.excess)
+        for other in _in_order(neighbours(cut, done.n), model):
+            known = other in done.excess
+            if done.evaluate(other) < done.excess[cut] and not known:
                 break  # go on from the better one; what is left of this one's is taken up if it stays among the best
         else:
             expanded.add(cut)
@@ -151,6 +152,6 @@ def _in_order(cuts: Iterable[Cut], model: ExcessModel) -> list[Cut]:
     return sorted(cuts, key=lambda cut: (sum(map(model, cut)), cut))
 
 
-def forwards(ledger: Evaluations) -> float:
+def forwards(done: Evaluations) -> float:
     """Returns the budget spent, in forwards of the base."""
-    return ledger.spent / (ledger.n + ledger.head)
+    return done.spent / (done.n + done.head)
