@@ -14,13 +14,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "solar_jax"
 COMMANDS = (
     "train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate", "serve", "evaluate",
-    "report",
+    "report", "seam",
 )  # fmt: skip
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
     "errors", "config_checks", "config", "storage", "hardware", "model", "parallel", "growth", "cli", "formats",
     "orbax_store", "checkpoints", "data", "merging", "monitoring", "decoding", "serving", "evaluation", "training",
-    "planning", "chaining", *COMMANDS, "lm_eval", "__main__",
+    "planning", "inspecting", "chaining", *COMMANDS, "lm_eval", "__main__",
 )  # fmt: skip
 LONGEST = 400  # lines of a file
 
@@ -111,6 +111,7 @@ USES = {
     "prepare": set(),
     "make_data": set(),
     "report": set(),
+    "seam": {"optax", "orbax", "flax", "grain"},
 }
 NO_MODEL = {"make_data", "report"}  # commands that need no jax
 
@@ -133,7 +134,7 @@ ANSWERED_AT_ONCE = {
         ("convert", "--source=/not/there", "--out=x", "--to=hf"), ("train", "--config=not_there.py"),
         ("prepare", CONFIG, "--config.data.sources=/not/there", "--out=x"), ("plan", "--config=not_there.py"),
         ("make_data", "--kind=math_instruct", "--questions=x", "--endpoint=http://h", "--out=x", "--api_key_file=/no"),
-        ("report", "--out=/dev/null/x"),
+        ("report", "--out=/dev/null/x"), ("seam", "--model=/not/there", "--out=x"),
     ],
 }  # fmt: skip
 

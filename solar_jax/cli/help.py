@@ -14,8 +14,8 @@ from solar_jax.cli.config_keys import config_keys
 from solar_jax.growth.operators import OPERATORS
 
 COMMANDS = (
-    "train", "upscale", "convert", "merge", "chain", "generate", "serve", "evaluate", "report", "plan", "prepare",
-    "make_data",
+    "train", "upscale", "convert", "merge", "chain", "generate", "serve", "evaluate", "report", "seam", "plan",
+    "prepare", "make_data",
 )  # fmt: skip
 HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull", "-?")
 _WIDE = 118
