@@ -75,25 +75,25 @@ def shared(layers: int, block: Repeat, visit: int) -> list[int]:
     return order
 
 
+def first_change(order: Sequence[int]) -> int:
+    """Returns the first place at which a list of layers differs from 0, 1, 2, ...; its length if none does."""
+    return next((k for k, layer in enumerate(order) if k != layer), len(order))
+
+
 class Reruns:
     """Losses of a model with other lists of layers, from the first layer at which a list differs."""
 
     def __init__(self, runner: LayerRunner, params: Params, batch: Batch, inputs: jax.Array):
         """Takes a model and the inputs of its layers [L + 1, B, T, D]."""
         self._runner, self._params, self._batch, self._inputs = runner, params, batch, inputs
-        self.layers = runner.cfg.num_hidden_layers
-
-    def start(self, order: Sequence[int]) -> int:
-        """Returns the first place at which a list differs from that of the model."""
-        return next((k for k, layer in enumerate(order) if k != layer), len(order))
 
     def cost(self, order: Sequence[int]) -> int:
         """Returns the number of layers that `losses` runs."""
-        return len(order) - self.start(order)
+        return len(order) - first_change(order)
 
     def losses(self, order: Sequence[int]) -> np.ndarray:
         """Returns each row's loss in nats, float64 [B], with the layers in this order."""
-        at = self.start(order)
+        at = first_change(order)
         x = self._runner.input_at(self._inputs, at)
         x = self._runner.run(self._params, self._batch, x, order[at:])
         return self._runner.losses(self._params, self._batch, x)

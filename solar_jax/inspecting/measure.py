@@ -1,6 +1,7 @@
 """All measurements of one model, as the JSON of seam.json's `models`."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.lineage import public
 from solar_jax.checkpoints.load import load_params
-from solar_jax.config import TrainConfig
+from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.data.pipeline import heldout_batches
-from solar_jax.inspecting.ablations import Repeat, Reruns, exchanged, repeats, shared, twin_pairs, without
+from solar_jax.inspecting.ablations import Repeat, Reruns, exchanged, first_change, repeats, shared, twin_pairs, without
 from solar_jax.inspecting.ancestry import Ancestry, FirstWeights
 from solar_jax.inspecting.heldout_text import Sample
 from solar_jax.inspecting.layer_run import LayerRunner, mean_of_rows
@@ -70,10 +71,9 @@ class Subject:
     def work(self) -> int:
         """Returns the work of `measured`, in layers run; reading weights counts as one each."""
         lists = self.orders().values()
-        starts = [next((k for k, i in enumerate(order) if k != i), len(order)) for order in lists]
-        runs = sum(len(order) - at for order, at in zip(lists, starts, strict=True))
+        runs = sum(len(order) - first_change(order) for order in lists)
         weights = len(self.pairs) + (self.layers if self.start.checkpoint else 0)
-        logits = (len(starts) + 1 + self.layers + 1) * self.head_work  # of the lists, the model itself, and the lens
+        logits = (len(lists) + 1 + self.layers + 1) * self.head_work  # of the lists, the model itself, and the lens
         return runs + weights + logits + (2 + _BACKWARD) * self.layers
 
     @property
@@ -82,6 +82,11 @@ class Subject:
         cfg = self.checkpoint.cfg
         of_layer = sum(size(cfg, letters) for letters in layer_axes(cfg).values())
         return max(1, round(size(cfg, "DV") / of_layer))
+
+
+@functools.cache  # models of one shape share what is compiled
+def _programs(cfg: ModelConfig, train: TrainConfig, length: int, mesh: jax.sharding.Mesh) -> Statistics:
+    return Statistics(LayerRunner(cfg, train, length, mesh))
 
 
 def measured(one: Subject, sample: Sample, train: TrainConfig, mesh: jax.sharding.Mesh, done: Done) -> dict[str, Any]:
@@ -100,8 +105,7 @@ def measured(one: Subject, sample: Sample, train: TrainConfig, mesh: jax.shardin
     params = load_params(c, rules.parameter_shardings(c.cfg, mesh), dtypes)
     rows = len(sample.rows)
     batch = heldout_batches(sample.rows, rules.padded_rows(rows, mesh), rules.batch_sharding(mesh))[0]
-    runner = LayerRunner(c.cfg, train, len(sample.rows[0]["tokens"]), mesh)
-    statistics = Statistics(runner)
+    statistics = _programs(c.cfg, train, len(sample.rows[0]["tokens"]), mesh)
     stream = statistics.stream(params, batch)
     done(2 * one.layers, "stream")
     lens = statistics.lens(params, batch, stream.inputs)
@@ -124,7 +128,7 @@ def measured(one: Subject, sample: Sample, train: TrainConfig, mesh: jax.shardin
             "seams": list(layer_map.seams),
             "notes": list(one.ancestry.notes),
         },
-        **_losses(one, Reruns(runner, params, batch, stream.inputs), rows, done),
+        **_losses(one, Reruns(statistics.runner, params, batch, stream.inputs), rows, done),
         "stream": _stream_json(stream, counted),
         "lens": {name: [_mean(x, counted) for x in values] for name, values in lens.items()},
         "gradients": _gradient_json(gradients),

@@ -5,7 +5,7 @@ import pytest
 
 from solar_jax.config import GrowthConfig
 from solar_jax.growth.operators import LayerMap, make_layer_map
-from solar_jax.inspecting.ablations import Repeat, Reruns, exchanged, repeats, shared, twin_pairs, without
+from solar_jax.inspecting.ablations import Repeat, Reruns, exchanged, first_change, repeats, shared, twin_pairs, without
 from tests.inspecting.models import LAYERS, ROWS, ready, reference, torch_losses
 
 
@@ -17,7 +17,11 @@ from tests.inspecting.models import LAYERS, ROWS, ready, reference, torch_losses
         # 0..5 three times: the second visit is a twin of the first, the third of the second
         (GrowthConfig("naive", copies=3), [(i, i + 6) for i in range(12)], [Repeat(0, 6, 6), Repeat(6, 12, 6)]),
         # 0 0 1 1 ...: blocks of one layer each
-        (GrowthConfig("interleave"), [(i, i + 1) for i in range(0, 12, 2)], [Repeat(i, i + 1, 1) for i in range(0, 12, 2)]),
+        (
+            GrowthConfig("interleave"),
+            [(i, i + 1) for i in range(0, 12, 2)],
+            [Repeat(i, i + 1, 1) for i in range(0, 12, 2)],
+        ),
         # 0 1 0/1 2 ...: a mean is no twin
         (GrowthConfig("average", every=2), [], []),
         (GrowthConfig("identity"), [], []),
@@ -44,6 +48,7 @@ def test_the_visits_of_a_block_never_overlap():
 def test_lists_of_layers():
     block = Repeat(1, 3, 2)  # 0 [1 2] [3 4] 5
     assert without(6, 4) == [0, 1, 2, 3, 5]
+    assert [first_change(order) for order in (without(6, 4), without(6, 5), [0, 1], [1, 0])] == [4, 5, 2, 0]
     assert exchanged(6, block) == [0, 3, 4, 1, 2, 5]
     assert shared(6, block, 0) == [0, 1, 2, 1, 2, 5]
     assert shared(6, block, 1) == [0, 3, 4, 3, 4, 5]
