@@ -11,6 +11,7 @@ from solar_jax.inspecting.weights import ALL, GROUPS
 
 Model = dict[str, Any]  # as in seam.json
 _NEW, _OLD, _SEAM = "#d1603d", "0.72", "0.35"
+_MOST_SEAMS = 12
 _STYLES = ("-", "--", ":")  # of groups of arrays
 
 
@@ -152,8 +153,8 @@ def draw_subject(name: str, models: Sequence[Model]) -> bytes | None:
     axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (panel, lines) in zip(axes, drawn, strict=False):
         _draw_panel(ax, panel, lines, models)
-        for at in {seam for model in models for seam in model["layer_map"]["seams"]}:
-            ax.axvline(at + 0.5, color=_SEAM, linestyle=(0, (2, 2)), linewidth=0.9, zorder=0)
+        for model in maps:
+            _mark_seams(ax, model)
     for ax, model in zip(axes[len(drawn) :], maps, strict=True):
         _draw_map(ax, model)
     axes[-1].set_xlabel("layer")
@@ -193,6 +194,13 @@ def _draw_panel(ax: Any, panel: Panel, lines: Sequence[list[Line]], models: Sequ
     ax.spines[["right", "top"]].set_visible(False)
 
 
+def _mark_seams(ax: Any, model: Model) -> None:
+    """Draws a line at every seam, where they are few enough to leave something else to see."""
+    seams = model["layer_map"]["seams"]
+    for at in seams if len(seams) <= _MOST_SEAMS else ():
+        ax.axvline(at + 0.5, color=_SEAM, linestyle=(0, (2, 2)), linewidth=0.9, zorder=0)
+
+
 def _draw_map(ax: Any, model: Model) -> None:
     """Draws the source of every layer as a bar; new layers in colour, means with a hatch, zeroed ones hollow."""
     its = model["layer_map"]
@@ -204,8 +212,7 @@ def _draw_map(ax: Any, model: Model) -> None:
             i, source + 1, 0.8, color="none" if scale[i] == 0 else color, edgecolor=color, linewidth=0.8,
             hatch="///" if other != source else None,
         )  # fmt: skip
-    for at in its["seams"]:
-        ax.axvline(at + 0.5, color=_SEAM, linestyle=(0, (2, 2)), linewidth=0.9)
+    _mark_seams(ax, model)
     ax.set_ylabel("source", fontsize="small")
     grown = f"{its['operator']}: {its['base_layers']} to {model['layers']} layers" + (", new ones red" if new else "")
     ax.set_title(f"{model['name']}: {grown}".replace("$", r"\$"), fontsize="x-small", loc="left", pad=2)

@@ -91,7 +91,9 @@ def _lens(model: Model) -> list[str]:
     rising = [i for i in range(len(kl) - 1) if kl[i + 1] > kl[i]]
     half = next(i for i, share in enumerate(agreement) if share >= 0.5)
     said = [
-        f"half of the likeliest tokens are the final ones from the input of layer {half} on (of {model['layers']}).",
+        f"at the input of layer {half} of {model['layers']}, half of the likeliest tokens are the final ones."
+        if half < model["layers"]
+        else "at no layer's input are half of the likeliest tokens the final ones.",
         f"layers that take the prediction away from the final one (the KL rises): {layer_list(rising) or 'none'}.",
     ]
     for seam in model["seams"][:_SHOWN]:
