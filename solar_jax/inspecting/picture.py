@@ -12,6 +12,7 @@ from solar_jax.inspecting.weights import ALL, GROUPS
 Model = dict[str, Any]  # as in seam.json
 _NEW, _OLD, _SEAM = "#d1603d", "0.72", "0.35"
 _MOST_SEAMS = 12
+_FAR = 10
 _STYLES = ("-", "--", ":")  # of groups of arrays
 
 
@@ -33,7 +34,7 @@ class Panel:
     label: str
     lines: Callable[[Model], list[Line]]
     log: bool = False
-    near: float = 0.0  # scale linear up to this distance from 0 and logarithmic beyond, with a line at 0; 0: not so
+    near: float = 0.0  # of changes: beyond this distance from 0 the scale is logarithmic, if some go far; 0: no change
 
 
 def _layers(*path: str, note: str = "", style: str = "-") -> Callable[[Model], list[Line]]:
@@ -62,15 +63,11 @@ def _additions(model: Model) -> list[Line]:
     ]
 
 
-def _twins(value: str) -> Callable[[Model], list[Line]]:
-    def lines(model: Model) -> list[Line]:
-        at = [later for _, later in model["twins"]["pairs"]]
-        values = model["twins"][value]
-        return [
-            Line(at, values[group], note=group, style=style) for group, style in zip(GROUPS, _STYLES, strict=True) if at
-        ]
-
-    return lines
+def _twins(model: Model) -> list[Line]:
+    """Distances of twins by kind of array, each at the later one."""
+    at, values = [later for _, later in model["twins"]["pairs"]], model["twins"]["relative"]
+    groups = zip(GROUPS, _STYLES, strict=True) if at else ()
+    return [Line(at, values[group], note=group, style=style) for group, style in groups]
 
 
 def _without(model: Model) -> list[Line]:
@@ -101,7 +98,7 @@ PICTURES: dict[str, tuple[str, tuple[Panel, ...]]] = {
         "Logit lens: every layer's input read as if it were the last one's output",
         (
             Panel("KL(final || lens), nats", _layers("lens", "kl"), log=True),
-            Panel("loss, nats", _layers("lens", "loss")),
+            Panel("loss, nats", _layers("lens", "loss"), log=True),
             Panel("same likeliest token\nas the last layer", _layers("lens", "agreement")),
         ),
     ),
@@ -118,8 +115,7 @@ PICTURES: dict[str, tuple[str, tuple[Panel, ...]]] = {
         (
             Panel("|W - start| / |start|", _layers("moved", "relative", ALL)),
             Panel("by kind of array", _groups("moved", "relative")),
-            Panel("distance from the twin\nbefore, relative", _twins("relative")),
-            Panel("cosine with it", _twins("cosine")),
+            Panel("distance from the twin\nbefore, relative", _twins),
         ),
     ),
     "ablations": (
@@ -149,7 +145,7 @@ def draw_subject(name: str, models: Sequence[Model]) -> bytes | None:
         return None
     maps = distinct_maps(models)
     heights = [2.2] * len(drawn) + [0.9] * len(maps)
-    figure = Figure(figsize=(9.5, 0.9 + sum(heights)), layout="constrained")
+    figure = Figure(figsize=(10.5, 0.9 + sum(heights)), layout="constrained")
     axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (panel, lines) in zip(axes, drawn, strict=False):
         _draw_panel(ax, panel, lines, models)
@@ -177,7 +173,7 @@ def _draw_panel(ax: Any, panel: Panel, lines: Sequence[list[Line]], models: Sequ
     for k, (model, its) in enumerate(zip(models, lines, strict=True)):
         for line in its:
             label = ", ".join(filter(None, (model["name"].replace("$", r"\$"), line.note)))
-            y = np.array([np.nan if v is None else v for v in line.y], float)
+            y = np.array([np.nan if v is None or (panel.log and v <= 0) else v for v in line.y], float)
             how = {"color": f"C{k % 10}", "linewidth": 1.4, "markersize": 3, "label": " " + label}
             if line.error is None:
                 ax.plot(line.x, y, line.style, marker="." if len(line.x) == 1 else None, **how)
@@ -186,11 +182,12 @@ def _draw_panel(ax: Any, panel: Panel, lines: Sequence[list[Line]], models: Sequ
                 ax.errorbar(line.x, y, yerr=error, fmt=line.style, capsize=1.5, elinewidth=0.8, **how)
     if panel.near:
         ax.axhline(0, color="0.5", linewidth=0.8)
-        ax.set_yscale("symlog", linthresh=panel.near)
+        if any(abs(v or 0) > _FAR * panel.near for its in lines for line in its for v in line.y):
+            ax.set_yscale("symlog", linthresh=panel.near)
     if panel.log and any(v for its in lines for line in its for v in line.y):
         ax.set_yscale("log")
     ax.set_ylabel(panel.label, fontsize="small")
-    ax.legend(frameon=False, fontsize="x-small", loc="best")
+    ax.legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     ax.spines[["right", "top"]].set_visible(False)
 
 

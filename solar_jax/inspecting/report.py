@@ -20,8 +20,8 @@ def seam_report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "",
         f"Measured on {content['rows']} rows of {content['length']} tokens from {content['documents']} held-out "
         f"document(s) of {content['text']}, in {content['dtype']}. Losses are in nats per token; +- is the standard "
-        "error over rows of the paired difference, which is too small where rows share documents. All numbers are in "
-        "`seam.json`, with their definitions.",
+        "error over rows, of changes that of the differences row by row; it is too small where rows share documents. "
+        "All numbers are in `seam.json`, with their definitions.",
         "",
         "| model | layers | layer map | new layers | loss |",
         "|---|---|---|---|---|",
@@ -154,7 +154,7 @@ def _ablations(model: Model) -> list[str]:
         said.append(
             f"without one {what} layer the loss changes by {_signed(ordered[0])} (layer {ordered[0]['layer']}) to "
             f"{_signed(ordered[-1])} (layer {ordered[-1]['layer']}), median {middle:+.4f}; it falls by more than two "
-            f"standard errors for {len(better)} of {len(found)}: {layer_list(better) or 'none'}."
+            f"standard errors (some do by chance) for {len(better)} of {len(found)}: {layer_list(better) or 'none'}."
         )
     for block in model["blocks"][:_SHOWN]:
         first, second = layer_list(block["first"]), layer_list(block["second"])
