@@ -14,13 +14,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "solar_jax"
 COMMANDS = (
     "train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate", "serve", "evaluate",
-    "report", "search", "study",
+    "report", "search", "study", "seam",
 )  # fmt: skip
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
     "errors", "config_checks", "config_tree", "config", "storage", "hardware", "model", "parallel", "growth", "cli",
     "formats", "orbax_store", "checkpoints", "data", "merging", "monitoring", "decoding", "serving", "evaluation",
-    "training", "planning", "searching", "chaining", "studying", *COMMANDS, "lm_eval", "__main__",
+    "training", "planning", "searching", "inspecting", "chaining", "studying", *COMMANDS, "lm_eval", "__main__",
 )  # fmt: skip
 LONGEST = 400  # lines of a file
 
@@ -113,6 +113,7 @@ USES = {
     "report": set(),
     "study": {"optax", "orbax", "flax", "grain"},
     "search": {"optax", "orbax", "flax", "grain"},
+    "seam": {"optax", "orbax", "flax", "grain"},
 }
 NO_MODEL = {"make_data", "report"}  # commands that need no jax
 
@@ -136,6 +137,7 @@ ANSWERED_AT_ONCE = {
         ("prepare", CONFIG, "--config.data.sources=/not/there", "--out=x"), ("plan", "--config=not_there.py"),
         ("make_data", "--kind=math_instruct", "--questions=x", "--endpoint=http://h", "--out=x", "--api_key_file=/no"),
         ("report", "--out=/dev/null/x"), ("search", "--source=/not/there", "--add=1", "--out=x.json"),
+        ("report", "--out=/dev/null/x"), ("seam", "--model=/not/there", "--out=x"),
     ],
 }  # fmt: skip
 
