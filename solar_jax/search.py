@@ -148,7 +148,7 @@ def predicted(
     Raises:
       UserError: the config has no shape and its source cannot be opened, or the model does not fit.
     """
-    cfg, own = config.model, "bfloat16"
+    cfg, own = config.model.architecture, "bfloat16"
     if not cfg.num_hidden_layers:
         c = open_checkpoint(config.source)
         cfg, own = c.cfg, c.dtype

@@ -93,6 +93,8 @@ def lineage_record(c: Checkpoint, made_by: str, **more: Any) -> dict[str, Any]:
         "source_layers": list(layer_map.source),
         "partner_layers": None if layer_map.partner == layer_map.source else list(layer_map.partner),
         "scale": None if set(layer_map.scale) == {1.0} else list(layer_map.scale),
+        **({"mix": layer_map.mix} if layer_map.mix != "mean" else {}),
+        **({"noise": list(layer_map.noise)} if any(layer_map.noise) else {}),
         **more,
         "source": public_fingerprint(c.source),
         **({"merge": _public_values(c.source.recipe)} if c.source.recipe else {}),

@@ -15,8 +15,8 @@ from solar_jax.config import Config
 from solar_jax.growth.operators import OPERATORS
 
 COMMANDS = (
-    "train", "upscale", "convert", "merge", "chain", "generate", "serve", "evaluate", "report", "search", "seam", "study",
-    "plan", "prepare", "make_data",
+    "train", "upscale", "convert", "merge", "chain", "generate", "serve", "evaluate", "report", "search", "seam",
+    "study", "plan", "prepare", "make_data",
 )  # fmt: skip
 HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull", "-?")
 _WIDE = 118

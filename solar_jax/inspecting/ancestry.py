@@ -82,7 +82,10 @@ def _map_of(record: dict[str, Any], where: str) -> LayerMap:
         raise UserError(f"{where}: lineage.json's source_layers must be a list of layers, found {str(source)[:60]}.")
     scale = tuple(float(s) for s in record.get("scale") or ())
     base = max((*source, *(partner or ()))) + 1
-    return LayerMap(str(record.get("operator")), base, tuple(source), scale, tuple(partner or ()))
+    return LayerMap(
+        str(record.get("operator")), base, tuple(source), scale, tuple(partner or ()),
+        mix=str(record.get("mix", "mean")), noise=tuple(bool(x) for x in record.get("noise", ())),
+    )  # fmt: skip
 
 
 def _composed(above: LayerMap, below: LayerMap) -> LayerMap:
@@ -92,7 +95,8 @@ def _composed(above: LayerMap, below: LayerMap) -> LayerMap:
     source, partner = (tuple(below.source[i] for i in of) for of in (above.source, above.partner))
     scale = tuple(s * below.scale[i] for s, i in zip(above.scale, above.source, strict=True))
     name = above.operator if below.is_identity else f"{below.operator}, then {above.operator}"
-    return LayerMap(name, below.base_layers, source, scale, partner)
+    noise = tuple(below.noise[i] or own for i, own in zip(above.source, above.noise, strict=True))
+    return LayerMap(name, below.base_layers, source, scale, partner, mix=above.mix, noise=noise)
 
 
 def _sources(argv: Sequence[str]) -> Iterator[str]:

@@ -57,6 +57,24 @@ def test_two_growths_are_composed_to_the_first_base(family):
     assert its.layer_map.operator == "dus(m=2), then slices(0:8,7:8)"
 
 
+@pytest.mark.parametrize(
+    "growth",
+    [
+        GrowthConfig("linear_lesa", every=2),
+        GrowthConfig("zeroed", m=2, inner="normal"),
+        GrowthConfig("zeroed", m=2, inner="mean"),
+        GrowthConfig("gated", m=2, beta=0.25),
+    ],
+    ids=str,
+)
+def test_the_start_of_a_grown_model_is_what_growth_made_of_its_base(tiny, tmp_path, growth):
+    c = write(tiny, tmp_path / "out", growth)
+    start = find_start(c, ancestry(c), None)
+    assert start.checkpoint is not None, start.said
+    for layer in (3, 4):
+        np.testing.assert_array_equal(start.checkpoint.read(NAME.format(layer)), c.read(NAME.format(layer)))
+
+
 def test_a_scale_and_a_mean_come_through(tiny, tmp_path):
     c = write(tiny, tmp_path / "pro", GrowthConfig("llama_pro", every=3))
     assert ancestry(c).layer_map == make_layer_map(6, GrowthConfig("llama_pro", every=3))
