@@ -37,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("tokens", 2048, "Tokens of the search text, about; the final text has twice as many.")
     flags.DEFINE_integer("length", None, f"Tokens of a row; {LENGTH}, or a config's own if that is less.")
     flags.DEFINE_integer("windows", WINDOWS, "Held-out rows that confirm the best.")
-    flags.DEFINE_float("forwards", 80.0, "Budget: as much computation as so many forwards of the base.")
+    flags.DEFINE_float("forwards", 60.0, "Budget: as much computation as so many forwards of the base.")
     flags.DEFINE_enum("dtype", None, DTYPES[:2], "Dtype of weights and activations; the model's own if not given.")
     flags.DEFINE_float("beta", 1.0, "Only 1: what the second visit of a block counts for.")
     flags.DEFINE_float("scale", 1.0, "Only 1: the factor of copied layers.")

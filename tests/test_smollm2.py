@@ -17,11 +17,14 @@ from solar_jax.checkpoints.convert import Target
 from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
-from solar_jax.config import DataConfig, GrowthConfig
+from solar_jax.config import DataConfig, GrowthConfig, MeshConfig
 from solar_jax.convert import convert
 from solar_jax.data.corpus import heldout_rows, load_corpus
 from solar_jax.growth.operators import make_layer_map
 from solar_jax.model import llama
+from solar_jax.parallel.mesh import make_mesh
+from solar_jax.searching.cache import make_scorer
+from solar_jax.searching.candidates import Repeat, slices_text, source_layers
 from solar_jax.training.objectives import next_token_loss
 from solar_jax.upscale import upscale
 
@@ -97,6 +100,18 @@ def test_zero_token_losses_are_those_of_transformers(base, rows, tmp_path, growt
     assert ours == pytest.approx(torch_loss(model, rows), abs=1e-4)
     if growth.operator == "llama_pro":
         assert ours == pytest.approx(torch_loss(load(base), rows), abs=1e-4)
+
+
+def test_cached_losses_of_cuts_are_those_of_the_whole_deeper_model(base, rows, tmp_path):
+    """Of the block that the search's page compares with dus, too."""
+    scorer = make_scorer(
+        open_checkpoint(str(base)), make_mesh(MeshConfig()), dtype="float32", rows=WINDOWS, length=256, add=18
+    )
+    cuts = [(), (Repeat(2, 20),)]
+    cached = scorer.losses(rows, cuts).mean(axis=(1, 2))
+    upscale(str(base), GrowthConfig("slices", slices=slices_text(source_layers(cuts[1], 30))), Target(tmp_path / "cut"))
+    for loss, folder in zip(cached, (base, tmp_path / "cut"), strict=True):
+        assert loss == pytest.approx(our_loss(folder, rows), abs=1e-5)
 
 
 def test_the_readmes_command_heals_the_model_and_transformers_agrees_with_the_result(tmp_path, rows):

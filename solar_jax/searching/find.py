@@ -32,7 +32,7 @@ class SearchSettings:
     """Numbers of a search, which its result depends on."""
 
     add: int
-    forwards: float = 80.0  # budget, in forwards of the base over the search text
+    forwards: float = 60.0  # budget, in forwards of the base over the search text
     finalists: int = FINALISTS  # cuts that are scored on the final text
 
 
