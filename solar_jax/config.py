@@ -86,7 +86,7 @@ class ShapeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GrowthConfig:
-    operator: str = "dus"  # a name of growth.operators.OPERATORS
+    operator: str = "dus"  # a name of growth.operators.OPERATORS, or search
     m: int = 8  # dus, zeroed: layers cut from each side of the seam
     a: int = 0  # block_repeat, split: first layer of the block
     b: int = 0  # block_repeat, split: first layer after the block; midas, lidas, stack_last: layers of the block
@@ -98,6 +98,7 @@ class GrowthConfig:
     beta: float = 0.5  # gated: scale of what second and later visits add; 0: the base's outputs, 1: the operator's
     alpha: float = 0.5  # split: the first twin's scale; the second has 1 - alpha
     inner: str = "copy"  # zeroed: projections that are not 0, copy, mean (of the neighbours) or normal (noise)
+    add: int = 0  # search: layers to add, at the place that a search of the training text finds
     beside: str = ""  # blocks of another cut, written as `blocks`, that is grown and trained beside on the same tokens
     at_step: int = 0  # growth after so many steps of the base; 0: before training
     schedule: tuple[int, ...] = ()  # later steps after which the operator is applied again (MIDAS, LIDAS, stacking)

@@ -11,7 +11,6 @@ resumes after a kill. With --config, the text, its held-out part and the source 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -89,33 +88,15 @@ def asked_config() -> Config:
 if __name__ == "__main__":
     command.begin(define_flags, check)  # before the slow imports
 
-from solar_jax.checkpoints import lineage
-from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
-from solar_jax.data.corpus import load_corpus
 from solar_jax.hardware import compilation
 from solar_jax.hardware.slices import find_slice
 from solar_jax.parallel import processes
-from solar_jax.parallel.mesh import make_mesh
 from solar_jax.planning.search import of_slice, present
 from solar_jax.searching.candidates import check_added
 from solar_jax.searching.cost import SearchCost, search_cost
-from solar_jax.searching.find import SearchSettings, find_cut, search_identity, store_file
-from solar_jax.searching.picture import plot_search
-from solar_jax.searching.result import NEXT, doubts_of, search_record, search_table
-from solar_jax.searching.texts import SearchText, heldout_text, other_text, training_texts
-from solar_jax.storage.json_files import read_json, write_json
-from solar_jax.storage.paths import is_local
-
-
-@dataclasses.dataclass(frozen=True)
-class SearchTexts:
-    """Texts of one search."""
-
-    search: SearchText
-    final: SearchText
-    confirm: list[SearchText]
+from solar_jax.searching.find import SearchSettings
+from solar_jax.searching.run import say_first, search_cuts
 
 
 def main(argv: Sequence[str]) -> None:
@@ -125,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
     compilation.use_cache(f.compilation_cache)
     config, settings = asked_config(), SearchSettings(f.add, f.forwards)
     if f.dry_run:
-        _say(str(predicted(config, settings, f.slice, f.tokens, f.dtype)))
+        say_first(str(predicted(config, settings, f.slice, f.tokens, f.dtype)))
         return
     search_cuts(
         config, settings, pathlib.Path(f.out), other=f.other, tokens=f.tokens, windows=f.windows, dtype=f.dtype,
@@ -158,90 +139,6 @@ def predicted(
         cfg, of_slice(find_slice(slice_name)) if slice_name else present(), rows=-(-tokens // length), length=length,
         forwards=settings.forwards, width=4 if (dtype or own) == "float32" else 2,
     )  # fmt: skip
-
-
-def search_cuts(
-    config: Config, settings: SearchSettings, out: pathlib.Path, *, other: str = CODE, tokens: int = 2048,
-    windows: int = WINDOWS, dtype: str | None = None, overwrite: bool = False, recipe: str = "dus_48l:smollm2",
-) -> dict[str, Any]:  # fmt: skip
-    """Searches and writes the result.
-
-    Args:
-      config: source, data and length of rows.
-      settings: added layers and budget.
-      out: the JSON file; its picture is written beside it.
-      other: text of another domain; "" for none.
-      tokens: of the search text.
-      windows: rows that confirm.
-      dtype: of weights and activations; the checkpoint's if None.
-      overwrite: replace another search's result.
-      recipe: the config that the next command names.
-
-    Returns:
-      The content of `out`.
-
-    Raises:
-      UserError: bad source or text, or `out` holds something else.
-    """
-    c = open_checkpoint(config.source)
-    n = c.cfg.num_hidden_layers
-    check_added(settings.add, n)
-    dtype = dtype or ("float32" if c.dtype == "float32" else "bfloat16")
-    texts = open_texts(config, c, other, tokens, windows)
-    key, identity = search_identity(c, [texts.search, texts.final, *texts.confirm], settings, dtype)
-    if (there := read_json(out)) is not None and not overwrite:
-        if not isinstance(there, dict) or there.get("key") != key:
-            raise UserError(f"{out}: holds another result; give another --out, or --overwrite to replace it.")
-        _say(f"{out}: this search is complete.\n{search_table(there)}")
-        return there
-    text = texts.search
-    cost = search_cost(
-        c.cfg, present(), rows=len(text.rows), length=config.data.sequence_length,
-        forwards=settings.forwards, width=4 if dtype == "float32" else 2,
-    )  # fmt: skip
-    _say(f"source     {lineage.public(c.where)}, {n} layers, {dtype}; {settings.add} to add, copies only")
-    _say(f"text       {text.name}: {text.tokens:,} tokens of {len(text.documents)} documents")
-    _say(f"predicted  {cost}")
-    if is_local(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    found = find_cut(
-        c, make_mesh(cost.config), text, settings, final=texts.final, confirm=texts.confirm, dtype=dtype, store=out,
-        say=_say,
-    )  # fmt: skip
-    content = search_record(found, c, text, texts.final, identity, key)
-    picture = out.with_suffix(".png")
-    if processes.is_first():
-        plot_search(picture, found, f"{lineage.public(c.where)}: {n} layers and {settings.add} more")
-        write_json(out, content)
-        store_file(out, key).unlink(missing_ok=True)
-    _say(search_table(content))
-    for doubt in doubts_of(found):
-        _say(f"note: {doubt}")
-    _say(NEXT.format(source=config.source, slices=found.slices, config=recipe))
-    _say(f"{out}, {picture}: written")
-    return content
-
-
-def open_texts(config: Config, c: Checkpoint, other: str, tokens: int, windows: int) -> SearchTexts:
-    """Opens a search's texts: training rows to search on, held-out rows and another domain to confirm.
-
-    Raises:
-      UserError: a source cannot be read or is too small.
-    """
-    tokenizer, eos, data = load_tokenizer(c), eos_id(c), config.data
-    corpus = load_corpus(data, tokenizer, eos, c.cfg.vocab_size)
-    name = ", ".join(pathlib.PurePath(source.path).name for source, _ in corpus.train)
-    search, final = training_texts(corpus, tokens, name)
-    confirm = [heldout_text(corpus, windows, name)]
-    if other:
-        length = data.sequence_length
-        confirm.append(other_text(other, tokenizer, eos, length, windows, c.cfg.vocab_size))
-    return SearchTexts(search, final, confirm)
-
-
-def _say(text: str = "") -> None:
-    if processes.is_first():
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

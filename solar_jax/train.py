@@ -81,6 +81,7 @@ from solar_jax.monitoring.trackers import Writers, check_packages
 from solar_jax.parallel import processes, rules
 from solar_jax.parallel.mesh import make_mesh
 from solar_jax.planning import search
+from solar_jax.searching.run import searched
 from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.owner import owned
 from solar_jax.storage.paths import is_local
@@ -137,6 +138,7 @@ def run(
 def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: float, started: float) -> dict[str, Any]:
     """`run`, in a folder that this process owns."""
     # ---- Checks: everything is refused here, before anything is allocated or written -----------------------------
+    config, search_record = searched(config, folder)
     devices = search.present()
     if config.model.num_hidden_layers:  # known shape: what cannot fit is refused before opening a checkpoint
         layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
@@ -185,7 +187,7 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
         if goes_on:
             run_folder.update(folder, config, text)
         else:
-            run_folder.create(folder, config, deeper, text)
+            run_folder.create(folder, config, deeper, text, search_record)
     processes.wait("the run's folder is there")
     ledger = Ledger(folder, started)
     local = folder if is_local(folder) else pathlib.Path("runs") / config.name

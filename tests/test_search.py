@@ -12,8 +12,8 @@ import pytest
 
 from solar_jax.config import Config, DataConfig
 from solar_jax.errors import UserError
-from solar_jax.search import search_cuts
 from solar_jax.searching.find import SearchSettings
+from solar_jax.searching.run import search_cuts
 from tests.conftest import save_model_and_text
 
 REPO = pathlib.Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def config_of(folder: pathlib.Path) -> Config:
 
 
 def searched(folder: pathlib.Path, out: pathlib.Path, settings: SearchSettings = SETTINGS, **more) -> dict:
-    return search_cuts(config_of(folder), settings, out, tokens=512, windows=4, **more)
+    return search_cuts(config_of(folder), settings, out, **({"other": "python-stdlib"} | more), tokens=512, windows=4)
 
 
 def ask(*args: str) -> subprocess.CompletedProcess:

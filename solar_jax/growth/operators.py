@@ -334,6 +334,10 @@ def operator_map(layers: int, growth: GrowthConfig) -> LayerMap:
     Raises:
       UserError: unknown operator, or its numbers do not fit the model.
     """
+    if growth.operator == "search":
+        raise UserError(
+            "growth.operator=search is for train alone; elsewhere give operator slices, as the command search prints."
+        )
     if growth.operator not in OPERATORS:
         raise UserError(f"growth.operator must be one of {', '.join(OPERATORS)}, found {growth.operator!r}.")
     return OPERATORS[growth.operator](layers, growth)

@@ -1,10 +1,7 @@
 """Texts of a search: rows with the document that each of their targets belongs to, and where they come from."""
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib
-import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,20 +10,10 @@ import tokenizers
 
 from solar_jax.config import DataConfig
 from solar_jax.data.corpus import AnyRows, Corpus, FirstRows, heldout_indices
-from solar_jax.data.embedded import EMBEDDED
 from solar_jax.data.packing import Row, Rows, pack
 from solar_jax.data.sources import Document, documents, sources_of
 from solar_jax.errors import UserError
 
-CODE = "python-stdlib"  # the standard library's sources: the other domain of a search of text
-_MODULES = (
-    "abc", "argparse", "ast", "base64", "bdb", "calendar", "cmd", "codecs", "configparser", "contextlib", "copy", "csv",
-    "dataclasses", "difflib", "dis", "enum", "fileinput", "fnmatch", "fractions", "ftplib", "gettext", "glob", "gzip",
-    "heapq", "imaplib", "ipaddress", "keyword", "linecache", "locale", "mailbox", "mimetypes", "netrc", "numbers",
-    "optparse", "pickle", "platform", "poplib", "pprint", "queue", "quopri", "random", "reprlib", "sched", "shelve",
-    "shlex", "smtplib", "socketserver", "statistics", "stringprep", "tabnanny", "tempfile", "textwrap", "timeit",
-    "tokenize", "trace", "uuid", "warnings", "wave", "weakref", "zipfile",
-)  # fmt: skip
 _CHARACTERS_A_TOKEN = 4
 
 
@@ -135,7 +122,7 @@ def other_text(
     """Returns rows of another domain: the beginnings of a source's documents.
 
     Args:
-      entry: as in config.data.sources; `CODE` is there without one, too.
+      entry: as in config.data.sources.
       tokenizer, eos, vocab_size: of the model.
       length: T.
       windows: rows at most.
@@ -144,8 +131,7 @@ def other_text(
       UserError: the source cannot be read, or is too small for one row.
     """
     (source,) = sources_of(DataConfig(sources=(entry,)))
-    found = standard_library() if source.path == CODE and CODE not in EMBEDDED else documents(source)
-    rows = pack(_beginnings(found, length, windows), tokenizer, eos, length, vocab_size=vocab_size)
+    rows = pack(_beginnings(documents(source), length, windows), tokenizer, eos, length, vocab_size=vocab_size)
     if not len(rows):
         raise UserError(f"--other: {source.path} has no text for one row of {length} tokens.")
     return text_of_rows(source.path, [(rows, i) for i in range(min(windows, len(rows)))])
@@ -160,13 +146,6 @@ def _beginnings(found: Iterable[Document], length: int, windows: int) -> Iterato
         left -= len(text)
         if left < 0:
             return
-
-
-def standard_library() -> Iterator[Document]:
-    """Yields the source text of modules of the standard library."""
-    for name in _MODULES:
-        with contextlib.suppress(ImportError, OSError):  # not in every Python
-            yield Document(f"{CODE}:{name}", inspect.getsource(importlib.import_module(name)))
 
 
 def by_document(values: np.ndarray, text: SearchText, start: int = 0) -> tuple[np.ndarray, np.ndarray]:

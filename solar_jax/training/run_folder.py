@@ -194,7 +194,7 @@ def update(workdir: pathlib.Path, config: Config, record: dict[str, Any]) -> Non
 
 
 def create(
-    workdir: pathlib.Path, config: Config, c: Checkpoint, record: dict[str, Any]
+    workdir: pathlib.Path, config: Config, c: Checkpoint, record: dict[str, Any], search: dict[str, Any] | None = None
 ) -> None:  # fmt: skip
     """Creates the folder with config.json, data.json and `model/`, which turns its checkpoints back into a model.
 
@@ -202,32 +202,36 @@ def create(
     """
     if is_local(workdir):
         with new_folder(workdir) as folder:
-            _fill(folder, config, c, record)
+            _fill(folder, config, c, record, search)
         return
     with tempfile.TemporaryDirectory(prefix="solar_jax_run_") as temporary:
         folder = pathlib.Path(temporary)
-        _fill(folder, config, c, record)
+        _fill(folder, config, c, record, search)
         files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         for name in sorted(files, key=lambda name: name == "config.json"):
             paths.write_file(workdir / name, (folder / name).read_bytes())
 
 
 def _fill(
-    folder: pathlib.Path, config: Config, c: Checkpoint, record: dict[str, Any]
+    folder: pathlib.Path, config: Config, c: Checkpoint, record: dict[str, Any], search: dict[str, Any] | None
 ) -> None:  # fmt: skip
     write_json(folder / "config.json", config_dict(config))
     write_json(folder / _TEXT, record)
-    _write_model(folder / MODEL_FOLDER, config, c)
+    _write_model(folder / MODEL_FOLDER, config, c, search=search)
 
 
-def _write_model(folder: pathlib.Path, config: Config, c: Checkpoint, base: str | None = None) -> None:
+def _write_model(
+    folder: pathlib.Path, config: Config, c: Checkpoint, base: str | None = None, search: dict[str, Any] | None = None
+) -> None:
     """Writes what makes a folder of checkpoints a model: its config, its tokenizer and its lineage.
 
-    `base` is what adapters adapt, where that is another model than the config's source with its growth.
+    `base` is what adapters adapt, where that is another model than the config's source with its growth. `search` is
+    how its cut was found.
     """
     folder.mkdir(parents=True)
     write_companions(folder, with_dtype(c.hf_config, config.export.dtype), c.companions)
-    lineage.write_record(folder, lineage.lineage_record(c, "train", name=config.name), LINEAGE)
+    more = {"search": search} if search else {}
+    lineage.write_record(folder, lineage.lineage_record(c, "train", name=config.name, **more), LINEAGE)
     if config.lora.rank:
         layers = make_partition(config.train.trainable, c.layer_map, config.lora).layers
         source, growth = (config.source, config.growth) if base is None else (base, GrowthConfig("identity"))

@@ -15,7 +15,6 @@ from solar_jax.searching.texts import (
     heldout_text,
     mean_and_error,
     other_text,
-    standard_library,
     text_of_rows,
     training_texts,
 )
@@ -84,4 +83,3 @@ def test_the_other_domain_is_code_of_many_modules():
     assert len(text.rows) == 6
     assert len(text.documents) >= 6
     assert all(name.startswith("python-stdlib:") for name in text.documents)
-    assert len(list(standard_library())) > 50
