@@ -134,7 +134,8 @@ def other_text(
     rows = pack(_beginnings(documents(source), length, windows), tokenizer, eos, length, vocab_size=vocab_size)
     if not len(rows):
         raise UserError(f"--other: {source.path} has no text for one row of {length} tokens.")
-    return text_of_rows(source.path, [(rows, i) for i in range(min(windows, len(rows)))])
+    places = np.unique(np.linspace(0, len(rows) - 1, min(windows, len(rows))).round().astype(int)).tolist()
+    return text_of_rows(source.path, [(rows, i) for i in places])
 
 
 def _beginnings(found: Iterable[Document], length: int, windows: int) -> Iterator[Document]:
