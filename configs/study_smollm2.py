@@ -11,7 +11,7 @@
             it a machine with accelerators, where config.devices_per_arm=1 runs arms side by side
 
 :quick
-  trains    four arms and two controls, two rates, one seed, 10 steps, on the documentation topics alone
+  trains    four arms and three controls, two rates, one seed, 10 steps of 1,024 tokens
   needs     8 GiB of memory; 1.7e14 FLOPs, half an hour at 9e10 FLOP/s, an estimate for 2 cores that nothing else uses
 
 :tiny
@@ -25,8 +25,8 @@ from solar_jax.errors import UserError
 from solar_jax.studying.config import study_defaults
 
 SIZES = ("full", "quick", "tiny")
-# Operator slices; until a search's result is put in, the neighbour of the best 18-layer block that was measured.
-SEARCHED = {"name": "searched", "operator": "slices", "slices": "0:21,3:30"}
+# The result of `python -m solar_jax.search --source smollm2 --add 18` (docs/searching.md).
+SEARCHED = {"name": "searched", "operator": "blocks", "blocks": "2:12,12:20"}
 
 CONTROLS = (
     {"name": "base_tokens", "control": "tokens"},
@@ -36,8 +36,8 @@ CONTROLS = (
 TIED = ({"name": "tied_dus_6", "control": "tied", "operator": "tied", "of": "dus", "m": 6},)
 FEW = (
     {"name": "dus_6", "operator": "dus", "m": 6},
-    {"name": "block_2_20", "operator": "block_repeat", "a": 2, "b": 20},
     SEARCHED,
+    {"name": "gated_dus_0.25", "operator": "gated", "of": "dus", "m": 6, "beta": 0.25},
     {"name": "llama_pro_new", "operator": "llama_pro", "every": 4, "trainable": "new"},
 )
 """Arms of :quick."""
@@ -96,11 +96,13 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         config.evaluate_every = 25
         config.validation_documents, config.test_documents = 24, 48
         return config
-    config.arms = (*CONTROLS, *FEW)
+    run.data.sources = ("pydoc-topics", "python-stdlib?limit=300000")
+    config.arms = (*CONTROLS, *TIED, *FEW)
     config.rates = (1e-4, 3e-4)
     config.seeds = (0,)
     config.probe_steps = 5
-    config.validation_documents, config.test_documents = 8, 12
+    config.evaluate_every = 5
+    config.validation_documents, config.test_documents = 8, 24
     if size == "tiny":
         run.data.sequence_length = 128
         run.train.steps, run.train.batch_size = 2, 1

@@ -12,7 +12,7 @@ from solar_jax.planning.memory import GIB
 from solar_jax.planning.search import of_slice
 from solar_jax.searching.cost import search_cost
 
-MISTRAL = load_config("dus_48l").model
+MISTRAL = load_config("dus_48l").model.architecture
 HOW = {"rows": 8, "length": 256, "forwards": 80, "width": 2}
 
 
