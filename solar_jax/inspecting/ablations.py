@@ -8,8 +8,8 @@ import numpy as np
 
 from solar_jax.data.pipeline import Batch
 from solar_jax.growth.operators import LayerMap
-from solar_jax.inspecting.layer_run import LayerRunner
 from solar_jax.model.shapes import Params
+from solar_jax.parallel.layer_run import LayerRunner
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,12 @@ from solar_jax.data.pipeline import heldout_batches
 from solar_jax.inspecting.ablations import Repeat, Reruns, exchanged, first_change, repeats, shared, twin_pairs, without
 from solar_jax.inspecting.ancestry import Ancestry, FirstWeights
 from solar_jax.inspecting.heldout_text import Sample
-from solar_jax.inspecting.layer_run import LayerRunner, mean_of_rows
 from solar_jax.inspecting.statistics import Statistics, Stream, Values
 from solar_jax.inspecting.weights import ALL, GROUPS, array_group, moved_from, twin_distances
 from solar_jax.model.precision import precision
 from solar_jax.model.shapes import layer_axes, param_shapes, parameter_count, size
 from solar_jax.parallel import rules
+from solar_jax.parallel.layer_run import LayerRunner, mean_of_rows
 
 ABLATE = ("all", "new", "none")  # which layers are left out, one at a time
 _BACKWARD = 3  # layers that a layer's gradient costs

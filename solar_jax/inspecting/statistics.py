@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from solar_jax.data.pipeline import Batch
-from solar_jax.inspecting.layer_run import Layer, LayerRunner, token_losses
 from solar_jax.model.llama import unembed
 from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
+from solar_jax.parallel.layer_run import Layer, LayerRunner, token_losses
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.training.objectives import head_loss
 

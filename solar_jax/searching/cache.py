@@ -3,12 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
@@ -16,13 +14,9 @@ from solar_jax.checkpoints.load import load_params
 from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.data.packing import Row
 from solar_jax.data.pipeline import Batch, heldout_batches
-from solar_jax.model import llama
-from solar_jax.model.attention import attention_mask, rotated_attention
-from solar_jax.model.rope import rope_angles
 from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.parallel import rules
-from solar_jax.parallel.attention import attention_kernel
-from solar_jax.parallel.collectives import constrain_on
+from solar_jax.parallel.layer_run import LayerRunner
 from solar_jax.parallel.mesh import AXES
 from solar_jax.searching.candidates import Cut, layers_from_cache
 from solar_jax.training.objectives import token_values
@@ -59,36 +53,18 @@ def layer_programs(cfg: ModelConfig, train: TrainConfig, rows: int, length: int,
 
     One program runs any list of layers: a loop of a dynamic count that takes each layer's weights from the stack.
     """
-    constrain, kernel = constrain_on(mesh), attention_kernel(cfg, train, length, mesh)
+    runner, n = LayerRunner(cfg, train, length, mesh), cfg.num_hidden_layers
     kept = NamedSharding(mesh, PartitionSpec(None, *rules.spec("BTD", rules.ACTIVATIONS)))
-    n = cfg.num_hidden_layers
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     chunks = loss_chunks(rows // shards * length * cfg.vocab_size // mesh.shape["tensor"], length)
 
-    def model(params: Params) -> Any:
-        return nnx.merge(llama.graph(cfg), params | {"layers": llama.rotates(params["layers"], cfg)})
-
-    def layer(params: Params, batch: Batch) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """Returns (x [B, T, D], layer number) -> the layer's output."""
-        layers, rope = model(params).layers, rope_angles(batch["positions"], cfg)
-        attend, seen = kernel, batch["segment_ids"]
-        if attend is None:
-            attend, seen = rotated_attention, attention_mask(length, seen, cfg.sliding_window)
-
-        def apply(x: jax.Array, i: jax.Array) -> jax.Array:
-            block = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), layers)
-            return block(x, rope, seen, constrain, attend, llama.plain_einsum)
-
-        return apply
-
     def trace(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        table = constrain(params["embed"].astype(jnp.dtype(_dtype(train))), ".D")
-        x = llama.scaled(constrain(table[batch["tokens"]], "BTD"), cfg.embedding_multiplier)
-        apply = layer(params, batch)
+        params = runner.prepared(params)
+        x, apply = runner.started(params, batch), runner.numbered(params, batch)
 
         def keep(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             kept, x = carry
-            x = apply(x, i)
+            x = apply(i, x)
             return jax.lax.dynamic_update_index_in_dim(kept, x, i + 1, 0), x
 
         empty = jnp.zeros((n + 1, *x.shape), x.dtype).at[0].set(x)
@@ -98,12 +74,12 @@ def layer_programs(cfg: ModelConfig, train: TrainConfig, rows: int, length: int,
     def score(
         params: Params, found: jax.Array, batch: Batch, b: jax.Array, order: jax.Array, count: jax.Array
     ) -> jax.Array:
-        x = jax.lax.dynamic_index_in_dim(found, b, keepdims=False)
-        apply = layer(params, batch)
-        x = jax.lax.fori_loop(0, count, lambda i, x: apply(x, order[i]), constrain(x, "BTD"))
-        x = llama.rms_norm(x, params["final_norm"], cfg.rms_norm_eps)
-        x = llama.scaled(x, cfg.logits_multiplier)
-        values = token_values(x, model(params).head(), batch["targets"], chunks=chunks, constrain=constrain)
+        params = runner.prepared(params)
+        x = runner.constrain(jax.lax.dynamic_index_in_dim(found, b, keepdims=False), "BTD")
+        apply = runner.numbered(params, batch)
+        x = jax.lax.fori_loop(0, count, lambda i, x: apply(order[i], x), x)
+        x, head = runner.normed(params, x), runner.head(params)
+        values = token_values(x, head, batch["targets"], chunks=chunks, constrain=runner.constrain)
         return values["log_prob"]
 
     params, batch, same = rules.parameter_shardings(cfg, mesh), rules.batch_sharding(mesh), rules.replicated(mesh)

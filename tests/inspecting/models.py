@@ -11,9 +11,9 @@ from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import MeshConfig, TrainConfig
 from solar_jax.data.pipeline import heldout_batches
-from solar_jax.inspecting.layer_run import LayerRunner
 from solar_jax.inspecting.statistics import Statistics
 from solar_jax.parallel import rules
+from solar_jax.parallel.layer_run import LayerRunner
 from solar_jax.parallel.mesh import make_mesh
 from tests.conftest import TINY, hf_model, save_hf
 

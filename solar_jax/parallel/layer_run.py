@@ -14,7 +14,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from solar_jax.config import ModelConfig, TrainConfig
-from solar_jax.data.pipeline import Batch
 from solar_jax.model import llama
 from solar_jax.model.attention import attention_mask, rotated_attention
 from solar_jax.model.llama import plain_einsum, rms_norm, scaled, unembed
@@ -32,6 +31,7 @@ _MLP_ADDS_NORMED = ("mlp_out_norm",)  # in their place, where a norm follows
 LOGITS = 2**24  # of one chunk of tokens, on one device: 64 MiB in float32, a few times
 
 Layer = dict[str, jax.Array]  # the arrays of one layer, without L
+Batch = dict[str, jax.Array]  # tokens, positions, segment_ids, targets, weights [B, T]
 
 
 class LayerRunner:
@@ -144,16 +144,20 @@ class LayerRunner:
         x = x.reshape(*x.shape[:axis], chunks, self.length // chunks, *x.shape[axis + 1 :])
         return self.constrain(jnp.moveaxis(x, axis, 0), "." + letters)
 
-    # ---- What is compiled --------------------------------------------------------------------------------------------
-    def _ran(self, params: Params, batch: Batch, x: jax.Array, order: jax.Array, count: jax.Array) -> jax.Array:
-        params = self.prepared(params)
+    def numbered(self, params: Params, batch: Batch) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Returns a function (i, x [B, T, D]) that applies layer i of prepared parameters."""
         apply = self.layer(params, batch)
 
-        def one(k: jax.Array, x: jax.Array) -> jax.Array:
-            pick = functools.partial(jax.lax.dynamic_index_in_dim, index=order[k], keepdims=False)
+        def one(i: jax.Array, x: jax.Array) -> jax.Array:
+            pick = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
             return apply(jax.tree.map(pick, params["layers"]), x)
 
-        return self.constrain(jax.lax.fori_loop(0, count, one, x), "BTD")
+        return one
+
+    # ---- What is compiled --------------------------------------------------------------------------------------------
+    def _ran(self, params: Params, batch: Batch, x: jax.Array, order: jax.Array, count: jax.Array) -> jax.Array:
+        apply = self.numbered(self.prepared(params), batch)
+        return self.constrain(jax.lax.fori_loop(0, count, lambda k, x: apply(order[k], x), x), "BTD")
 
     def _row_losses(self, params: Params, batch: Batch, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         params = self.prepared(params)
