@@ -1,0 +1,64 @@
+"""Mistral 7B to 48 layers by SOLAR's cut, on one small host or on a pod; healed on as many tokens as each can afford.
+
+    python -m solar_jax.train --config configs/mistral_7b.py:v5e_8 --workdir DIR
+    python -m solar_jax.train --config configs/mistral_7b.py:v5p_128 --workdir DIR
+
+v5e_8 (the default)
+  trains    250 M tokens, 8 rows of 4,096 a step, weights and Lion's one moment in bfloat16: AdamW's two do not fit
+  needs     14.6 GiB of a chip's 15.8 GiB; predicted 4.3 hours and 42 dollars
+
+v5p_128
+  trains    1 B tokens, 256 rows of 4,096 a step, AdamW with float32 state
+  needs     77.7 GiB of a chip's 95.7 GiB; predicted 0.8 hours and 204 dollars
+
+Predictions are the planner's: python -m solar_jax.plan --config configs/mistral_7b.py:v5e_8 --slice v5e-8
+Which layers to repeat can be searched first: --config.growth.operator=search --config.growth.add=16
+"""
+
+import ml_collections
+
+from solar_jax.config import defaults
+from solar_jax.errors import UserError
+
+SIZES = ("v5e_8", "v5p_128")
+
+
+def get_config(size: str = "v5e_8") -> ml_collections.ConfigDict:
+    if size not in SIZES:
+        raise UserError(f"configs/mistral_7b.py has the sizes {' and '.join(SIZES)}, found {size!r}.")
+    config = defaults()
+    config.name = f"mistral_7b_{size}"
+    config.source = "mistralai/Mistral-7B-v0.1"
+    config.fallback = "configs/dus_48l.py:smollm2"
+    config.model.vocab_size = 32000
+    config.model.hidden_size = 4096
+    config.model.intermediate_size = 14336
+    config.model.num_hidden_layers = 32
+    config.model.num_attention_heads = 32
+    config.model.num_key_value_heads = 8
+    config.model.head_dim = 128
+    config.model.rope_theta = 10000.0
+    config.model.rms_norm_eps = 1e-5
+    config.growth.operator = "dus"
+    config.growth.m = 8
+    config.data.sources = ("hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet",)
+    config.data.sequence_length = 4096
+    config.data.holdout_every = 1000
+    config.optimizer.schedule = "cosine"
+    config.optimizer.clip_norm = 1.0
+    config.evaluation.windows = 64
+    config.evaluation.batch_size = 8
+    config.export.dtype = "bfloat16"
+    if size == "v5e_8":
+        config.train.steps, config.train.batch_size = 7_600, 8
+        config.train.precision = "bf16"
+        config.optimizer.name, config.optimizer.learning_rate = "lion", 3e-6
+        config.optimizer.b1, config.optimizer.b2 = 0.9, 0.99
+        config.optimizer.warmup_steps = 300
+        config.evaluation.every, config.checkpoint.every = 760, 380
+        return config
+    config.train.steps, config.train.batch_size, config.train.accumulation = 950, 256, 0
+    config.optimizer.learning_rate, config.optimizer.b2 = 2e-5, 0.95
+    config.optimizer.warmup_steps = 100
+    config.evaluation.every, config.checkpoint.every = 190, 95
+    return config
