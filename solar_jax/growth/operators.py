@@ -169,7 +169,7 @@ def _between(name: str, n: int, every: int, mix: str) -> LayerMap:
     return LayerMap(name, n, tuple(source), partner=tuple(partner), new=tuple(new), mix=mix)
 
 
-def blocks(n: int, g: GrowthConfig) -> LayerMap:
+def repeated_blocks(n: int, g: GrowthConfig) -> LayerMap:
     """Visits disjoint blocks several times, written "2:20" (twice) or "2:8x3,9:12" (three times, twice)."""
     name = f"blocks({g.blocks})"
     source, end = [], 0
@@ -213,14 +213,14 @@ def stack_last(n: int, g: GrowthConfig) -> LayerMap:
     return _one_block(name, n, n - b, n)
 
 
-def split(n: int, g: GrowthConfig) -> LayerMap:
+def split_twins(n: int, g: GrowthConfig) -> LayerMap:
     """Makes twins of each layer of [a..b): i, i with scales alpha and 1 - alpha."""
     name = f"split(a={g.a}, b={g.b}, alpha={g.alpha:g})"
     _require(0 <= g.alpha <= 1, name, n, f"alpha must lie between 0 and 1, found {g.alpha:g}")
     return _twins(name, n, g, (g.alpha, 1 - g.alpha))
 
 
-def split_sqrt(n: int, g: GrowthConfig) -> LayerMap:
+def split_sqrt_twins(n: int, g: GrowthConfig) -> LayerMap:
     """Makes twins of each layer of [a..b): i, i, both scaled by 2^-1/2."""
     return _twins(f"split_sqrt(a={g.a}, b={g.b})", n, g, (0.5**0.5, 0.5**0.5))
 
@@ -288,12 +288,12 @@ OPERATORS: dict[str, Callable[[int, GrowthConfig], LayerMap]] = {
     "average": average,
     "identity": identity,
     "slices": slices,
-    "blocks": blocks,
+    "blocks": repeated_blocks,
     "midas": midas,
     "lidas": lidas,
     "stack_last": stack_last,
-    "split": split,
-    "split_sqrt": split_sqrt,
+    "split": split_twins,
+    "split_sqrt": split_sqrt_twins,
     "linear_lesa": linear_lesa,
     "gated": gated,
     "tied": tied,
@@ -306,7 +306,7 @@ def beside_map(growth: GrowthConfig, base_layers: int) -> LayerMap | None:
     Raises:
       UserError: blocks that do not fit the base.
     """
-    return blocks(base_layers, GrowthConfig(blocks=growth.beside)) if growth.beside else None
+    return repeated_blocks(base_layers, GrowthConfig(blocks=growth.beside)) if growth.beside else None
 
 
 def composed(first: LayerMap, second: LayerMap) -> LayerMap:

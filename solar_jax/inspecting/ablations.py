@@ -13,7 +13,7 @@ from solar_jax.parallel.layer_run import LayerRunner
 
 
 @dataclasses.dataclass(frozen=True)
-class Repeat:
+class Visits:
     """A block of layers that the layer map places twice."""
 
     first: int  # first layer of the first visit
@@ -40,16 +40,16 @@ def twin_pairs(layer_map: LayerMap) -> list[tuple[int, int]]:
     return pairs
 
 
-def repeats(layer_map: LayerMap) -> list[Repeat]:
+def repeats(layer_map: LayerMap) -> list[Visits]:
     """Returns the longest blocks of twins that follow each other on both sides, without overlap of the two visits."""
-    found: list[Repeat] = []
+    found: list[Visits] = []
     for first, second in twin_pairs(layer_map):
         block = found[-1] if found else None
         continues = block and (first, second) == (block.first + block.size, block.second + block.size)
         if block and continues and first < block.second:
             found[-1] = dataclasses.replace(block, size=block.size + 1)
         else:
-            found.append(Repeat(first, second, 1))
+            found.append(Visits(first, second, 1))
     return found
 
 
@@ -58,7 +58,7 @@ def without(layers: int, layer: int) -> list[int]:
     return [i for i in range(layers) if i != layer]
 
 
-def exchanged(layers: int, block: Repeat) -> list[int]:
+def exchanged(layers: int, block: Visits) -> list[int]:
     """Returns the list of layers in which a block's second visit comes first, and its first one second."""
     order = list(range(layers))
     one, other = block.visits
@@ -67,7 +67,7 @@ def exchanged(layers: int, block: Repeat) -> list[int]:
     return order
 
 
-def shared(layers: int, block: Repeat, visit: int) -> list[int]:
+def shared(layers: int, block: Visits, visit: int) -> list[int]:
     """Returns the list of layers in which both visits of a block use the layers of visit 0 or 1."""
     order = list(range(layers))
     for i, j in zip(*block.visits, strict=True):

@@ -13,7 +13,7 @@ from solar_jax.checkpoints.lineage import public
 from solar_jax.checkpoints.load import load_params
 from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.data.pipeline import heldout_batches
-from solar_jax.inspecting.ablations import Repeat, Reruns, exchanged, first_change, repeats, shared, twin_pairs, without
+from solar_jax.inspecting.ablations import Reruns, Visits, exchanged, first_change, repeats, shared, twin_pairs, without
 from solar_jax.inspecting.ancestry import Ancestry, FirstWeights
 from solar_jax.inspecting.heldout_text import Sample
 from solar_jax.inspecting.statistics import Statistics, Stream, Values
@@ -47,7 +47,7 @@ class Subject:
         return twin_pairs(self.ancestry.layer_map)
 
     @property
-    def blocks(self) -> list[Repeat]:
+    def blocks(self) -> list[Visits]:
         return repeats(self.ancestry.layer_map)
 
     @property
@@ -65,7 +65,7 @@ class Subject:
             found |= {(name, block): shared(n, block, visit) for visit, name in enumerate(("first", "second"))}
             if block.size > 1:
                 pairs = zip(*block.visits, strict=True)
-                found |= {("twins", i, j): exchanged(n, Repeat(i, j, 1)) for i, j in pairs}
+                found |= {("twins", i, j): exchanged(n, Visits(i, j, 1)) for i, j in pairs}
         return found
 
     def work(self) -> int:
@@ -181,7 +181,7 @@ def _losses(one: Subject, reruns: Reruns, rows: int, done: Done) -> dict[str, An
         "loss": {"mean": mean, "error": error, "rows": [float(x) for x in base[:rows]]},
         "without": [{"layer": i, "new": new[i], **change(("without", i))} for i in one.left_out],
         "exchanged_twins": [
-            {"layers": [i, j], **change(("exchanged", Repeat(i, j, 1)) if ("twins", i, j) not in found
+            {"layers": [i, j], **change(("exchanged", Visits(i, j, 1)) if ("twins", i, j) not in found
                                         else ("twins", i, j))}
             for i, j in one.pairs
         ],

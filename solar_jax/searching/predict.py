@@ -73,9 +73,17 @@ def fitted_excess(ratios: np.ndarray, measured: Mapping[Cut, float]) -> ExcessMo
     return ExcessModel(ratios, known, np.linalg.solve(covariance, y))
 
 
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 on; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Returns Spearman's correlation of two arrays [N], ties ranked by order; NaN below three values."""
-    if len(x) < 3:
+    """Spearman's: Pearson's of the ranks. NaN for fewer than two points, or where either side is constant."""
+    if len(x) < 2:
         return math.nan
-    ranks = np.stack([np.argsort(np.argsort(v, kind="stable"), kind="stable") for v in (x, y)])
-    return float(np.corrcoef(ranks)[0, 1])
+    a, b = ranks(x) - (len(x) + 1) / 2, ranks(y) - (len(y) + 1) / 2
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b) / scale if scale else math.nan

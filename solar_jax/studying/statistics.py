@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from solar_jax.searching.predict import rank_correlation
+
 COVERAGE = 0.95  # of every interval
 
 
@@ -84,22 +86,6 @@ def difference_error(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray) -
         return float(ratio), math.nan
     squares = ((difference - ratio * tokens) ** 2).sum() * count / (count - 1)
     return float(ratio), float(math.sqrt(squares) / tokens.sum())
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 on; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's: Pearson's of the ranks. NaN for fewer than two points, or where either side is constant."""
-    if len(x) < 2:
-        return math.nan
-    a, b = ranks(x) - (len(x) + 1) / 2, ranks(y) - (len(y) + 1) / 2
-    scale = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b) / scale if scale else math.nan
 
 
 def rank_correlation_interval(x: np.ndarray, y: np.ndarray, draws: int, seed: int = 0) -> Interval:

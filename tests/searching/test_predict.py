@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from solar_jax.searching.candidates import Repeat
-from solar_jax.searching.predict import fitted_excess, rank_correlation, seam_ratios
+from solar_jax.searching.predict import fitted_excess, seam_ratios
 
 
 def test_seam_ratios_are_of_the_block_and_not_moved_by_one_huge_token():
@@ -40,8 +40,3 @@ def test_an_excess_below_zero_is_no_reward_in_sums():
     model = fitted_excess(seam_ratios(np.exp(np.arange(4.0))[:, None]), {(Repeat(0, 1),): -0.1})
     assert model(Repeat(0, 1)) == 0
     assert model(Repeat(1, 2)) > 0
-
-
-def test_rank_correlation_by_hand():
-    assert rank_correlation(np.array([1, 2, 3]), np.array([10, 30, 20])) == pytest.approx(0.5)
-    assert math.isnan(rank_correlation(np.array([1, 2]), np.array([1, 2])))

@@ -5,15 +5,14 @@ import math
 import numpy as np
 import pytest
 
+from solar_jax.searching.predict import rank_correlation, ranks
 from solar_jax.studying.statistics import (
     Interval,
     crossing,
     difference_error,
     first_reach,
     paired_difference,
-    rank_correlation,
     rank_correlation_interval,
-    ranks,
 )  # fmt: skip
 
 
