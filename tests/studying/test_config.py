@@ -88,7 +88,7 @@ def test_the_parts_that_arms_may_train_are_those_that_there_are():
 def test_the_small_shipped_studies_resolve(size):
     study = resolve_study(runpy.run_path(str(CONFIG))["get_config"](size))
     assert study.name == f"study_smollm2_{size}"
-    assert {arm.control for arm in study.arms} == {"", "tokens", "flops"}
+    assert {arm.control for arm in study.arms} == {"", "flops", "tied", "tokens"}
 
 
 def test_the_full_study_has_every_control_and_refuses_an_operator_that_does_not_exist():
