@@ -11,10 +11,14 @@ from solar_jax import upscale
 from solar_jax.checkpoints.convert import Target
 from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.views import grown
 from solar_jax.config import GrowthConfig
 from solar_jax.growth.apply import grow
 from solar_jax.growth.operators import OPERATOR_KEYS, make_layer_map
 from solar_jax.model import llama
+from solar_jax.parallel import rules
+from tests.growth.test_apply import GROWTHS, assert_same_bits
+from tests.parallel.test_mesh import mesh_of
 
 TOKENS = np.arange(40).reshape(2, 20)
 
@@ -56,6 +60,17 @@ def test_transformers_computes_our_logits_of_scaled_and_fitted_layers(tmp_path, 
     out = written(tiny, tmp_path / "out", growth)
     mine = llama.logits(open_checkpoint(str(out)).cfg, grow(load_params(c), layer_map), jnp.array(TOKENS))
     np.testing.assert_allclose(mine, transformers_logits(out), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "growth", [*GROWTHS, GrowthConfig("zeroed", m=2, inner="normal")], ids=lambda g: f"{g.operator}-{g.inner}"
+)
+def test_every_operator_loads_onto_a_mesh_with_the_bits_of_one_device(tiny, growth):
+    c = open_checkpoint(str(tiny))
+    deeper, mesh = grown(c, make_layer_map(6, growth)), mesh_of(2, 2, 2)
+    found = load_params(deeper, rules.parameter_shardings(deeper.cfg, mesh))
+    assert_same_bits(found, load_params(deeper))
+    assert found["layers"]["q_proj"].sharding.num_devices == 8
 
 
 def test_the_operators_flags_reach_the_config():
