@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from solar_jax.checkpoints.scratch import check_source
+from solar_jax.checkpoints.find import check_source
 from solar_jax.cli import command
 from solar_jax.config import Config, resolve
 from solar_jax.data.sources import check_sources

@@ -14,6 +14,7 @@ from etils import epath
 from solar_jax.checkpoints.companions import LEFT_BEHIND, LINEAGE
 from solar_jax.errors import UserError
 
+SCRATCH = "scratch"  # SRC of a new model
 _PATIENCE = 4.0  # seconds to wait for the hub's host
 _MOST = 200  # characters of a message that is passed on
 
@@ -24,6 +25,21 @@ def check_local(source: str) -> None:
     """Raises a UserError if SRC can only be a local path and does not exist; contacts no bucket and no hub."""
     if source != "smollm2" and not re.match(r"(gs|s3)://", source) and not _is_hub_id(source):
         find_checkpoint(source)
+
+
+def is_scratch(source: str) -> bool:
+    """True for `scratch` and `scratch:SRC`, whose tokenizer is SRC's."""
+    return source == SCRATCH or source.startswith(f"{SCRATCH}:")
+
+
+def check_source(source: str) -> None:
+    """Raises a UserError if SRC, or the tokenizer of a model from scratch, can only be local and does not exist."""
+    check_local(tokenizer_source(source) if is_scratch(source) else source)
+
+
+def tokenizer_source(source: str) -> str:
+    """Returns the SRC whose tokenizer a model from scratch takes."""
+    return source.partition(":")[2] or "smollm2"
 
 
 def _is_hub_id(source: str) -> bool:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from solar_jax.checkpoints.checkpoint import Checkpoint
-from solar_jax.checkpoints.find import check_local
+from solar_jax.checkpoints.find import is_scratch, tokenizer_source
 from solar_jax.checkpoints.hf_config import model_config
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
@@ -15,20 +15,9 @@ from solar_jax.errors import UserError
 from solar_jax.growth.derived import noise
 from solar_jax.model.shapes import is_vector
 
-SCRATCH = "scratch"
 _DEVIATION = 0.02  # of matrices (HF `initializer_range`)
 _DEFAULTS = {"rope_theta": 10000.0, "rms_norm_eps": 1e-5}
 _NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-
-
-def is_scratch(source: str) -> bool:
-    """True for `scratch` and `scratch:SRC`, whose tokenizer is SRC's."""
-    return source == SCRATCH or source.startswith(f"{SCRATCH}:")
-
-
-def check_source(source: str) -> None:
-    """Raises a UserError if SRC, or the tokenizer of a model from scratch, can only be local and does not exist."""
-    check_local(_tokenizer_of(source) if is_scratch(source) else source)
 
 
 def open_source(source: str, shape: ShapeConfig, seed: int) -> Checkpoint:
@@ -45,16 +34,12 @@ def open_source(source: str, shape: ShapeConfig, seed: int) -> Checkpoint:
     return _new_model(source, shape, seed) if is_scratch(source) else open_checkpoint(source)
 
 
-def _tokenizer_of(source: str) -> str:
-    return source.partition(":")[2] or "smollm2"
-
-
 def _new_model(source: str, shape: ShapeConfig, seed: int) -> Checkpoint:
     """A plain Llama whose values are drawn as they are read: normal matrices of deviation 0.02, norms of 1."""
     for key in _NEEDED:
         if not getattr(shape, key):
             raise UserError(f"config.source={source!r} needs config.model.{key}, the new model's, found 0.")
-    donor = open_checkpoint(_tokenizer_of(source))
+    donor = open_checkpoint(tokenizer_source(source))
     kept = {k: v for k, v in donor.hf_config.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sizes = {k: v for k, v in dataclasses.asdict(shape).items() if v and k not in ("rope_theta", "sliding_window")}
     if shape.sliding_window:

@@ -5,8 +5,9 @@ import pytest
 import transformers
 
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
+from solar_jax.checkpoints.find import check_source
 from solar_jax.checkpoints.load import load_params
-from solar_jax.checkpoints.scratch import check_source, open_source
+from solar_jax.checkpoints.scratch import open_source
 from solar_jax.config import ShapeConfig
 from solar_jax.errors import UserError
 
