@@ -15,9 +15,11 @@ Predictions are the planner's: python -m solar_jax.plan --config configs/mistral
 Which layers to repeat can be searched first: --config.growth.operator=search --config.growth.add=16
 """
 
+import pathlib
+import runpy
+
 import ml_collections
 
-from solar_jax.config import defaults
 from solar_jax.errors import UserError
 
 SIZES = ("v5e_8", "v5p_128")
@@ -26,39 +28,18 @@ SIZES = ("v5e_8", "v5p_128")
 def get_config(size: str = "v5e_8") -> ml_collections.ConfigDict:
     if size not in SIZES:
         raise UserError(f"configs/mistral_7b.py has the sizes {' and '.join(SIZES)}, found {size!r}.")
-    config = defaults()
+    config = runpy.run_path(str(pathlib.Path(__file__).with_name("dus_48l.py")))["get_config"]()
     config.name = f"mistral_7b_{size}"
-    config.source = "mistralai/Mistral-7B-v0.1"
-    config.fallback = "configs/dus_48l.py:smollm2"
-    config.model.vocab_size = 32000
-    config.model.hidden_size = 4096
-    config.model.intermediate_size = 14336
-    config.model.num_hidden_layers = 32
-    config.model.num_attention_heads = 32
-    config.model.num_key_value_heads = 8
-    config.model.head_dim = 128
-    config.model.rope_theta = 10000.0
-    config.model.rms_norm_eps = 1e-5
-    config.growth.operator = "dus"
-    config.growth.m = 8
-    config.data.sources = ("hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet",)
-    config.data.sequence_length = 4096
-    config.data.holdout_every = 1000
-    config.optimizer.schedule = "cosine"
-    config.optimizer.clip_norm = 1.0
-    config.evaluation.windows = 64
-    config.evaluation.batch_size = 8
-    config.export.dtype = "bfloat16"
+    config.evaluation.windows, config.evaluation.batch_size = 64, 8
     if size == "v5e_8":
-        config.train.steps, config.train.batch_size = 7_600, 8
+        config.train.steps, config.train.batch_size, config.train.accumulation = 7_600, 8, 1
         config.train.precision = "bf16"
         config.optimizer.name, config.optimizer.learning_rate = "lion", 3e-6
         config.optimizer.b1, config.optimizer.b2 = 0.9, 0.99
         config.optimizer.warmup_steps = 300
         config.evaluation.every, config.checkpoint.every = 760, 380
         return config
-    config.train.steps, config.train.batch_size, config.train.accumulation = 950, 256, 0
-    config.optimizer.learning_rate, config.optimizer.b2 = 2e-5, 0.95
+    config.train.steps = 950
     config.optimizer.warmup_steps = 100
     config.evaluation.every, config.checkpoint.every = 190, 95
     return config

@@ -96,7 +96,8 @@ from solar_jax.planning.search import of_slice, present
 from solar_jax.searching.candidates import check_added
 from solar_jax.searching.cost import SearchCost, search_cost
 from solar_jax.searching.find import SearchSettings
-from solar_jax.searching.run import say_first, search_cuts
+from solar_jax.searching.run import search_cuts
+from solar_jax.training.run import say
 
 
 def main(argv: Sequence[str]) -> None:
@@ -106,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
     compilation.use_cache(f.compilation_cache)
     config, settings = asked_config(), SearchSettings(f.add, f.forwards)
     if f.dry_run:
-        say_first(str(predicted(config, settings, f.slice, f.tokens, f.dtype)))
+        say(str(predicted(config, settings, f.slice, f.tokens, f.dtype)))
         return
     search_cuts(
         config, settings, pathlib.Path(f.out), other=f.other, tokens=f.tokens, windows=f.windows, dtype=f.dtype,

@@ -103,7 +103,7 @@ def test_zero_token_losses_are_those_of_transformers(base, rows, tmp_path, growt
 
 
 def test_cached_losses_of_cuts_are_those_of_the_whole_deeper_model(base, rows, tmp_path):
-    """Of the block that the search's page compares with dus, too."""
+    """Cached and full losses agree, also for the block that the search's page compares with dus."""
     scorer = make_scorer(
         open_checkpoint(str(base)), make_mesh(MeshConfig()), dtype="float32", rows=WINDOWS, length=256, add=18
     )

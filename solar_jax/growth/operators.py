@@ -313,19 +313,25 @@ def composed(first: LayerMap, second: LayerMap) -> LayerMap:
     """The layer map that equals growth by `first` and then by `second`.
 
     Raises:
-      UserError: both grow, and one makes layers of more than copies and scales.
+      UserError: `second` grows what `first` made of two layers, or makes one of two that `first` scaled differently.
     """
+    if second.is_identity and second.layers == first.layers:
+        return first
     if first.is_identity:
         return second
-    if second.is_identity:
-        return first
-    source = tuple(first.source[i] for i in second.source)
-    scale = tuple(first.scale[i] * s for i, s in zip(second.source, second.scale, strict=True))
-    new = tuple(first.new[i] or added for i, added in zip(second.source, second.new, strict=True))
-    if not (first.partner == first.source and second.partner == second.source) or any(first.noise + second.noise):
-        raise UserError(f"growth by {first.operator} and then by {second.operator} is only possible with copies.")
-    name = f"{first.operator}, {second.operator}"
-    return LayerMap(name, first.base_layers, source, scale, new=new)
+    pairs = list(zip(second.source, second.partner, strict=True))
+    if first.partner != first.source or any(first.scale[i] != first.scale[j] for i, j in pairs):
+        raise UserError(f"growth by {first.operator} and then by {second.operator} is no single layer map.")
+    return LayerMap(
+        f"{first.operator}, then {second.operator}",
+        first.base_layers,
+        source=tuple(first.source[i] for i in second.source),
+        scale=tuple(first.scale[i] * s for i, s in zip(second.source, second.scale, strict=True)),
+        partner=tuple(first.source[i] for i in second.partner),
+        new=tuple(first.new[i] or added for i, added in zip(second.source, second.new, strict=True)),
+        mix=second.mix,
+        noise=tuple(first.noise[i] or own for i, own in zip(second.source, second.noise, strict=True)),
+    )
 
 
 def operator_map(layers: int, growth: GrowthConfig) -> LayerMap:

@@ -9,7 +9,7 @@ import numpy as np
 from solar_jax.data.pipeline import Batch
 from solar_jax.growth.operators import LayerMap
 from solar_jax.model.shapes import Params
-from solar_jax.parallel.layer_run import LayerRunner
+from solar_jax.training.layer_run import LayerRunner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Reruns:
     def all_losses(
         self, orders: Sequence[Sequence[int]], done: Callable[[int, str], None] = lambda n, note: None
     ) -> list[np.ndarray]:
-        """Returns `losses` of several lists; `done` is told the layers run since its last call, with a note."""
+        """Returns `losses` of several lists; calls `done` after each with the layers it ran and a note."""
         found = []
         for order in orders:
             found.append(self.losses(order))

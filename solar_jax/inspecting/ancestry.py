@@ -11,7 +11,7 @@ from solar_jax.checkpoints.lineage import fingerprint, public
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.views import cast, grown
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import LayerMap, identity
+from solar_jax.growth.operators import LayerMap, composed, identity
 from solar_jax.storage.json_files import read_json
 from solar_jax.storage.paths import is_local
 
@@ -23,7 +23,7 @@ _CUT = "It grew more than once with means of layers in between; the layer map is
 
 @dataclasses.dataclass(frozen=True)
 class Ancestry:
-    """What a model's lineage says about its layers."""
+    """Layer map and origin of a model, read from its lineage."""
 
     layer_map: LayerMap  # from the first base to the model
     last: LayerMap  # of the last growth alone, from `origin` to the model
@@ -52,10 +52,11 @@ def ancestry(c: Checkpoint) -> Ancestry:
     for below in maps[1:]:
         if max(whole.source) >= below.layers:
             raise UserError(f"{c.where}: lineage.json copies layer {max(whole.source)} of {below.layers}.")
-        if not whole.is_identity and below.partner != below.source:
+        try:
+            whole = composed(below, whole)
+        except UserError:
             notes.append(_CUT)
             break
-        whole = _composed(whole, below)
     at = next((k for k, own in enumerate(maps) if not own.is_identity), len(chain) - 1)
     if whole.is_identity:
         notes.append(_NO_GROWTH)
@@ -86,17 +87,6 @@ def _map_of(record: dict[str, Any], where: str) -> LayerMap:
         str(record.get("operator")), base, tuple(source), scale, tuple(partner or ()),
         mix=str(record.get("mix", "mean")), noise=tuple(bool(x) for x in record.get("noise", ())),
     )  # fmt: skip
-
-
-def _composed(above: LayerMap, below: LayerMap) -> LayerMap:
-    """Returns the map from the base of `below` to the model of `above`."""
-    if above.is_identity and above.layers == below.layers:
-        return below
-    source, partner = (tuple(below.source[i] for i in of) for of in (above.source, above.partner))
-    scale = tuple(s * below.scale[i] for s, i in zip(above.scale, above.source, strict=True))
-    name = above.operator if below.is_identity else f"{below.operator}, then {above.operator}"
-    noise = tuple(below.noise[i] or own for i, own in zip(above.source, above.noise, strict=True))
-    return LayerMap(name, below.base_layers, source, scale, partner, mix=above.mix, noise=noise)
 
 
 def _sources(argv: Sequence[str]) -> Iterator[str]:

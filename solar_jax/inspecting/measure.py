@@ -21,7 +21,7 @@ from solar_jax.inspecting.weights import ALL, GROUPS, array_group, moved_from, t
 from solar_jax.model.precision import precision
 from solar_jax.model.shapes import layer_axes, param_shapes, parameter_count, size
 from solar_jax.parallel import rules
-from solar_jax.parallel.layer_run import LayerRunner, mean_of_rows
+from solar_jax.training.layer_run import LayerRunner, mean_of_rows
 
 ABLATE = ("all", "new", "none")  # which layers are left out, one at a time
 _BACKWARD = 3  # layers that a layer's gradient costs
@@ -97,7 +97,7 @@ def measured(one: Subject, sample: Sample, train: TrainConfig, mesh: jax.shardin
       sample: rows to measure on.
       train: precision and attention.
       mesh: of parameters and rows.
-      done: told the work done, in the unit of `Subject.work`.
+      done: called with the work done since its last call, in the unit of `Subject.work`.
     """
     c, layer_map = one.checkpoint, one.ancestry.layer_map
     weights = precision(train).weights
@@ -194,7 +194,7 @@ def _losses(one: Subject, reruns: Reruns, rows: int, done: Done) -> dict[str, An
 
 
 def _seams(one: Subject, statistics: Statistics, stream: Stream, counted: np.ndarray) -> list[dict[str, Any]]:
-    """What enters a layer after a seam, next to what entered its earlier twin."""
+    """Input of a layer after a seam, next to that of its earlier twin."""
     layer_map, earlier, found = one.ancestry.layer_map, {j: i for i, j in one.pairs}, []
     for at in layer_map.seams:
         layer = at + 1

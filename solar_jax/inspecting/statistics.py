@@ -14,8 +14,8 @@ from solar_jax.data.pipeline import Batch
 from solar_jax.model.llama import unembed
 from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
-from solar_jax.parallel.layer_run import Layer, LayerRunner, token_losses
 from solar_jax.parallel.mesh import axis_size
+from solar_jax.training.layer_run import Layer, LayerRunner
 from solar_jax.training.objectives import head_loss
 
 Values = dict[str, np.ndarray]
@@ -126,7 +126,7 @@ class Statistics:
                 normalised = jax.nn.log_softmax(its)
                 return None, {
                     "kl": jnp.sum(jnp.exp(final) * (final - normalised), axis=-1),
-                    "loss": token_losses(its, targets),
+                    "loss": -jnp.take_along_axis(normalised, targets[..., None], axis=-1)[..., 0],
                     "agreement": (jnp.argmax(its, axis=-1) == top).astype(jnp.float32),
                 }
 

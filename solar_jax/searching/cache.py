@@ -16,9 +16,9 @@ from solar_jax.data.packing import Row
 from solar_jax.data.pipeline import Batch, heldout_batches
 from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.parallel import rules
-from solar_jax.parallel.layer_run import LayerRunner
 from solar_jax.parallel.mesh import AXES
 from solar_jax.searching.candidates import Cut, layers_from_cache
+from solar_jax.training.layer_run import LayerRunner
 from solar_jax.training.objectives import token_values
 from solar_jax.training.step import loss_chunks
 

@@ -22,6 +22,7 @@ from solar_jax.searching.result import NEXT, doubts_of, search_record, search_ta
 from solar_jax.searching.texts import SearchText, heldout_text, other_text, training_texts
 from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.paths import is_local
+from solar_jax.training.run import say
 
 SEARCH = "search"  # the value of config.growth.operator by which a run searches its cut
 TOKENS, ROWS = 2048, 8  # of a run's search text: so many tokens, and rows at least
@@ -68,21 +69,21 @@ def search_cuts(
     if (there := read_json(out)) is not None and not overwrite:
         if not isinstance(there, dict) or there.get("key") != key:
             raise UserError(f"{out}: holds another result; give another --out, or --overwrite to replace it.")
-        say_first(f"{out}: this search is complete.\n{search_table(there)}")
+        say(f"{out}: this search is complete.\n{search_table(there)}")
         return there
     text = texts.search
     cost = search_cost(
         c.cfg, present(), rows=len(text.rows), length=config.data.sequence_length,
         forwards=settings.forwards, width=4 if dtype == "float32" else 2,
     )  # fmt: skip
-    say_first(f"source     {lineage.public(c.where)}, {n} layers, {dtype}; {settings.add} to add, copies only")
-    say_first(f"text       {text.name}: {text.tokens:,} tokens of {len(text.documents)} documents")
-    say_first(f"predicted  {cost}")
+    say(f"source     {lineage.public(c.where)}, {n} layers, {dtype}; {settings.add} to add, copies only")
+    say(f"text       {text.name}: {text.tokens:,} tokens of {len(text.documents)} documents")
+    say(f"predicted  {cost}")
     if is_local(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     found = find_cut(
         c, make_mesh(cost.config), text, settings, final=texts.final, confirm=texts.confirm, dtype=dtype, store=out,
-        say=say_first,
+        say=say,
     )  # fmt: skip
     content = search_record(found, c, text, texts.final, identity, key)
     picture = out.with_suffix(".png")
@@ -90,11 +91,11 @@ def search_cuts(
         plot_search(picture, found, f"{lineage.public(c.where)}: {n} layers and {settings.add} more")
         write_json(out, content)
         store_file(out, key).unlink(missing_ok=True)
-    say_first(search_table(content))
+    say(search_table(content))
     for doubt in doubts_of(found):
-        say_first(f"note: {doubt}")
-    say_first(NEXT.format(source=config.source, slices=found.slices, config=recipe))
-    say_first(f"{out}, {picture}: written")
+        say(f"note: {doubt}")
+    say(NEXT.format(source=config.source, slices=found.slices, config=recipe))
+    say(f"{out}, {picture}: written")
     return content
 
 
@@ -113,12 +114,6 @@ def open_texts(config: Config, c: Checkpoint, other: str, tokens: int, windows: 
         length = data.sequence_length
         confirm.append(other_text(other, tokenizer, eos, length, windows, c.cfg.vocab_size))
     return SearchTexts(search, final, confirm)
-
-
-def say_first(text: str = "") -> None:
-    """Prints on the first process."""
-    if processes.is_first():
-        print(text, flush=True)
 
 
 def searched(config: Config, folder: pathlib.Path) -> tuple[Config, dict[str, Any] | None]:
@@ -148,6 +143,8 @@ def searched(config: Config, folder: pathlib.Path) -> tuple[Config, dict[str, An
             f"add={growth.add} and at_step={growth.at_step}."
         )
     out = folder.with_name(f"{folder.name}.search.json")
+    if not out.exists() and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds a run that did not search, or other files; give another --workdir.")
     tokens = max(TOKENS, ROWS * config.data.sequence_length)
     found = search_cuts(config, SearchSettings(growth.add), out, other="", tokens=tokens, windows=ROWS)
     record = {key: found[key] for key in ("key", "best", "base_loss", "dus", "text", "settings")}

@@ -66,7 +66,7 @@ def make_rateless_optimizer(
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What the runs of a study share."""
+    """Config, base, text and documents that the runs of a study share."""
 
     study: StudyConfig
     base: Checkpoint

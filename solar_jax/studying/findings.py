@@ -1,4 +1,4 @@
-"""What a study's results say: curves, differences to controls, crossings and rank correlations, as numbers."""
+"""Findings of a study as numbers: curves, differences to controls, crossings and rank correlations."""
 
 import dataclasses
 import math

@@ -111,13 +111,13 @@ class StudyFolder:
 
 
 def arm_record(arm: PlannedArm) -> dict[str, Any]:
-    """What the results of an arm depend on beside what all arms share, as JSON holds it."""
+    """Settings of one arm on which its results depend, as JSON holds them."""
     stated = dataclasses.asdict(arm.layer_map) | {"trainable": arm.trainable, "steps": arm.steps}
     return json.loads(json.dumps(stated))
 
 
 def shared_config(study: StudyConfig) -> dict[str, Any]:
-    """What all results depend on, of a study's config."""
+    """Settings of a study on which the results of all its arms depend."""
     run: Config = study.run
     kept = {key: value for key, value in config_dict(run).items() if key in _RUN_KEYS}
     for group in ("data", "train", "optimizer"):

@@ -41,9 +41,9 @@ EvalStep = Callable[[Params, Batch], Mapping[str, tuple[jax.Array, jax.Array]]]
 LOGITS = 2**26  # of one chunk of the loss, on one device: 256 MiB in float32
 
 
-def loss_chunks(logits: int, length: int) -> int:
-    """Into how many chunks of its T tokens a row is cut, so that a device's logits do not outgrow `LOGITS`."""
-    return next((n for n in range(1, length) if length % n == 0 and logits <= n * LOGITS), length)
+def loss_chunks(logits: int, length: int, most: int = LOGITS) -> int:
+    """Into how many chunks of its T tokens a row is cut, so that a device's logits do not outgrow `most`."""
+    return next((n for n in range(1, length) if length % n == 0 and logits <= n * most), length)
 
 
 def make_forward(

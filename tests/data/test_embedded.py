@@ -1,4 +1,4 @@
-"""What every CPython carries: questions about its functions, as conversations and as pairs."""
+"""Text and records that every CPython carries: its library's sources, and questions about its functions."""
 
 import inspect
 import json.decoder

@@ -1,4 +1,4 @@
-"""What growth derives from values: fits against a solver on the elements, noise by its statistics and its rows."""
+"""Values that growth derives from the base: fits against a solver on the elements, noise by statistics and rows."""
 
 import ml_dtypes
 import numpy as np

@@ -228,5 +228,10 @@ def test_two_growths_in_a_row_compose_to_the_one_map_of_both():
     assert both.base_layers == 4
     assert composed(identity(4), once) == once
     assert composed(once, identity(6)) == once
-    with pytest.raises(UserError, match=r"average.* only possible with copies"):
-        composed(once, make_layer_map(6, GrowthConfig("average", every=2)))
+    mean = make_layer_map(6, GrowthConfig("average", every=4))  # a mean of layers 3 and 4, which are sources 1 and 2
+    assert composed(once, mean).partner == (0, 1, 2, 1, 2, 2, 3)
+    with pytest.raises(UserError, match=r"average.* then by blocks.* no single layer map"):
+        composed(mean, make_layer_map(7, GrowthConfig("blocks", blocks="1:3")))
+    gated = make_layer_map(4, GrowthConfig("gated", of="blocks", blocks="1:3", beta=0.5))  # scales 1 1 1 .5 .5 1
+    with pytest.raises(UserError, match="no single layer map"):  # a mean of layers 2 and 3, of scales 1 and 0.5
+        composed(gated, make_layer_map(6, GrowthConfig("average", every=3)))

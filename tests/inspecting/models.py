@@ -13,8 +13,8 @@ from solar_jax.config import MeshConfig, TrainConfig
 from solar_jax.data.pipeline import heldout_batches
 from solar_jax.inspecting.statistics import Statistics
 from solar_jax.parallel import rules
-from solar_jax.parallel.layer_run import LayerRunner
 from solar_jax.parallel.mesh import make_mesh
+from solar_jax.training.layer_run import LayerRunner
 from tests.conftest import TINY, hf_model, save_hf
 
 LAYERS, ROWS, LENGTH = TINY["num_hidden_layers"], 3, 16

@@ -77,7 +77,7 @@ def test_the_lens_reads_every_layer_as_transformers_head_would(model, states):
 def test_the_lens_is_the_same_in_chunks_of_tokens(tmp_path_factory, monkeypatch):
     model = ready(tmp_path_factory)
     whole = model.statistics.lens(model.params, model.batch, model.stream.inputs)
-    monkeypatch.setattr("solar_jax.parallel.layer_run.LOGITS", 3 * 320 * 4)  # four of a row's tokens at a time
+    monkeypatch.setattr("solar_jax.training.layer_run.LOGITS", 3 * 320 * 4)  # four of a row's tokens at a time
     assert model.runner.chunks(ROWS) == 4
     cut = type(model.statistics)(model.runner).lens(model.params, model.batch, model.stream.inputs)
     for name, values in whole.items():
@@ -90,7 +90,7 @@ NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 
 def test_gradients_by_layer_are_those_of_torch_autograd(model):
-    """Of the mean loss over the targets that count, for each array and for each layer's input."""
+    """Gradient norms of the mean loss over the targets that count, by array and by layer input."""
     expected = reference()
     expected.zero_grad()
     kept = []

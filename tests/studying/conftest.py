@@ -1,4 +1,4 @@
-"""What tests of studies share."""
+"""Fixtures that tests of studies share."""
 
 import pathlib
 

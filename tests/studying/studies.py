@@ -30,7 +30,7 @@ def make_parts(folder: pathlib.Path) -> pathlib.Path:
 
 
 def content(parts: pathlib.Path, **changes) -> ml_collections.ConfigDict:
-    """What a study's config file holds; `changes` are its own keys, and those of its run as run_train_steps."""
+    """Content of a study's config file; `changes` are its own keys, and those of its run as run_train_steps."""
     run = defaults()
     run.name, run.source = "tiny", str(parts / "model")
     run.data.sources, run.data.sequence_length, run.data.holdout_every = (str(parts / "docs.jsonl"),), 32, 4

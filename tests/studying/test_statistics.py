@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from solar_jax.searching.predict import rank_correlation, ranks
 from solar_jax.studying.statistics import (
@@ -14,11 +15,6 @@ from solar_jax.studying.statistics import (
     paired_difference,
     rank_correlation_interval,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def stats():
-    return pytest.importorskip("scipy.stats")
 
 
 def test_a_difference_weighs_documents_by_their_tokens():
@@ -49,7 +45,7 @@ def test_pairing_removes_what_documents_have_in_common():
     assert paired_difference(hard + 0.1 + noise, hard[:, ::-1], tokens, draws=500).side == 0
 
 
-def test_the_bootstrap_agrees_with_scipys(stats):
+def test_the_bootstrap_agrees_with_scipys():
     rng = np.random.default_rng(1)
     ours, theirs = rng.normal(3, 1, (1, 30)), rng.normal(2.8, 1, (1, 30))
     found = paired_difference(ours, theirs, np.ones(30), draws=8000)
@@ -86,7 +82,7 @@ def test_ranks_of_equal_values_are_shared():
     assert ranks(np.array([5.0, 1.0, 5.0, 3.0])).tolist() == [3.5, 1.0, 3.5, 2.0]
 
 
-def test_rank_correlation_is_scipys_with_ties_too(stats):
+def test_rank_correlation_is_scipys_with_ties_too():
     rng = np.random.default_rng(0)
     for size in (2, 5, 12):
         x, y = rng.integers(0, 5, size) + 0.0, rng.integers(0, 5, size) + 0.0
@@ -97,7 +93,7 @@ def test_rank_correlation_is_scipys_with_ties_too(stats):
     assert math.isnan(rank_correlation(np.array([1.0]), np.array([1.0])))
 
 
-def test_the_interval_of_a_rank_correlation_agrees_with_scipys(stats):
+def test_the_interval_of_a_rank_correlation_agrees_with_scipys():
     rng = np.random.default_rng(3)
     x = rng.normal(size=25)
     y = x + rng.normal(size=25)

@@ -169,7 +169,7 @@ def recomputed(parts: Sequence[np.ndarray], scale: float, pair: tuple[float, flo
 
 
 class Derived:
-    """What growth derives from the values of the base: coefficients of fits, and noise."""
+    """Values that growth derives from the base: coefficients of fits, and noise."""
 
     def __init__(self, stored: Stored):
         self._stored, self._pairs, self._spreads = stored, {}, {}
@@ -221,7 +221,7 @@ def grown_tensor(stored: Stored, path: str, layer: int | None, rows: slice) -> n
 
 
 def _parts(stored: Stored, path: str, layer: int | None, rows: slice) -> list[np.ndarray]:
-    """What a tensor is mixed from: rows of its sources, or noise."""
+    """Rows of a tensor's sources, or of noise, from which it is mixed."""
     sources = source_names(stored.layer_map, path, layer)
     if layer is not None and _is_noise(stored, path, layer):
         return [stored.derived.noise(TENSORS[path].hf.format(layer), sources[0], rows)]

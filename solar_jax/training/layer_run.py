@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.model import llama
 from solar_jax.model.attention import attention_mask, rotated_attention
-from solar_jax.model.llama import plain_einsum, rms_norm, scaled, unembed
+from solar_jax.model.llama import plain_einsum, rms_norm, scaled
 from solar_jax.model.precision import compute_dtype
 from solar_jax.model.rope import rope_angles
 from solar_jax.model.shapes import Params
@@ -24,6 +24,8 @@ from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_kernel
 from solar_jax.parallel.collectives import constrain_on
 from solar_jax.parallel.mesh import axis_size
+from solar_jax.training.objectives import Batch, token_values
+from solar_jax.training.step import loss_chunks
 
 # The arrays by which a layer's MLP adds to the residual stream. Zeroed, the layer is its attention alone.
 _MLP_ADDS = ("down_proj", "down_bias")
@@ -31,7 +33,6 @@ _MLP_ADDS_NORMED = ("mlp_out_norm",)  # in their place, where a norm follows
 LOGITS = 2**24  # of one chunk of tokens, on one device: 64 MiB in float32, a few times
 
 Layer = dict[str, jax.Array]  # the arrays of one layer, without L
-Batch = dict[str, jax.Array]  # tokens, positions, segment_ids, targets, weights [B, T]
 
 
 class LayerRunner:
@@ -135,7 +136,7 @@ class LayerRunner:
         """Returns into how many chunks the tokens of `rows` rows are cut, so that logits do not outgrow `LOGITS`."""
         shards = axis_size(self.mesh, "data", "fsdp")
         logits = max(1, rows // shards) * self.length * self.cfg.vocab_size // self.mesh.shape["tensor"]
-        return next((n for n in range(1, self.length) if self.length % n == 0 and logits <= n * LOGITS), self.length)
+        return loss_chunks(logits, self.length, LOGITS)
 
     def cut(self, x: jax.Array, letters: str, axis: int) -> jax.Array:
         """Cuts the axis T of an array into chunks, which become its first axis; `letters` lays a chunk out."""
@@ -161,22 +162,11 @@ class LayerRunner:
 
     def _row_losses(self, params: Params, batch: Batch, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         params = self.prepared(params)
-        head = self.constrain(self.head(params), "DV")
-
-        def chunk(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-            x, targets, weights = part
-            logits = self.constrain(unembed(self.normed(params, x), head), "BTV")
-            return total + jnp.sum(weights * token_losses(logits, targets), axis=-1), None
-
-        labels = (self.cut(batch[name], "BT", 1) for name in ("targets", "weights"))
-        zeros = jnp.zeros(x.shape[0], jnp.float32)
-        return jax.lax.scan(chunk, zeros, (self.cut(x, "BTD", 1), *labels))[0], jnp.sum(batch["weights"], axis=-1)
-
-
-def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy of each token in nats, float32 [B, T], from logits [B, T, V]."""
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+        found = token_values(
+            self.normed(params, x), self.head(params), batch["targets"], chunks=self.chunks(len(x)),
+            constrain=self.constrain,
+        )  # fmt: skip
+        return -jnp.sum(batch["weights"] * found["log_prob"], axis=-1), jnp.sum(batch["weights"], axis=-1)
 
 
 def mean_of_rows(x: Any, rows: int) -> tuple[float, float | None]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from solar_jax.parallel.layer_run import mean_of_rows
+from solar_jax.training.layer_run import mean_of_rows
 from tests.inspecting.models import LAYERS, ROWS, ready, reference, torch_losses
 
 ALL = list(range(LAYERS))
