@@ -11,77 +11,9 @@ import functools
 import ml_collections
 
 from solar_jax.config_checks import above_0, at_least, between, named, not_negative
+from solar_jax.config_shapes import ModelConfig, ShapeConfig
 from solar_jax.config_tree import typed, without_old_keys
 from solar_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Architecture of a Llama-family decoder; field names are Hugging Face's `config.json` keys."""
-
-    vocab_size: int = 0  # V
-    hidden_size: int = 0  # D
-    intermediate_size: int = 0  # F
-    num_hidden_layers: int = 0  # L
-    num_attention_heads: int = 0  # N
-    num_key_value_heads: int = 0  # K
-    head_dim: int = 0  # H
-    max_position_embeddings: int = 0  # tokens
-    rope_theta: float = 0.0
-    rms_norm_eps: float = 0.0
-    tie_word_embeddings: bool = False
-    sliding_window: int = 0  # tokens that a query sees, itself included; 0: all before it
-    attention_bias: str = ""  # projections with a bias: "", "qkv" or "qkvo"
-    qk_norm: bool = False  # queries and keys pass an RMSNorm over H before they are rotated
-    no_rope_layers: tuple[int, ...] = ()  # layers whose queries and keys are not rotated
-    mlp_bias: bool = False  # gate, up and down projections have a bias
-    post_norm: bool = False  # what attention and MLP add passes an RMSNorm (HF `use_post_norm`)
-    embedding_multiplier: float = 0.0  # of the embeddings; here and in the next three, 0 stands for none
-    attention_multiplier: float = 0.0  # of the scores, in place of H ** -0.5
-    residual_multiplier: float = 0.0  # of what attention and MLP add
-    logits_multiplier: float = 0.0  # of the logits
-    rope_scaling: str = ""  # a name of model.rope.SCALINGS; those below are its numbers (HF `rope_parameters`)
-    rope_factor: float = 0.0  # linear, dynamic, llama3, yarn: `factor`
-    rope_low_freq_factor: float = 0.0  # llama3
-    rope_high_freq_factor: float = 0.0  # llama3
-    rope_original_positions: int = 0  # llama3, yarn: `original_max_position_embeddings`
-    rope_attention_factor: float = 0.0  # yarn: of cosines and sines
-    rope_beta_fast: float = 0.0  # yarn: turns from which a frequency is kept
-    rope_beta_slow: float = 0.0  # yarn: turns up to which it is divided by the factor
-    rope_untruncated: bool = False  # yarn: the borders between them are not rounded to whole pairs
-
-    def __post_init__(self) -> None:
-        scalings = ("", "linear", "dynamic", "llama3", "yarn")
-        for key, known in (("attention_bias", ("", "qkv", "qkvo")), ("rope_scaling", scalings)):
-            if (value := getattr(self, key)) not in known:
-                raise UserError(f"config.model.{key} must be one of {', '.join(map(repr, known))}, found {value!r}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class ShapeConfig:
-    """Shape that a run's checkpoint is expected to have, under Hugging Face's `config.json` keys.
-
-    0 means "as the checkpoint says"; any other value has to agree with it. With `source="scratch"` it is the new
-    model's shape.
-    """
-
-    vocab_size: int = 0
-    hidden_size: int = 0
-    intermediate_size: int = 0
-    num_hidden_layers: int = 0
-    num_attention_heads: int = 0
-    num_key_value_heads: int = 0
-    head_dim: int = 0
-    max_position_embeddings: int = 0
-    rope_theta: float = 0.0
-    rms_norm_eps: float = 0.0
-    tie_word_embeddings: bool = False
-    sliding_window: int = 0
-
-    @property
-    def architecture(self) -> ModelConfig:
-        """The plain Llama of this shape."""
-        return ModelConfig(**vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +31,12 @@ class GrowthConfig:
     alpha: float = 0.5  # split: the first twin's scale; the second has 1 - alpha
     inner: str = "copy"  # zeroed: projections that are not 0, copy, mean (of the neighbours) or normal (noise)
     add: int = 0  # search: layers to add, at the place that a search of the training text finds
+    experts: int = 0  # experts that each layer's MLP becomes (upcycling); 0: stays one MLP
+    top_k: int = 2  # experts of a token
+    granularity: int = 1  # shards of the MLP that each expert is split into, G; a token then has G x top_k of them
+    routing: str = "renormalised"  # weights of a token's experts: renormalised (Mixtral), or softmax over all
+    redrawn: float = 0.0  # share of each expert's channels that is drawn anew (Drop-Upcycling)
+    jitter: float = 0.0  # noise on the experts' weights, relative to each
     beside: str = ""  # blocks of another cut, written as `blocks`, that is grown and trained beside on the same tokens
     at_step: int = 0  # growth after so many steps of the base; 0: before training
     schedule: tuple[int, ...] = ()  # later steps after which the operator is applied again (MIDAS, LIDAS, stacking)
@@ -109,6 +47,7 @@ class GrowthConfig:
     def check(self) -> None:
         not_negative("growth", self, "at_step", "rewarm_steps")
         above_0("growth", self, "new_rate")
+        self.check_experts()
         steps = (self.at_step, *self.schedule)
         if self.schedule and (self.at_step < 1 or list(steps) != sorted(set(steps))):
             raise UserError(
@@ -123,6 +62,18 @@ class GrowthConfig:
         for key, value in (("rewarm_steps", self.rewarm_steps), ("state", self.state != "copied" and self.state)):
             if value and not self.at_step:
                 raise UserError(f"config.growth.{key}={value!r} needs config.growth.at_step above 0, found 0.")
+
+    def check_experts(self) -> None:
+        """Raises a UserError for experts that no model could have."""
+        not_negative("growth", self, "experts", "jitter")
+        at_least(1, "growth", self, "top_k", "granularity")
+        named("growth", self, routing=("renormalised", "softmax"))
+        between(0, 1.0001, "growth", self, "redrawn")
+        if self.experts and (self.experts < self.top_k or self.at_step or self.experts == 1):
+            raise UserError(
+                f"config.growth.experts={self.experts} needs at least 2 experts, config.growth.top_k={self.top_k} or "
+                f"more, and growth before the first step: config.growth.at_step=0, found {self.at_step}."
+            )
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -187,9 +138,12 @@ class TrainConfig:
     spike: float = 0.0  # deviations above the running mean that make a loss a spike; 0: no spike detection
     control: bool = False  # also train the base without growth, on the same tokens
     epochs: float = 0.0  # where steps is 0: passes over the rows of all sources
+    router_balance: float = 0.01  # weight of the experts' load-balance loss
+    router_z: float = 0.001  # weight of the mean square of the router's log-sum-exp
 
     def check(self) -> None:
         not_negative("train", self, "accumulation", "max_skipped", "spike", "epochs")
+        not_negative("train", self, "router_balance", "router_z")
         at_least(0 if self.epochs else 1, "train", self, "steps")
         at_least(1, "train", self, "batch_size")
         if self.batch_size % max(1, self.accumulation):
@@ -276,13 +230,14 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh's axes. 0: chosen by the planner; -1, in one of the first four: the remaining devices."""
+    """Sizes of the mesh's axes. 0: chosen by the planner; -1, in any but slice: the remaining devices."""
 
     data: int = 0  # replicas of the parameters
     fsdp: int = 0  # shards of parameters and optimiser state, gathered a layer at a time
     tensor: int = 0  # shards of heads and mlp
     context: int = 0  # shards of a row's tokens, for long rows; they shard the state too
     slice: int = 0  # TPU slices joined by DCN, at least one replica on each; 0: as many as the devices report
+    expert: int = 0  # shards of the experts; of rows and all other state as fsdp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +285,7 @@ class Config:
     seed: int = 0
     source: str = ""  # checkpoint to grow: HF folder or hub id, .gguf file, one of our own, smollm2, or scratch
     fallback: str = ""  # the sibling config to name when this one does not fit the machine
-    model: ShapeConfig = ShapeConfig()
+    model: ShapeConfig = dataclasses.field(default_factory=ShapeConfig)
     growth: GrowthConfig = GrowthConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

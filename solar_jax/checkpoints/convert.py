@@ -13,6 +13,7 @@ from solar_jax.checkpoints.companions import CARD, LINEAGE
 from solar_jax.checkpoints.hf_config import with_dtype
 from solar_jax.checkpoints.model_card import base_model, model_card
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.upcycled import why_not_hf
 from solar_jax.checkpoints.views import cast, grown
 from solar_jax.checkpoints.write_hf import WRITERS, parse_size, pieces, write_companions, write_model
 from solar_jax.cli.progress import byte_bar
@@ -59,6 +60,8 @@ def convert_checkpoint(
     Raises:
       UserError: the target exists or lacks disk space, or the result fails verification; no folder appears then.
     """
+    if target.form == "hf" and (reason := why_not_hf(c)):
+        raise UserError(reason)
     c = cast(c, target.dtype)
     limit, hf, local = parse_size(target.max_shard_size), target.form == "hf", is_local(target.out)
     total = sum(p.nbytes for p in pieces(c)) if hf else write_orbax.total_bytes(c)

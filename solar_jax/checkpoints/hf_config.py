@@ -7,7 +7,16 @@ a value is rejected: ignoring it would give a different model from the one that 
 from collections.abc import Sequence
 from typing import Any
 
-from solar_jax.checkpoints.hf_families import FAMILIES, FIXED, HARMLESS, SIZES, Family, depth_keys
+from solar_jax.checkpoints.hf_families import (
+    FAMILIES,
+    FIXED,
+    GRANULARITY,
+    HARMLESS,
+    NORMALISED,
+    SIZES,
+    Family,
+    depth_keys,
+)
 from solar_jax.checkpoints.hf_keys import one_of, positive, shown, shown_key
 from solar_jax.checkpoints.hf_rope import rope_keys
 from solar_jax.config import ModelConfig, ShapeConfig
@@ -61,6 +70,7 @@ def model_config(hf: dict[str, Any], where: str) -> ModelConfig:
         no_rope_layers=tuple(i for i, rotates in enumerate(_rotates(known, size, where)) if not rotates),
         mlp_bias=mlp_bias,
         post_norm=one_of(known.get("use_post_norm", False), (False, True), "use_post_norm", where),
+        **_experts(known, where),
         **(_multipliers(known, family, where) | rope_keys(known, hf.get("rope_theta") is not None, positions, where)),
     )
 
@@ -96,6 +106,23 @@ def _multipliers(known: dict[str, Any], family: Family, where: str) -> dict[str,
             value = positive(known[key], float, key, where) ** power
             found[field] = 0.0 if value == 1.0 and field != "attention_multiplier" else value
     return found
+
+
+def _experts(known: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns ModelConfig's fields of experts; {} for a family without."""
+    if "num_local_experts" not in known:
+        return {}
+    keys = ("num_local_experts", "num_experts_per_tok", GRANULARITY)
+    experts, chosen, granularity = (positive(known[key], int, key, where) for key in keys)
+    if chosen > experts or experts % granularity or chosen % granularity:
+        raise UserError(
+            f"{where}: num_experts_per_tok={chosen} must be at most num_local_experts={experts}, and both multiples of "
+            f"{GRANULARITY}={granularity}."
+        )
+    return {
+        "num_local_experts": experts, "num_experts_per_tok": chosen, "expert_granularity": granularity,
+        "norm_topk_prob": one_of(known[NORMALISED], (True, False), NORMALISED, where),
+    }  # fmt: skip
 
 
 def _check_keys(hf: dict[str, Any], family: Family, where: str) -> None:

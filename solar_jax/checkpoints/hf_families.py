@@ -23,6 +23,8 @@ class Family:
     tensors: tuple[tuple[str, str], ...] = ()  # (part of a tensor's name, what is usual in its place), in order
     # Tensors that the family's files hold as one, by rows -> the usual ones in that order.
     fused: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    # End of a usual tensor's name -> what its files hold in its place, a tensor of each expert ({}), by rows.
+    stacked: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 _COMMON = {
@@ -40,6 +42,8 @@ _COMMON = {
     "mlp_bias": False,
 }
 _NO_BIAS = {"mlp_bias": (False,)}
+# Keys of our own in an upcycled model's config.json; transformers' Mixtral computes their defaults, 1 and true, alone.
+GRANULARITY, NORMALISED = "solar_jax_expert_granularity", "solar_jax_norm_topk_prob"
 _MULTIPLIERS = {
     "embedding_multiplier": ("embedding_multiplier", 1),
     "attention_multiplier": ("attention_multiplier", 1),
@@ -75,6 +79,17 @@ FAMILIES: dict[str, Family] = {
         _COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         bias={False: ""},
         fixed={"use_sliding_window": (True,), "max_window_layers": (0,)} | _NO_BIAS,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        _COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+                   "rope_theta": 1000000.0, "num_local_experts": 8, "num_experts_per_tok": 2,
+                   GRANULARITY: 1, NORMALISED: True},
+        bias={False: ""},
+        fixed={"use_sliding_window": (True,), "max_window_layers": (0,), "router_jitter_noise": (0.0,)} | _NO_BIAS,
+        ignored=frozenset({"router_aux_loss_coef", "output_router_logits"}),  # training's own, see config.experts
+        stacked={f"block_sparse_moe.experts.{w}.weight": f"block_sparse_moe.experts.{{}}.{w}.weight"
+                 for w in ("w1", "w2", "w3")},
     ),
     "qwen2": Family("Qwen2ForCausalLM", _QWEN | {"attention_bias": True}, bias={True: "qkv"}, fixed=_NO_BIAS),
     "qwen3": Family(
@@ -213,6 +228,12 @@ def fused_tensors(hf: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     """Returns the ends of the names of tensors that the family's files hold as one -> those of the usual tensors."""
     family = FAMILIES.get(hf.get("model_type", ""))
     return family.fused if family else {}
+
+
+def stacked_tensors(hf: dict[str, Any]) -> dict[str, str]:
+    """Returns the ends of the names of usual tensors -> those of the tensors of each expert that files hold instead."""
+    family = FAMILIES.get(hf.get("model_type", ""))
+    return family.stacked if family else {}
 
 
 def _tensors(hf: dict[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, row_blocks, some
-from solar_jax.checkpoints.hf_families import fused_tensors, usual_name
+from solar_jax.checkpoints.hf_families import fused_tensors, stacked_tensors, usual_name
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors
 from solar_jax.errors import UserError
 from solar_jax.formats.safetensors import Entry
@@ -64,7 +64,7 @@ def resolved(c: Checkpoint) -> Checkpoint:
     if c.cfg.tie_word_embeddings and embed not in stored and head in stored:
         stored[embed] = stored.pop(head)
     if all(name == found for name, found in stored.items()) and len(stored) == len(c.shape_of):
-        return _split(c)
+        return _joined(_split(c))
     renamed_checkpoint = dataclasses.replace(
         c,
         shape_of={name: c.shape_of[found] for name, found in stored.items()},
@@ -72,7 +72,49 @@ def resolved(c: Checkpoint) -> Checkpoint:
         read=lambda name, rows=slice(None): c.read(stored[name], rows),
         entry_of={name: c.entry_of[found] for name, found in stored.items() if found in c.entry_of},
     )
-    return _split(renamed_checkpoint)
+    return _joined(_split(renamed_checkpoint))
+
+
+def _joined(c: Checkpoint) -> Checkpoint:
+    """Presents the tensors of a layer's experts, which files hold one by one, as the usual one, expert after expert."""
+    if not stacked_tensors(c.hf_config) or c.cfg.num_hidden_layers > len(c.shape_of):  # a config may claim a billion
+        return c
+    experts, parts_of = range(min(c.cfg.num_local_experts, len(c.shape_of))), {}
+    for name, _, _ in hf_tensors(c.cfg):
+        for usual, own in stacked_tensors(c.hf_config).items():
+            if name.endswith(f".{usual}"):
+                parts_of[name] = [name.removesuffix(usual) + own.format(e) for e in experts]
+    parts_of = {name: parts for name, parts in parts_of.items() if all(part in c.shape_of for part in parts)}
+    for parts in parts_of.values():
+        for kind, of in (("shape", c.shape_of), ("dtype", c.dtype_of)):
+            if other := next((part for part in parts if of[part] != of[parts[0]]), None):
+                raise UserError(
+                    f"{c.where}: {other} must have the {kind} of {parts[0]}, {of[parts[0]]}, found {of[other]}."
+                )
+    inside = {part for parts in parts_of.values() for part in parts}
+    kept = [name for name in c.shape_of if name not in inside]
+
+    def read(name: str, rows: slice = slice(None)) -> np.ndarray:
+        if name not in parts_of:
+            return c.read(name, rows)
+        parts = parts_of[name]
+        each = c.shape_of[parts[0]][0]
+        start, stop, _ = rows.indices(each * len(parts))
+        spans = [(part, max(start - i * each, 0), min(stop - i * each, each)) for i, part in enumerate(parts)]
+        found = [c.read(part, slice(first, last)) for part, first, last in spans if first < last]
+        return found[0] if len(found) == 1 else np.concatenate(found or [c.read(parts[0], slice(0, 0))])
+
+    def rows_of(parts: list[str]) -> tuple[int, ...]:
+        height, *width = c.shape_of[parts[0]]
+        return (height * len(parts), *width)
+
+    return dataclasses.replace(
+        c,
+        shape_of={n: c.shape_of[n] for n in kept} | {n: rows_of(parts) for n, parts in parts_of.items()},
+        dtype_of={n: c.dtype_of[n] for n in kept} | {n: c.dtype_of[parts[0]] for n, parts in parts_of.items()},
+        read=read,
+        entry_of={n: c.entry_of[n] for n in kept if n in c.entry_of},
+    )
 
 
 def _split(c: Checkpoint) -> Checkpoint:

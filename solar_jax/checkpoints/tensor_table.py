@@ -41,6 +41,19 @@ TENSORS = {
     "layers/up_bias": Tensor("F", ("F",), "model.layers.{}.mlp.up_proj.bias", "blk.{}.ffn_up.bias"),
     "layers/down_proj": Tensor("FD", ("D", "F"), "model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
     "layers/down_bias": Tensor("D", ("D",), "model.layers.{}.mlp.down_proj.bias", "blk.{}.ffn_down.bias"),
+    "layers/router": Tensor(
+        "DE", ("E", "D"), "model.layers.{}.block_sparse_moe.gate.weight", "blk.{}.ffn_gate_inp.weight"
+    ),
+    # All experts of a layer, one after another; HF files hold each by itself, see `hf_families.Family.stacked`.
+    "layers/experts_gate": Tensor(
+        "EDF", ("EF", "D"), "model.layers.{}.block_sparse_moe.experts.w1.weight", "blk.{}.ffn_gate_exps.weight"
+    ),
+    "layers/experts_down": Tensor(
+        "EFD", ("ED", "F"), "model.layers.{}.block_sparse_moe.experts.w2.weight", "blk.{}.ffn_down_exps.weight"
+    ),
+    "layers/experts_up": Tensor(
+        "EDF", ("EF", "D"), "model.layers.{}.block_sparse_moe.experts.w3.weight", "blk.{}.ffn_up_exps.weight"
+    ),
     "layers/attn_norm": Tensor("D", ("D",), "model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
     "layers/mlp_norm": Tensor("D", ("D",), "model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
     "layers/attn_out_norm": Tensor(

@@ -9,6 +9,7 @@ import numpy as np
 from solar_jax.checkpoints.checkpoint import Checkpoint, Origin, View, numpy_dtype, row_blocks, row_unit, tensor_name
 from solar_jax.checkpoints.hf_config import grown_hf_config, with_dtype
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_tensors
+from solar_jax.checkpoints.upcycled import with_experts
 from solar_jax.config import ModelConfig
 from solar_jax.growth.apply import grown_config, is_scaled
 from solar_jax.growth.derived import Pair, deviation, fitted, mixed, moments, noise
@@ -52,6 +53,9 @@ def grown(c: Checkpoint, layer_map: LayerMap) -> Checkpoint:
     """
     if layer_map.is_identity:
         return c
+    if layer_map.experts:
+        deeper = grown(c, dataclasses.replace(layer_map, experts=None))
+        return dataclasses.replace(with_experts(deeper, layer_map.experts), view=View(c, layer_map=layer_map))
     cfg = grown_config(c.cfg, layer_map)
     made = {name: _made(path, layer, layer_map, cfg) for name, path, layer in hf_tensors(cfg)}
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, row_blocks, row_unit
 from solar_jax.checkpoints.hf_config import with_dtype
-from solar_jax.checkpoints.hf_families import fused_tensors, stored_name
+from solar_jax.checkpoints.hf_families import fused_tensors, stacked_tensors, stored_name
 from solar_jax.checkpoints.hf_folder import INDEX
 from solar_jax.checkpoints.tensor_table import hf_shape, hf_tensors
 from solar_jax.errors import UserError
@@ -45,8 +45,13 @@ def pieces(c: Checkpoint) -> list[Piece]:
     whole_of = {part: (whole, parts) for whole, parts in fused_tensors(c.hf_config).items() for part in parts}
     made: dict[str, Piece] = {}
     waiting: dict[str, list[Piece]] = {}
+    apart = stacked_tensors(c.hf_config)
     for name, path, _ in hf_tensors(c.cfg):
         piece, part = _piece(c, name, path), name.split(".", 3)[-1]
+        if part in apart:
+            own = name.removesuffix(part) + apart[part]
+            made |= {own.format(e): _expert(c, name, path, e, own.format(e)) for e in range(c.cfg.num_local_experts)}
+            continue
         if part not in whole_of:
             made[name] = piece
             continue
@@ -72,6 +77,18 @@ def _fused(name: str, parts: list[Piece]) -> Piece:
             yield from [read_tensor(name, part.content)] if isinstance(part.content, Entry) else part.content()
 
     return Piece(name, shape, parts[0].dtype, blocks)
+
+
+def _expert(c: Checkpoint, name: str, path: str, expert: int, stored: str) -> Piece:
+    """Returns one expert's rows of a layer's tensor, as a tensor of its own."""
+    height, width = hf_shape(path, c.cfg)
+    first = height // c.cfg.num_local_experts * expert
+    shape = (height // c.cfg.num_local_experts, width)
+
+    def blocks() -> Iterator[np.ndarray]:
+        yield c.read(name, slice(first, first + shape[0]))  # in one, as Orbax stores it
+
+    return Piece(stored, shape, c.dtype_of[name], blocks)
 
 
 def _piece(c: Checkpoint, name: str, path: str) -> Piece:

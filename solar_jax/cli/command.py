@@ -23,7 +23,7 @@ from solar_jax.cli.config_keys import check_override
 from solar_jax.cli.help import HELP, command_help, version
 from solar_jax.config import DTYPES, Config, GrowthConfig
 from solar_jax.errors import Interrupted, UserError
-from solar_jax.growth.operators import OPERATOR_KEYS, OPERATORS
+from solar_jax.growth.operators import EXPERT_KEYS, OPERATOR_KEYS, OPERATORS
 from solar_jax.storage import paths
 
 USAGE_STATUS = 2  # bad flags and bad input
@@ -98,9 +98,10 @@ def define_conversion_flags() -> None:
     flags.DEFINE_enum("operator", None, sorted(OPERATORS), "Growth operator.")
     flags.DEFINE_string("slices", None, "Half-open source ranges one after another, e.g. 0:24,8:32.")
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-    for key in OPERATOR_KEYS:
+    for key in (*OPERATOR_KEYS, *EXPERT_KEYS):
         default = getattr(GrowthConfig(), key)
-        define[type(default)](key, default, f"The operator's, as config.growth.{key}.")
+        whose = "Experts'" if key in EXPERT_KEYS else "The operator's"
+        define[type(default)](key, default, f"{whose}, as config.growth.{key}.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Dtype of the weights written; each as it is stored if not given.")
     define_target_flags()
 
@@ -123,13 +124,13 @@ def growth_config(operator: str | None, slices: str | None, keys: dict[str, Any]
     if slices is not None and operator not in (None, "slices"):
         raise UserError(f"--slices and --operator={operator} exclude each other.")
     if slices is None and operator is None:
-        return None
+        return GrowthConfig("identity", **keys) if keys.get("experts") else None
     return GrowthConfig(operator or "slices", slices=slices or "", **keys)
 
 
 def growth_from_flags() -> GrowthConfig | None:
     f = flags.FLAGS
-    return growth_config(f.operator, f.slices, {key: getattr(f, key) for key in OPERATOR_KEYS})
+    return growth_config(f.operator, f.slices, {key: getattr(f, key) for key in (*OPERATOR_KEYS, *EXPERT_KEYS)})
 
 
 def folder_from_flag(text: str) -> pathlib.Path:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from solar_jax.config import ModelConfig
-from solar_jax.model.llama import Einsum, plain_einsum, rotates
+from solar_jax.model.llama import rotates
 from solar_jax.model.lora import INPUTS
+from solar_jax.model.matmul import Einsum, plain_einsum
 from solar_jax.model.shapes import Params, is_vector, sizes
 
 _MOST = 127
@@ -66,6 +67,8 @@ def laid_out(params: Params, cfg: ModelConfig, compute_dtype: Any) -> Params:
     )
     layers = rotates(params["layers"], cfg)
     for name, inputs in INPUTS.items():
+        if f"{name}_proj" not in layers:  # experts are multiplied in groups, as they are
+            continue
         layers = layers | {f"{name}_proj": _matrix(layers[f"{name}_proj"], inputs)}
     apart = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(cfg.num_hidden_layers))
     return params | {"layers": apart}

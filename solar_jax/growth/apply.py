@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from solar_jax.config import ModelConfig
+from solar_jax.errors import UserError
 from solar_jax.growth.derived import fitted, moments
-from solar_jax.growth.operators import LayerMap
+from solar_jax.growth.operators import LayerMap, Upcycling
 from solar_jax.model.shapes import Params
 
 # The arrays through which a layer adds to the residual stream; scaled to 0, the layer passes its input through.
-SCALED = ("o_proj", "o_bias", "down_proj", "down_bias")
+SCALED = ("o_proj", "o_bias", "down_proj", "down_bias", "experts_down")
 SCALED_NORMS = ("attn_out_norm", "mlp_out_norm")  # instead, where a norm follows, which undoes a scale before it
 
 
@@ -35,6 +36,8 @@ def grow(params: Params, layer_map: LayerMap) -> Params:
       ValueError: an array's layer axis is not the layer map's n; or the map asks for noise, which
         `checkpoints.views.grown` makes by the tensors' HF names.
     """
+    if layer_map.experts:
+        raise ValueError(f"{layer_map.operator} makes experts; grow a checkpoint with views.grown.")
     if any(layer_map.noise):
         raise ValueError(f"{layer_map.operator} draws noise by tensor names; grow a checkpoint with views.grown.")
     source, partner = jnp.array(layer_map.source), jnp.array(layer_map.partner)
@@ -72,4 +75,33 @@ def _per_layer(values: jax.Array, like: jax.Array) -> jax.Array:
 def grown_config(cfg: ModelConfig, layer_map: LayerMap) -> ModelConfig:
     """Returns the config of the grown model; what it says of single layers follows the layer map."""
     still = tuple(i for i, source in enumerate(layer_map.source) if source in cfg.no_rope_layers)
-    return dataclasses.replace(cfg, num_hidden_layers=layer_map.layers, no_rope_layers=still)
+    deeper = dataclasses.replace(cfg, num_hidden_layers=layer_map.layers, no_rope_layers=still)
+    return upcycled_config(deeper, layer_map.experts) if layer_map.experts else deeper
+
+
+def upcycled_config(cfg: ModelConfig, made: Upcycling) -> ModelConfig:
+    """Returns the config of a model whose MLPs become experts.
+
+    Raises:
+      UserError: the model has what Mixtral's class has not, or its MLP does not split into so many shards.
+    """
+    plain = ModelConfig()
+    for key in (
+        "attention_bias", "qk_norm", "no_rope_layers", "mlp_bias", "post_norm", "num_local_experts",
+        "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_multiplier",
+    ):  # fmt: skip
+        if (found := getattr(cfg, key)) != getattr(plain, key):
+            raise UserError(f"growth.experts={made.experts} needs a model of Mixtral's kind, found {key}={found!r}.")
+    width, rest = divmod(cfg.intermediate_size, made.granularity)
+    if rest:
+        raise UserError(
+            f"growth.granularity={made.granularity} must divide the model's intermediate_size={cfg.intermediate_size}."
+        )
+    return dataclasses.replace(
+        cfg,
+        intermediate_size=width,
+        num_local_experts=made.experts * made.granularity,
+        num_experts_per_tok=made.top_k * made.granularity,
+        norm_topk_prob=made.normalised,
+        expert_granularity=made.granularity,
+    )

@@ -62,11 +62,17 @@ def mixed(x: np.ndarray, y: np.ndarray, mix: str, pair: Callable[[], Pair]) -> n
 
 def deviation(blocks: Iterable[np.ndarray]) -> float:
     """Standard deviation of a tensor given in blocks, rounded to float32."""
+    return mean_and_deviation(blocks)[1]
+
+
+def mean_and_deviation(blocks: Iterable[np.ndarray]) -> tuple[float, float]:
+    """Mean and standard deviation of a tensor given in blocks, rounded to float32."""
     count, total, squares = 0, 0.0, 0.0
     for block in blocks:
         x = _wide(block)
         count, total, squares = count + x.size, total + float(x.sum()), squares + float(np.dot(x, x))
-    return float(np.float32(max(0.0, squares / count - (total / count) ** 2) ** 0.5))
+    spread = max(0.0, squares / count - (total / count) ** 2) ** 0.5
+    return float(np.float32(total / count)), float(np.float32(spread))
 
 
 def noise(name: str, rows: range, columns: int, spread: float) -> np.ndarray:

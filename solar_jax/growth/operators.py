@@ -14,7 +14,32 @@ from solar_jax.errors import UserError
 
 # Keys of GrowthConfig that operators read, beside `slices`
 OPERATOR_KEYS = ("m", "a", "b", "every", "copies", "blocks", "of", "beta", "alpha", "inner")
+EXPERT_KEYS = ("experts", "top_k", "granularity", "routing", "redrawn", "jitter")  # and those of upcycling
 INNER = ("copy", "mean", "normal")  # how `zeroed` makes the matrices that are not 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Upcycling:
+    """Experts made of each layer's MLP.
+
+    An expert is the MLP, or with granularity G one of G experts of 1/G of its width, whose sum it is: a virtual group,
+    whose router rows start equal (arXiv 2410.07524).
+    """
+
+    experts: int  # copies of the MLP
+    top_k: int  # of them a token
+    granularity: int = 1
+    normalised: bool = True  # weights of a token's experts sum to 1
+    redrawn: float = 0.0  # share of channels redrawn (arXiv 2502.19261)
+    jitter: float = 0.0  # noise relative to each weight
+
+    def __str__(self) -> str:
+        parts = [f"{self.experts} experts, top {self.top_k}"]
+        parts += [f"granularity {self.granularity}"] if self.granularity > 1 else []
+        parts += ["softmax"] if not self.normalised else []
+        parts += [f"redrawn {self.redrawn:g}"] if self.redrawn else []
+        parts += [f"jitter {self.jitter:g}"] if self.jitter else []
+        return ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +55,7 @@ class LayerMap:
     mix: str = "mean"  # of a layer and its partner: mean, or fit (by least squares, `growth.derived.fitted`)
     noise: tuple[bool, ...] = ()  # True where matrices are normal noise of the source's standard deviation
     tied: bool = False  # layers of one source share their weights in training
+    experts: Upcycling | None = None  # what each layer's MLP becomes
 
     def __post_init__(self):
         object.__setattr__(self, "scale", self.scale or (1.0,) * len(self.source))
@@ -50,7 +76,8 @@ class LayerMap:
     @property
     def copies_only(self) -> bool:
         """True if every output layer is bitwise equal to a source layer."""
-        return self.partner == self.source and set(self.scale) <= {1.0} and not any(self.noise)
+        plain = self.partner == self.source and set(self.scale) <= {1.0} and not any(self.noise)
+        return plain and self.experts is None
 
     @property
     def distances(self) -> tuple[int, ...]:
@@ -358,4 +385,9 @@ def make_layer_map(base_layers: int, growth: GrowthConfig) -> LayerMap:
     total = operator_map(base_layers, growth)
     for _ in growth.schedule:
         total = composed(total, operator_map(total.layers, growth))
-    return total
+    if not growth.experts:
+        return total
+    growth.check_experts()
+    g = growth
+    made = Upcycling(g.experts, g.top_k, g.granularity, g.routing == "renormalised", g.redrawn, g.jitter)
+    return dataclasses.replace(total, operator=f"{total.operator}, {made}", experts=made)

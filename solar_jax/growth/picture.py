@@ -73,6 +73,8 @@ def picture(layer_map: LayerMap, base_parameters: int, parameters: int) -> str:
     for scale in sorted({layer_map.scale[i] for i in partly}):
         its = [i for i in partly if layer_map.scale[i] == scale]
         lines.append(f"  o_proj and down_proj scaled by {scale:g} in layers {layer_list(its)}")
+    if layer_map.experts:
+        lines.append(f"  each layer's MLP becomes {layer_map.experts}")
     if layer_map.tied:
         lines.append("  layers of one source share their weights in training")
     return "\n".join(lines)

@@ -144,7 +144,7 @@ class Statistics:
         def loss(x: jax.Array) -> jax.Array:
             total, count = head_loss(
                 run.normed(params, x), head, batch["targets"], batch["weights"], chunks=run.chunks(rows),
-                shards=axis_size(run.mesh, "data", "fsdp"), constrain=run.constrain, trains_head=False,
+                shards=axis_size(run.mesh, "data", "fsdp", "expert"), constrain=run.constrain, trains_head=False,
             )  # fmt: skip
             return total / jnp.maximum(count, 1.0)
 

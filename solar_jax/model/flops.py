@@ -3,6 +3,20 @@
 from collections.abc import Sequence
 
 from solar_jax.config import ModelConfig
+from solar_jax.model.shapes import parameter_count
+
+
+def _layer_weights(cfg: ModelConfig) -> int:
+    """Weights of a layer that multiply a token, norms and biases left out."""
+    D, E, N, K = cfg.hidden_size, cfg.num_local_experts, cfg.num_attention_heads, cfg.num_key_value_heads
+    mlp = 3 * D * cfg.intermediate_size * (cfg.num_experts_per_tok if E else 1) + D * E
+    return D * cfg.head_dim * (2 * N + 2 * K) + mlp
+
+
+def active_parameters(cfg: ModelConfig) -> int:
+    """Parameters that a token uses: all but those of the experts that it does not go to."""
+    idle = cfg.num_local_experts - cfg.num_experts_per_tok if cfg.num_local_experts else 0
+    return parameter_count(cfg) - cfg.num_hidden_layers * idle * 3 * cfg.hidden_size * cfg.intermediate_size
 
 
 def flops_per_token(cfg: ModelConfig, sequence_length: int, *, causal: bool = True, adapters: bool = False) -> float:
@@ -12,14 +26,14 @@ def flops_per_token(cfg: ModelConfig, sequence_length: int, *, causal: bool = Tr
     matmuls, including the output projection but not the embedding look-up. Scores and their product with the values
     add 2 x 2 x N x H x S forward. Causal: a query sees T / 2 keys on average (at most the sliding window). Non-causal:
     all T keys, as many publications count. Rematerialisation is not counted. Where only `adapters` train, no gradient
-    of a matmul's weights is computed: 4 x the weights.
+    of a matmul's weights is computed: 4 x the weights. Of experts, those of a token count alone.
     """
-    D, F, L, V = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, cfg.vocab_size
-    N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    D, L, V = cfg.hidden_size, cfg.num_hidden_layers, cfg.vocab_size
+    N, H = cfg.num_attention_heads, cfg.head_dim
     keys = sequence_length / 2 if causal else sequence_length
     if causal and cfg.sliding_window:
         keys = min(keys, cfg.sliding_window)
-    weights = L * (D * H * (2 * N + 2 * K) + 3 * D * F) + D * V
+    weights = L * _layer_weights(cfg) + D * V
     return (4 if adapters else 6) * weights + 3 * L * 4 * N * H * keys
 
 
@@ -42,9 +56,9 @@ def flops_per_token_in_part(
       trains_head: whether the output projection trains.
     """
     L, V, D = cfg.num_hidden_layers, cfg.vocab_size, cfg.hidden_size
-    N, K, H = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    N, H = cfg.num_attention_heads, cfg.head_dim
     keys = min(sequence_length / 2, cfg.sliding_window or sequence_length)
-    layer, head = D * H * (2 * N + 2 * K) + 3 * D * cfg.intermediate_size, D * V
+    layer, head = _layer_weights(cfg), D * V
     scores = 4 * N * H * keys
     forward = 2 * (L * layer + head) + L * scores
     by_inputs = 2 * ((L - first) * layer + head) + 2 * (L - first) * scores

@@ -4,7 +4,6 @@ The state is a plain pytree with the layers stacked on axis L. Array names and a
 `OPTIONAL` and `axes`; shapes, sharding rules and the conversion table are all derived from them.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,16 +16,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from solar_jax.config import ModelConfig
 from solar_jax.model.attention import Attend, attention_mask, rotated_attention
+from solar_jax.model.experts import Dispatch, Load, grouped_mlp, route
 from solar_jax.model.lora import INPUTS, norm_of
+from solar_jax.model.matmul import Einsum, down_projection, plain_einsum
 from solar_jax.model.rope import rope_angles
 from solar_jax.model.shapes import LAYER_AXES, Params, is_vector, layer_axes, sizes
 
 # (array, its axis letters) -> the same array, laid out on a mesh; a dot is an unsharded axis. An array with a B is an
 # activation. One without is a parameter: it is all-gathered for use, and its gradient is sharded as it is at rest.
 Constrain = Callable[[jax.Array, str], jax.Array]
-# (subscripts, activations, weight) -> their product in the activations' dtype
-Einsum = Callable[[str, jax.Array, jax.Array], jax.Array]
-
 
 # Names of a layer's saveable values -> their axes, ordered by memory per recompute time saved, cheapest first.
 # "attention" holds the residuals of the attention kernel, "mid" the residual stream after attention.
@@ -71,53 +69,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x32.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def plain_einsum(subscripts: str, x: jax.Array, weight: jax.Array, out: Any = None) -> jax.Array:
-    """Einsum in x's dtype; float32 is true float32 on TPU too, where the default is bfloat16 passes.
-
-    Contracts x's last axes with the weight's first ones. A batch of one is multiplied as a matrix, so that its gradient
-    contracts a single axis; for two axes XLA on CPU would copy both operands, transposed.
-    """
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    weight = weight.astype(x.dtype)
-    if x.shape[0] > 1:
-        return jnp.einsum(subscripts, x, weight, precision=precision, preferred_element_type=out)
-    ours, theirs = subscripts.split("->")[0].split(",")
-    summed = sum(letter in ours for letter in theirs)
-    matrix = weight.reshape(math.prod(weight.shape[:summed]), -1)
-    y = jnp.matmul(x.reshape(-1, matrix.shape[0]), matrix, precision=precision, preferred_element_type=out)
-    return y.reshape(*x.shape[:-summed], *weight.shape[summed:])
-
-
-@jax.custom_vjp
-def _product_in_parts(h: jax.Array, weight: jax.Array) -> jax.Array:
-    """[B, T, F] x [F, D] -> [B, T, D], summed in up to 16 parts of F; the gradient is the plain product's."""
-    B, T, F = h.shape
-    parts = next(n for n in (16, 8, 4, 2, 1) if F % n == 0)
-    h, weight = h.reshape(B, T, parts, F // parts), weight.reshape(parts, F // parts, -1)
-    return jnp.sum(jnp.einsum("btpf,pfd->pbtd", h, weight, precision=jax.lax.Precision.HIGHEST), axis=0)
-
-
-def _plain_gradient(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Gradient of [B, T, F] x [F, D] -> [B, T, D] with respect to both operands, from the saved operands."""
-    h, weight = saved
-    (dh,) = jax.linear_transpose(lambda h: plain_einsum("btf,fd->btd", h, weight), h)(g)
-    (d_weight,) = jax.linear_transpose(lambda weight: plain_einsum("btf,fd->btd", h, weight), weight)(g)
-    return dh, d_weight
-
-
-_product_in_parts.defvjp(lambda h, weight: (_product_in_parts(h, weight), (h, weight)), _plain_gradient)
-
-
-def _down_projection(h: jax.Array, weight: jax.Array, einsum: Einsum) -> jax.Array:
-    """[B, T, F] x [F, D] -> [B, T, D]; in float32, summed in parts of F.
-
-    SwiGLU's few huge activations swamp the small terms of one long float32 sum, which by itself shifts the logits of a
-    real model by 1e-4. Narrower dtypes accumulate in float32 anyway and take the plain product.
-    """
-    in_parts = h.dtype == jnp.float32 and isinstance(weight, jax.Array)  # not so an 8-bit weight with its scales
-    return _product_in_parts(h, weight) if in_parts else einsum("btf,fd->btd", h, weight)
-
-
 def scaled(x: jax.Array, multiplier: float) -> jax.Array:
     """Multiplies in float32; returns x unchanged if the multiplier is 0, which stands for none."""
     return (x.astype(jnp.float32) * multiplier).astype(x.dtype) if multiplier else x
@@ -144,16 +95,20 @@ class Block(nnx.Module):
     k_norm: nnx.Param | None  # [H]
     attn_out_norm: nnx.Param | None  # [D]
     mlp_norm: nnx.Param  # [D]
-    gate_proj: nnx.Param  # [D, F]
-    up_proj: nnx.Param  # [D, F]
-    down_proj: nnx.Param  # [F, D]
+    gate_proj: nnx.Param | None  # [D, F]
+    up_proj: nnx.Param | None  # [D, F]
+    down_proj: nnx.Param | None  # [F, D]
+    router: nnx.Param | None  # [D, E]
+    experts_gate: nnx.Param | None  # [E, D, F]
+    experts_up: nnx.Param | None  # [E, D, F]
+    experts_down: nnx.Param | None  # [E, F, D]
     gate_bias: nnx.Param | None  # [F]
     up_bias: nnx.Param | None  # [F]
     down_bias: nnx.Param | None  # [D]
     mlp_out_norm: nnx.Param | None  # [D]
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs, adapters: tuple[str, ...] = ()):
-        self.eps = cfg.rms_norm_eps
+        self.cfg, self.eps = cfg, cfg.rms_norm_eps
         self.adapters = nnx.Dict({name: nnx.Param(jnp.zeros(())) for name in adapters})
         self.query_scale = cfg.attention_multiplier * cfg.head_dim**0.5  # attention itself scales by H ** -0.5
         self.residual_scale = cfg.residual_multiplier
@@ -163,7 +118,11 @@ class Block(nnx.Module):
         for name, letters in LAYER_AXES.items():
             setattr(self, name, _initial(rngs, cfg, name, letters) if name in present else None)
 
-    def __call__(
+    def __call__(self, x: jax.Array, *how: Any) -> jax.Array:
+        """Applies the layer as `with_load` does: x [B, T, D] -> [B, T, D]."""
+        return self.with_load(x, *how)[0]
+
+    def with_load(
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
@@ -171,8 +130,13 @@ class Block(nnx.Module):
         constrain: Constrain,
         attend: Attend = rotated_attention,
         einsum: Einsum = plain_einsum,
-    ) -> jax.Array:
-        """Applies the layer: x [B, T, D] -> [B, T, D]; `seen` is the mask or segment ids that `attend` takes."""
+        dispatch: Dispatch = grouped_mlp,
+        counted: jax.Array | None = None,
+    ) -> tuple[jax.Array, Load]:
+        """Applies the layer: x [B, T, D] -> [B, T, D]; `seen` is the mask or segment ids that `attend` takes.
+
+        Also returns how it routed the `counted` tokens; {} without experts.
+        """
 
         def weight(name: str) -> jax.Array:
             return constrain(getattr(self, name)[...], LAYER_AXES[name])
@@ -212,10 +176,14 @@ class Block(nnx.Module):
             x = checkpoint_name(constrain(x + self._added(o, self.attn_out_norm), "BTD"), "mid")
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], self.eps)
+            if self.router is not None:
+                shares, chosen, load = route(h, weight("router"), self.cfg, counted)
+                o = dispatch(h, shares, chosen, *(weight(f"experts_{name}") for name in ("gate", "up", "down")))
+                return constrain(x + self._added(constrain(o, "BTD"), self.mlp_out_norm), "BTD"), load
             gate, up = (project("btd,df->btf", h, name, "BTF") for name in ("gate", "up"))
             h = jax.nn.silu(gate) * up
-            o = _add_bias(adapted(_down_projection(h, weight("down_proj"), einsum), h, "down"), self.down_bias)
-            return constrain(x + self._added(o, self.mlp_out_norm), "BTD")
+            o = _add_bias(adapted(down_projection(h, weight("down_proj"), einsum), h, "down"), self.down_bias)
+            return constrain(x + self._added(o, self.mlp_out_norm), "BTD"), {}
 
     def _added(self, o: jax.Array, norm: nnx.Param | None) -> jax.Array:
         """Returns what is added to the residual stream: `o`, normalised and scaled where the architecture does that."""
@@ -244,9 +212,14 @@ class Llama(nnx.Module):
         constrain: Constrain,
         attend: Attend | None,
         einsum: Einsum,
+        dispatch: Dispatch,
+        counted: jax.Array | None,
         stacks: Sequence[Any],
-    ) -> jax.Array:
-        """Returns the final-norm output [B, T, D] in compute_dtype for tokens, positions and segment ids [B, T]."""
+    ) -> tuple[jax.Array, Load]:
+        """Returns the final-norm output [B, T, D] in compute_dtype for tokens, positions and segment ids [B, T].
+
+        With it comes the routing of every layer, [L, ...] in no particular order.
+        """
         rope = rope_angles(positions, self.cfg)
         seen = segment_ids
         if attend is None:
@@ -256,8 +229,8 @@ class Llama(nnx.Module):
         x = constrain(constrain(self.embed[...].astype(compute_dtype), ".D")[tokens], "BTD")
         x = scaled(x, self.cfg.embedding_multiplier)
 
-        def body(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return block(x, rope, seen, constrain, attend, einsum), None
+        def body(x: jax.Array, block: Block) -> tuple[jax.Array, Load]:
+            return block.with_load(x, rope, seen, constrain, attend, einsum, dispatch, counted)
 
         if (names := REMAT[remat]) is not None:
             policy = jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -268,17 +241,28 @@ class Llama(nnx.Module):
             )
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
 
-        def turn(x: jax.Array, stacks: tuple[Any, ...]) -> tuple[jax.Array, None]:
-            return functools.reduce(lambda x, stack: run(x, stack)[0], stacks, x), None
+        def turn(x: jax.Array, stacks: tuple[Any, ...]) -> tuple[jax.Array, list[Load]]:
+            loads = []
+            for stack in stacks:
+                x, load = run(x, stack)
+                loads.append(load)
+            return x, loads
 
-        def run(x: jax.Array, stack: Any) -> tuple[jax.Array, None]:
+        def run(x: jax.Array, stack: Any) -> tuple[jax.Array, Any]:
             if isinstance(stack, tuple):  # stacks in turns: [repeats, n, ...] each
                 return jax.lax.scan(turn, x, stack)
             return jax.lax.scan(body, x, stack)
 
+        loads: list[Load] = []
         for stack in stacks:
-            x, _ = run(x, stack)
-        return scaled(rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps), self.cfg.logits_multiplier)
+            x, load = run(x, stack)
+            loads += load if isinstance(load, list) else [load]  # of stacks in turns: [repeats, n, ...] each
+        x = scaled(rms_norm(x, self.final_norm[...], self.cfg.rms_norm_eps), self.cfg.logits_multiplier)
+        width = {"chosen": (self.cfg.num_local_experts,), "probability": (self.cfg.num_local_experts,)}
+        joined = {
+            name: jnp.concatenate([load[name].reshape(-1, *width.get(name, ())) for load in loads]) for name in loads[0]
+        }
+        return x, joined
 
     def head(self) -> jax.Array:
         """Returns the output projection [D, V]."""
@@ -325,7 +309,7 @@ def compute_copy(params: Params, compute_dtype: Any) -> Params:
     return jax.tree.map_with_path(lambda path, p: p if is_vector(path[-1].key) else p.astype(compute_dtype), params)
 
 
-def hidden(
+def hidden_and_loads(
     cfg: ModelConfig,
     params: Params,
     tokens: jax.Array,
@@ -337,8 +321,10 @@ def hidden(
     constrain: Constrain = unconstrained,
     attend: Attend | None = None,
     einsum: Einsum = plain_einsum,
-) -> tuple[jax.Array, jax.Array]:
-    """Computes the two factors of the logits: hidden states and output projection.
+    dispatch: Dispatch = grouped_mlp,
+    counted: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, Load]:
+    """Computes the two factors of the logits, hidden states and output projection, and the routing of the layers.
 
     Args:
       cfg: the architecture.
@@ -351,9 +337,12 @@ def hidden(
       constrain: lays out activations and gathered parameters on a mesh.
       attend: attention that takes segment ids; None for plain array operations.
       einsum: the einsum used for the layers' projections.
+      dispatch: the experts' MLPs.
+      counted: [B, T], weights of the tokens whose routing is summed; all count if None.
 
     Returns:
-      The final norm's output [B, T, D] and the output projection [D, V], both in compute_dtype.
+      The final norm's output [B, T, D] and the output projection [D, V], both in compute_dtype; `experts.Load` of all
+      layers, [L, ...], {} without experts.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -369,12 +358,24 @@ def hidden(
 
     stacks = tuple(map(blocks, layers)) if isinstance(layers, tuple) else None
     model = merge(jax.tree.leaves(layers, is_leaf=lambda x: isinstance(x, dict))[0])
-    x = model.hidden(
+    x, loads = model.hidden(
         tokens, positions, segment_ids,
         compute_dtype=compute_dtype, remat=remat, constrain=constrain, attend=attend,
-        einsum=einsum, stacks=stacks or (model.layers,),
+        einsum=einsum, dispatch=dispatch, counted=counted, stacks=stacks or (model.layers,),
     )  # fmt: skip
-    return x, model.head()
+    return x, model.head(), loads
+
+
+def hidden(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    **how: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the two factors of the logits, as `hidden_and_loads` does."""
+    return hidden_and_loads(cfg, params, tokens, positions, segment_ids, **how)[:2]
 
 
 def unembed(x: jax.Array, head: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from solar_jax.config import LoraConfig, ModelConfig
+from solar_jax.errors import UserError
 from solar_jax.model.shapes import LAYER_AXES, Params, sizes
 
 INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # leading axes of a projection that it sums
@@ -34,8 +35,16 @@ def adapter_axes(cfg: LoraConfig) -> dict[str, str]:
 
 
 def adapter_shapes(cfg: ModelConfig, lora: LoraConfig, layers: int, dtype: str = "float32") -> Params:
-    """Abstract arrays of an adapter of so many layers; magnitudes are float32."""
+    """Abstract arrays of an adapter of so many layers; magnitudes are float32.
+
+    Raises:
+      UserError: the model has experts, and the adapter is of a dense MLP.
+    """
     size = sizes(cfg) | {"R": lora.rank}
+    if cfg.num_local_experts and set(lora.targets) & {"gate", "up", "down"}:
+        raise UserError(
+            f"config.lora.targets must be among q, k, v, o for a model of experts, found {', '.join(lora.targets)}."
+        )
     return {
         name: jax.ShapeDtypeStruct(
             (layers, *(size[x] for x in letters)), jnp.float32 if name.endswith("norm") else jnp.dtype(dtype)

@@ -30,6 +30,10 @@ LAYER_AXES = {
     "gate_proj": "DF",
     "up_proj": "DF",
     "down_proj": "FD",
+    "router": "DE",
+    "experts_gate": "EDF",
+    "experts_up": "EDF",
+    "experts_down": "EFD",
     "gate_bias": "F",
     "up_bias": "F",
     "down_bias": "D",
@@ -47,6 +51,13 @@ OPTIONAL: dict[str, Callable[[ModelConfig], bool]] = {
     "k_norm": lambda cfg: cfg.qk_norm,
     "attn_out_norm": lambda cfg: cfg.post_norm,
     "mlp_out_norm": lambda cfg: cfg.post_norm,
+    "gate_proj": lambda cfg: not cfg.num_local_experts,
+    "up_proj": lambda cfg: not cfg.num_local_experts,
+    "down_proj": lambda cfg: not cfg.num_local_experts,
+    "router": lambda cfg: cfg.num_local_experts > 0,
+    "experts_gate": lambda cfg: cfg.num_local_experts > 0,
+    "experts_up": lambda cfg: cfg.num_local_experts > 0,
+    "experts_down": lambda cfg: cfg.num_local_experts > 0,
     "gate_bias": lambda cfg: cfg.mlp_bias,
     "up_bias": lambda cfg: cfg.mlp_bias,
     "down_bias": lambda cfg: cfg.mlp_bias,
@@ -79,6 +90,7 @@ def sizes(cfg: ModelConfig) -> dict[str, int]:
         "N": cfg.num_attention_heads,
         "K": cfg.num_key_value_heads,
         "H": cfg.head_dim,
+        "E": cfg.num_local_experts,
     }
 
 

@@ -13,7 +13,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from solar_jax.model.attention import chunk_order
 from solar_jax.model.shapes import LAYER_AXES, Params, is_vector
 from solar_jax.parallel.mesh import axis_size, fsdp_stages, platform
-from solar_jax.parallel.rules import ACTIVATIONS, BATCH_AXES, FSDP, PARAMETERS, TOKENS, MeshAxes, spec
+from solar_jax.parallel.rules import (
+    ACTIVATIONS,
+    BATCH_AXES,
+    EXPERTS,
+    FSDP,
+    PARAMETERS,
+    TOKENS,
+    MeshAxes,
+    spec,
+    table_of,
+)
 
 Arrays = dict[str, jax.Array]
 ROW_MAJOR, SAVED = Layout(major_to_minor=(0, 1, 2)), ("BTD", "BTF")
@@ -41,7 +51,8 @@ def layers_at_rest(tree: Any, mesh: Mesh) -> Any:
     def one(path: Any, x: jax.Array) -> jax.Array:
         if not _in_layers(path):
             return x
-        sharding = NamedSharding(mesh, spec("L" + LAYER_AXES[path[-1].key], PARAMETERS))
+        letters = LAYER_AXES[path[-1].key]
+        sharding = NamedSharding(mesh, spec("L" + letters, table_of(letters)))
         return jax.lax.with_sharding_constraint(x, sharding)
 
     return jax.tree.map_with_path(one, tree)
@@ -71,6 +82,9 @@ def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> 
 
     def split(x: jax.Array, letters: str, over: int) -> jax.Array:
         """Shards a parameter over the outermost `over` FSDP stages; other axes as at rest."""
+        if table_of(letters) is EXPERTS:  # in one stage: experts stay on their devices
+            table = EXPERTS if over else EXPERTS | {"D": None}
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, table)))
         entries = ((names[:over] or None) if PARAMETERS[a] == FSDP else PARAMETERS[a] for a in letters)
         return jax.lax.with_sharding_constraint(x, NamedSharding(staged, PartitionSpec(*entries)))
 

@@ -1,4 +1,4 @@
-"""Device mesh: slice x data x fsdp x context x tensor, over all available devices."""
+"""Device mesh: slice x data x fsdp x expert x context x tensor, over all available devices."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from solar_jax.errors import UserError
 
 # Ordered from the axis that moves the fewest bytes to the one that moves the most. Only `slice` crosses DCN between TPU
 # slices; the others stay on the ICI of one.
-AXES = ("slice", "data", "fsdp", "context", "tensor")
+AXES = ("slice", "data", "fsdp", "expert", "context", "tensor")
 
 
 def mesh_shape(cfg: MeshConfig, devices: int, slices: int = 1) -> tuple[int, ...]:
@@ -33,7 +33,8 @@ def mesh_shape(cfg: MeshConfig, devices: int, slices: int = 1) -> tuple[int, ...
     sizes = {name: getattr(cfg, name) for name in AXES}
     rest = 1 if -1 in sizes.values() else -1
     shape = [size or {"slice": slices, "fsdp": rest}.get(name, 1) for name, size in sizes.items()]
-    written = " x ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True))
+    named = [(name, size) for name, size in zip(AXES, shape, strict=True) if (name, size) != ("expert", 1)]
+    written = " x ".join(f"{name}={size}" for name, size in named)
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1 or cfg.slice < 0:
         raise UserError(f"config.mesh needs positive sizes and at most one -1, found {written}.")
     known = math.prod(size for size in shape if size != -1)
@@ -73,12 +74,12 @@ def platform(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> str:
 
 
 def fsdp_stages(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
-    """Returns all-gather stages of a parameter, outermost first; their sizes multiply to fsdp x context.
+    """Returns all-gather stages of a parameter, outermost first; their sizes multiply to fsdp x expert x context.
 
     Over all three dimensions of a TPU torus at once, XLA lowers every all-gather to an all-reduce of zero-padded
     shards: twice the bytes. So where the axes span all three, the innermost dimension is a stage of its own.
     """
-    line = mesh.devices[0, 0, :, :, 0].reshape(-1)
+    line = mesh.devices[0, 0, :, :, :, 0].reshape(-1)
     if not hasattr(line[0], "coords"):
         return (len(line),)
     coords = np.array([d.coords for d in line])

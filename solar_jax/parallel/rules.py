@@ -19,24 +19,26 @@ from solar_jax.parallel.mesh import axis_size
 
 MeshAxes = str | tuple[str, ...] | None
 
-FSDP = ("fsdp", "context")
+FSDP = ("fsdp", "expert", "context")
 PARAMETERS: dict[str, MeshAxes] = {
     "L": None, "V": "tensor", "D": FSDP, "F": "tensor", "N": "tensor", "K": "tensor", "H": None,
-    "R": None,
+    "R": None, "E": None,
 }  # fmt: skip
+# Experts' weights are never gathered over the axis that shards the experts themselves.
+EXPERTS = PARAMETERS | {"E": "expert", "D": ("fsdp", "context")}
 # Within one slice: only the gradient sum crosses slices.
 ACTIVATIONS: dict[str, MeshAxes] = {
-    "B": ("data", "fsdp"), "T": "context", "D": None, "F": "tensor", "N": "tensor", "K": "tensor", "H": None,
-    "V": "tensor", "R": None, ".": None,
+    "B": ("data", "fsdp", "expert"), "T": "context", "D": None, "F": "tensor", "N": "tensor", "K": "tensor", "H": None,
+    "V": "tensor", "R": None, "E": None, ".": None,
 }  # fmt: skip
 # For uses that do not depend on row boundaries, such as the loss: each device's tokens form rows of their own.
-TOKENS = ACTIVATIONS | {"B": ("data", "fsdp", "context"), "T": None}
-BATCH_AXES = ("slice", "data", "fsdp")
+TOKENS = ACTIVATIONS | {"B": ("data", "fsdp", "expert", "context"), "T": None}
+BATCH_AXES = ("slice", "data", "fsdp", "expert")
 _HANDFUL = 8  # elements; arrays up to this size need no sharding
 
 _KEY = {
     "D": "hidden_size", "F": "intermediate_size", "N": "num_attention_heads",
-    "K": "num_key_value_heads",
+    "K": "num_key_value_heads", "E": "num_local_experts",
 }  # fmt: skip
 
 
@@ -65,10 +67,15 @@ def ways(letters: str, table: dict[str, MeshAxes], mesh: Mesh | AbstractMesh) ->
     return axis_size(mesh, *(axis for letter in letters for axis in _names(table[letter])))
 
 
+def table_of(letters: str) -> dict[str, MeshAxes]:
+    """Returns the table by which a parameter with these axes is sharded at rest."""
+    return EXPERTS if "E" in letters and "F" in letters else PARAMETERS
+
+
 def at_rest(letters: str, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, MeshAxes]:
     """Returns the table by which a parameter with these axes is sharded at rest, where shards must be of equal size."""
     if "V" not in letters or cfg.vocab_size % mesh.shape["tensor"] == 0:
-        return PARAMETERS
+        return table_of(letters)
     over = (*FSDP, "tensor")
     return PARAMETERS | {"V": None, "D": FSDP if cfg.hidden_size % axis_size(mesh, *over) else over}
 
@@ -80,8 +87,8 @@ def parameter_shardings(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
       UserError: a mesh axis does not divide the array axis that it shards.
     """
     size = sizes(cfg)
-    for letter, axes_of in PARAMETERS.items():
-        if letter in "VR":
+    for letter, axes_of in (PARAMETERS | {"E": "expert"}).items():
+        if letter in "VR" or (letter == "E" and not cfg.num_local_experts):
             continue
         over = [a for a in _names(axes_of) if mesh.shape[a] > 1]
         if size[letter] % axis_size(mesh, *over):

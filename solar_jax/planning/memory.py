@@ -145,7 +145,7 @@ def _saved(
     names = REMAT[train.remat]
     if names is None:
         values = sum(count * each(cfg, mesh, letters) for letters, count in EVERYTHING.items())
-        shared = axis_size(mesh, "fsdp", "context") > 1
+        shared = axis_size(mesh, "fsdp", "expert", "context") > 1
         weights = _gathered(cfg, mesh) * width if shared else 0.0
         return tokens * (values * width + 4 * _scores(cfg, train, length, mesh)) + weights
     kept = ["D", *(SAVEABLE[name] for name in names)]

@@ -70,7 +70,7 @@ class Option:
 
 def is_open(config: Config) -> bool:
     """Returns whether a config leaves anything to the planner."""
-    open_axes = [axis for axis in AXES if axis != "slice" and getattr(config.mesh, axis) == 0]
+    open_axes = [axis for axis in AXES if axis not in ("slice", "expert") and getattr(config.mesh, axis) == 0]
     return bool(open_axes) or config.train.remat == AUTO or not config.train.accumulation
 
 
@@ -94,12 +94,14 @@ def of_slice(wanted: Slice) -> Devices:
     return Devices(wanted.devices, chip.kinds[0], "tpu", chip.memory * GIB, chip, wanted.count)
 
 
-def meshes(config: Config, devices: Devices) -> Iterator[MeshConfig]:
+def meshes(config: Config, devices: Devices, experts: int = 0) -> Iterator[MeshConfig]:
     """Yields every mesh of the devices that the config allows, with each axis set.
 
     On anything but a TPU the cost of a collective is unknown. There all devices go to fsdp if that is open, or as many
-    as divide the model and the others to data: `options` takes the first that it can.
+    as divide the model and the others to data: `options` takes the first that it can. `experts` are the model's.
     """
+    if not experts and config.mesh.expert == 0:
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, expert=1))
     if kind_of(config.data.format) != "text" and config.mesh.context == 0:  # their rows are not split
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, context=1))
     axes = [axis for axis in AXES if axis != "slice"]
@@ -147,10 +149,12 @@ def options(cfg: ModelConfig, config: Config, devices: Devices, partition: Parti
     """
     if config.train.remat not in (*REMAT, AUTO):
         raise UserError(f"config.train.remat must be one of {', '.join((*REMAT, AUTO))}, found {config.train.remat!r}.")
+    if config.mesh.expert > 1 and not cfg.num_local_experts:
+        raise UserError(f"config.mesh.expert={config.mesh.expert} needs a model of experts, found a dense one.")
     refused: UserError | None = None
     remats = list(REMAT) if config.train.remat == AUTO else [config.train.remat]
     found: list[Option] = []
-    for sizes in meshes(config, devices):
+    for sizes in meshes(config, devices, cfg.num_local_experts):
         if found and devices.chip is None:
             break
         try:

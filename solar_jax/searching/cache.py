@@ -29,7 +29,8 @@ def mesh_for_search(mesh: Mesh) -> Mesh:
     Rows of a search are short, so their tokens are not split, and nothing is summed over slices.
     """
     shape = mesh.shape
-    sizes = (1, shape["slice"] * shape["data"], shape["fsdp"] * shape["context"], 1, shape["tensor"])
+    shards = shape["fsdp"] * shape["expert"] * shape["context"]
+    sizes = (1, shape["slice"] * shape["data"], shards, 1, 1, shape["tensor"])
     return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=mesh.axis_types)
 
 
@@ -55,7 +56,7 @@ def layer_programs(cfg: ModelConfig, train: TrainConfig, rows: int, length: int,
     """
     runner, n = LayerRunner(cfg, train, length, mesh), cfg.num_hidden_layers
     kept = NamedSharding(mesh, PartitionSpec(None, *rules.spec("BTD", rules.ACTIVATIONS)))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
     chunks = loss_chunks(rows // shards * length * cfg.vocab_size // mesh.shape["tensor"], length)
 
     def trace(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

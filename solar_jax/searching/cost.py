@@ -104,7 +104,8 @@ def _cost(
     mesh = devices.mesh(config)
     D, NH, F = cfg.hidden_size, size(cfg, "NH"), cfg.intermediate_size
     tensor, shards = axis_size(mesh, "tensor"), ways("D", PARAMETERS, mesh)
-    t = padded_rows(rows, mesh) * length / axis_size(mesh, "slice", "data", "fsdp", "context")  # tokens of a device
+    sharing = axis_size(mesh, "slice", "data", "fsdp", "expert", "context")
+    t = padded_rows(rows, mesh) * length / sharing  # tokens of a device
     weights = sum(size(cfg, letters) for name, letters in layer_axes(cfg).items() if not is_vector(name)) / tensor
     head = size(cfg, "DV") / tensor
     n, logits = cfg.num_hidden_layers, t * cfg.vocab_size / tensor

@@ -12,11 +12,11 @@ from solar_jax.config import Config, GrowthConfig, resolve
 from solar_jax.config_checks import above_0, at_least, not_negative
 from solar_jax.config_tree import typed
 from solar_jax.errors import UserError
-from solar_jax.growth.operators import OPERATOR_KEYS, OPERATORS
+from solar_jax.growth.operators import EXPERT_KEYS, OPERATOR_KEYS, OPERATORS
 
 CONTROLS = ("", "tokens", "flops", "tied")
 _TRAINABLE = ("", "all", "new", "seam", "no_embed")
-_GROWTH = {"operator", "slices", *OPERATOR_KEYS}
+_GROWTH = {"operator", "slices", *OPERATOR_KEYS, *EXPERT_KEYS}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.model import llama
 from solar_jax.model.attention import attention_mask, rotated_attention
-from solar_jax.model.llama import plain_einsum, rms_norm, scaled
+from solar_jax.model.llama import rms_norm, scaled
+from solar_jax.model.matmul import plain_einsum
 from solar_jax.model.precision import compute_dtype
 from solar_jax.model.rope import rope_angles
 from solar_jax.model.shapes import Params
@@ -28,7 +29,7 @@ from solar_jax.training.objectives import Batch, token_values
 from solar_jax.training.step import loss_chunks
 
 # The arrays by which a layer's MLP adds to the residual stream. Zeroed, the layer is its attention alone.
-_MLP_ADDS = ("down_proj", "down_bias")
+_MLP_ADDS = ("down_proj", "down_bias", "experts_down")
 _MLP_ADDS_NORMED = ("mlp_out_norm",)  # in their place, where a norm follows
 LOGITS = 2**24  # of one chunk of tokens, on one device: 64 MiB in float32, a few times
 
@@ -134,7 +135,7 @@ class LayerRunner:
 
     def chunks(self, rows: int) -> int:
         """Returns into how many chunks the tokens of `rows` rows are cut, so that logits do not outgrow `LOGITS`."""
-        shards = axis_size(self.mesh, "data", "fsdp")
+        shards = axis_size(self.mesh, "data", "fsdp", "expert")
         logits = max(1, rows // shards) * self.length * self.cfg.vocab_size // self.mesh.shape["tensor"]
         return loss_chunks(logits, self.length, LOGITS)
 

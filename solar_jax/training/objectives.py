@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from solar_jax.model.experts import Load, router_losses
 from solar_jax.model.llama import Constrain, unconstrained, unembed
 
 Batch = dict[str, jax.Array]
@@ -21,11 +22,13 @@ class Forward:
                    the layout of that output
     cross_entropy  (output, projection, targets, weights) -> summed loss in nats, summed weights, as `head_loss`
     tokens         (output, projection, targets, stats=False) -> values by token, as `token_values`
+    loads          the routing of each call of `hidden` so far, for a model of experts
     """
 
     hidden: Callable[[Batch], tuple[jax.Array, jax.Array, Batch]]
     cross_entropy: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     tokens: Callable[..., Sums]
+    loads: list[Load] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,31 @@ def _next_token(forward: Forward, batch: Batch) -> tuple[jax.Array, jax.Array, S
 
 
 next_token = Objective(_next_token)
+
+
+def with_router(
+    objective: Objective, forward: Forward, batch: Batch, balance: float, z: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Sums]]:
+    """Computes an objective's loss, and for a model of experts adds those of their router.
+
+    Args:
+      objective: what is minimised.
+      forward: of the model; it has routed nothing yet.
+      batch: of the objective.
+      balance: weight of the load-balance loss.
+      z: weight of the router's z-loss.
+
+    Returns:
+      The sum to differentiate; and the objective's own sum, what it is summed over, and further sums: of experts the
+      routing's, `router_losses`, each times that number.
+    """
+    loss, count, sums = objective.loss(forward, batch)
+    if not forward.loads or not forward.loads[0]:
+        return loss, (loss, count, sums)
+    found = [router_losses(load) for load in forward.loads]
+    routing = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    total = loss + count * (balance * routing["balance"] + z * routing["z"])
+    return total, (loss, count, sums | {f"router_{name}": value * count for name, value in routing.items()})
 
 
 def text_measures(forward: Forward, batch: Batch) -> Mapping[str, tuple[jax.Array, jax.Array]]:

@@ -128,6 +128,8 @@ def _matrix(path: Any, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
     name, last = path[-1].key, x.ndim - 1
     if path[0].key != "layers" or is_vector(name):
         return None
+    if LAYER_AXES[name][0] == "E":  # a stack of matrices of its own
+        return optax.contrib.MuonDimensionNumbers(2, 3)
     if LAYER_AXES[name][0] == "D":
         return optax.contrib.MuonDimensionNumbers(1, tuple(range(2, last + 1)))
     return optax.contrib.MuonDimensionNumbers(tuple(range(1, last)), last)

@@ -31,7 +31,11 @@ TRAINABLE: dict[str, Callable[[LayerMap], tuple[tuple[bool, ...], tuple[str, ...
         (),
     ),
     "no_embed": lambda layer_map: ((True,) * layer_map.layers, ("final_norm",)),
+    "router": lambda layer_map: ((True,) * layer_map.layers, ()),
+    "experts": lambda layer_map: ((True,) * layer_map.layers, ()),
 }
+# Of those, the arrays of a layer that train; all of them where there is no entry
+ARRAYS = {"router": ("router",), "experts": ("router", "experts_gate", "experts_up", "experts_down")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Partition:
     lora: LoraConfig | None = None  # adapters of those layers train, in place of any parameter of the model
     tied: tuple[int, ...] = ()  # [L], layers of one number share their weights; (): none do
     rates: tuple[float, ...] = ()  # [L], factors of the layers' learning rates; (): all 1
+    arrays: tuple[str, ...] = ()  # names of the layers' arrays that train; (): all
 
     @property
     def count(self) -> int:
@@ -70,13 +75,14 @@ class Partition:
         """The entries of a parameters' tree that train, with all their layers."""
         if self.lora is not None:
             return {"lora": tree["lora"]}
-        return {name: x for name, x in tree.items() if name == "layers" or name in self.others}
+        found = {name: x for name, x in tree.items() if name == "layers" or name in self.others}
+        return found if not self.arrays else found | {"layers": {name: found["layers"][name] for name in self.arrays}}
 
     def trained(self, params: Params) -> Params:
         """The trained part of the parameters; `layers` arrays are [trained layers, ...]."""
         if self.lora is not None or all(self.layers):
             return self.keys(params)
-        return self.keys(params) | {"layers": jax.tree.map(self._taken, params["layers"])}
+        return self.keys(params) | {"layers": self.taken(params["layers"])}
 
     def saved(self, params: Params) -> Params:
         """The part of the parameters that a checkpoint holds: all of them, or the adapter."""
@@ -87,8 +93,11 @@ class Partition:
         if self.lora is not None:
             return {"lora": adapter_shapes(cfg, self.lora, self.count, weights)}
         shapes = param_shapes(cfg, weights)
+        if self.arrays and not cfg.num_local_experts:
+            raise UserError("config.train.trainable router and experts need a model of experts, found a dense one.")
+        shapes = self.keys(shapes)
         cut = {k: jax.ShapeDtypeStruct((self.count, *s.shape[1:]), s.dtype) for k, s in shapes["layers"].items()}
-        return self.keys(shapes) | {"layers": cut}
+        return shapes | {"layers": cut}
 
     def config(self, cfg: ModelConfig) -> ModelConfig:
         """A config whose layer count is that of the trained part."""
@@ -96,6 +105,8 @@ class Partition:
 
     def replaced(self, params: Params, trained: Params) -> Params:
         """The parameters with their trained part replaced; in place where the old parameters are donated."""
+        if self.arrays:
+            return params | trained | {"layers": params["layers"] | trained["layers"]}
         if self.lora is not None or all(self.layers):
             return params | trained
         index = self._index()
@@ -113,6 +124,8 @@ class Partition:
         frozen = jax.lax.stop_gradient({name: x for name, x in params.items() if name not in trained})
         if self.lora is not None:
             return frozen | {"layers": self._adapted(frozen["layers"], trained["lora"], scale(self.lora))}
+        if self.arrays:
+            return frozen | trained | {"layers": jax.lax.stop_gradient(params["layers"]) | trained["layers"]}
         if all(self.layers):
             return frozen | trained
         return frozen | trained | {"layers": self._stacks(jax.lax.stop_gradient(params["layers"]), trained["layers"])}
@@ -229,7 +242,7 @@ def make_partition(name: str, layer_map: LayerMap, lora: LoraConfig | None = Non
     if adapted:
         return Partition(layers, (), lora)
     rates = () if new_rate == 1.0 else tuple(new_rate if new else 1.0 for new in layer_map.new)
-    return Partition(layers, others, None, layer_map.source if layer_map.tied else (), rates)
+    return Partition(layers, others, None, layer_map.source if layer_map.tied else (), rates, ARRAYS.get(name, ()))
 
 
 def everything(cfg: ModelConfig) -> Partition:

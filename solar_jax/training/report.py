@@ -192,9 +192,11 @@ def result_table(s: dict[str, Any]) -> str:
         rows.append(("healed", cut["layers"], cut["params"], s["tokens"], cut["final_loss"]))
     if s["control_loss"] is not None:
         rows.append(("control, not grown", s["base_layers"], s["base_params"], s["tokens"], s["control_loss"]))
-    lines = [f"{'model':<24}{'layers':>7}{'parameters':>16}{'tokens':>14}{'held-out loss':>15}"]
+    wide = max(24, *(len(row[0]) + 1 for row in rows))
+    lines = [f"{'model':<{wide}}{'layers':>7}{'parameters':>16}{'tokens':>14}{'held-out loss':>15}"]
     lines += [
-        f"{name:<24}{layers:>7}{params:>16,}{tokens:>14,}{loss:>15.4f}" for name, layers, params, tokens, loss in rows
+        f"{name:<{wide}}{layers:>7}{params:>16,}{tokens:>14,}{loss:>15.4f}"
+        for name, layers, params, tokens, loss in rows
     ]
     return "\n".join(lines)
 

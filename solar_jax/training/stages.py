@@ -9,6 +9,7 @@ import optax
 from solar_jax.checkpoints.adapters import OWN, OwnAdapter, lows_of, replication_of, write_peft
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
 from solar_jax.checkpoints.open import open_checkpoint, read_adapter
+from solar_jax.checkpoints.upcycled import why_not_hf
 from solar_jax.checkpoints.views import grown
 from solar_jax.growth.operators import beside_map
 from solar_jax.model.precision import precision
@@ -92,6 +93,9 @@ def export(run: Run) -> None:
     if not (hf.exists() if is_local(hf) else "config.json" in bucket_folder.names(hf)):
         target = Target(hf, dtype=config.export.dtype, max_shard_size=config.export.max_shard_size)
         c = open_checkpoint(str(run.workdir))
+        if reason := why_not_hf(c):
+            say(f"{run.arm}: not written as {hf.name}/: {reason}")
+            return
         convert_checkpoint(c, target, "train", losses=_losses(run), steps=_last_step(run))
     say(f"{run.arm}: written to {hf}")
     if config.lora.rank:

@@ -15,12 +15,14 @@ from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.model.attention import attention_mask, attention_of_rows
+from solar_jax.model.experts import Load
 from solar_jax.model.precision import compute_dtype, precision
 from solar_jax.model.quantised import quantised_einsum
 from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_kernel
 from solar_jax.parallel.collectives import constrain_on, over_slices, tokens_of_devices, zigzag
+from solar_jax.parallel.experts import expert_dispatch
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.training.objectives import (
     Batch,
@@ -32,6 +34,7 @@ from solar_jax.training.objectives import (
     next_token,
     text_measures,
     token_values,
+    with_router,
 )  # fmt: skip
 from solar_jax.training.partition import Partition, everything
 from solar_jax.training.state import State, model_shardings, state_shardings
@@ -63,21 +66,24 @@ def make_forward(
         raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {train.remat!r}.")
 
     constrain, kernel = constrain_on(mesh), attention_kernel(cfg, train, length, mesh)
-    narrow = {"einsum": quantised_einsum(projections)} if projections else {}
-    shards = axis_size(mesh, "data", "fsdp", "context")
+    narrow: dict[str, Any] = {"einsum": quantised_einsum(projections)} if projections else {}
+    if cfg.num_local_experts:
+        narrow["dispatch"] = expert_dispatch(mesh)
+    shards = axis_size(mesh, "data", "fsdp", "expert", "context")
 
-    def hidden(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Batch]:
+    def hidden(params: Params, loads: list[Load], batch: Batch) -> tuple[jax.Array, jax.Array, Batch]:
         attend = kernel
-        if kernel is None and mesh.size == 1:  # rows end to end, for matmuls of matrices: see `llama.plain_einsum`
+        if kernel is None and mesh.size == 1:  # rows end to end, for matmuls of matrices: see `matmul.plain_einsum`
             rows, length = batch["tokens"].shape
             attend = attention_of_rows(rows, attention_mask(length, batch["segment_ids"], cfg.sliding_window))
             batch = jax.tree.map(lambda x: x.reshape(1, -1), batch)
         split = zigzag(mesh, batch)
-        x, head = llama.hidden(
+        x, head, load = llama.hidden_and_loads(
             cfg, params, split["tokens"], split["positions"], batch["segment_ids"],
             compute_dtype=compute_dtype(train),
-            remat=train.remat, constrain=constrain, attend=attend, **narrow,
+            remat=train.remat, constrain=constrain, attend=attend, counted=split.get("weights"), **narrow,
         )  # fmt: skip
+        loads.append(load)
         return x, head, split
 
     def cross_entropy(
@@ -99,7 +105,11 @@ def make_forward(
         by_token = constrain_on(mesh, rules.TOKENS)
         return token_values(x, head, targets, chunks=chunks, constrain=by_token, stats=stats)
 
-    return lambda params: Forward(functools.partial(hidden, params), cross_entropy, tokens)
+    def of(params: Params) -> Forward:
+        loads: list[Load] = []
+        return Forward(functools.partial(hidden, params, loads), cross_entropy, tokens, loads)
+
+    return of
 
 
 def make_train_step(
@@ -139,12 +149,12 @@ def make_train_step(
         params = state["params"]
         trained = partition.trained(params)
 
-        def summed(trained: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, Sums]]:
-            loss, count, sums = objective.loss(forward(partition.merged(params, trained)), batch)
-            return loss, (count, sums)
+        def summed(trained: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Sums]]:
+            model = forward(partition.merged(params, trained))
+            return with_router(objective, model, batch, train.router_balance, train.router_z)
 
         def gradients(trained: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Sums, Params]:
-            (loss, (count, sums)), grads = jax.value_and_grad(summed, has_aux=True)(trained, batch)
+            (_, (loss, count, sums)), grads = jax.value_and_grad(summed, has_aux=True)(trained, batch)
             return loss, count, sums, jax.lax.with_sharding_constraint(grads, trained_shardings)
 
         def accumulated(trained: Params, batch: Batch) -> tuple[jax.Array, jax.Array, Sums, Params]:
@@ -157,7 +167,7 @@ def make_train_step(
                 microbatch = jax.tree.map(lambda x: constrain(x, "B."), microbatch)
                 return jax.tree.map(jnp.add, total, gradients(trained, microbatch)), None
 
-            loss, (count, sums) = jax.eval_shape(summed, trained, jax.tree.map(lambda x: x[0], split))
+            _, (loss, count, sums) = jax.eval_shape(summed, trained, jax.tree.map(lambda x: x[0], split))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (loss, count, sums, trained))
             return jax.lax.scan(add, zeros, split)[0]
 

@@ -1,5 +1,6 @@
 """The mesh that a config asks for, and the meshes of fewer devices that other tests use."""
 
+import math
 import types
 from typing import Any
 
@@ -12,25 +13,25 @@ from solar_jax.errors import UserError
 from solar_jax.parallel.mesh import fsdp_stages, make_mesh, mesh_shape, platform
 
 
-def mesh_of(data: int, fsdp: int, tensor: int, context: int = 1, slice: int = 1) -> jax.sharding.Mesh:
-    """A mesh of the first devices, as many as the sizes ask for."""
-    count = data * fsdp * tensor * context * slice
-    return make_mesh(MeshConfig(data, fsdp, tensor, context, slice), jax.devices()[:count])
+def mesh_of(*sizes: int) -> jax.sharding.Mesh:
+    """A mesh of the first devices, as many as the sizes ask for: data, fsdp, tensor, context, slice, expert."""
+    sizes += (1,) * (6 - len(sizes))
+    return make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices", "expected"),
     [
-        ((1, -1, 1), 1, (1, 1, 1, 1, 1)),
-        ((1, -1, 1), 64, (1, 1, 64, 1, 1)),
-        ((2, -1, 2), 8, (1, 2, 2, 1, 2)),
-        ((-1, 4, 2), 16, (1, 2, 4, 1, 2)),
-        ((1, 2, -1), 8, (1, 1, 2, 1, 4)),
-        ((2, 2, 2), 8, (1, 2, 2, 1, 2)),
-        ((8, -1, 1), 8, (1, 8, 1, 1, 1)),  # nothing is left
-        ((1, -1, 1, 4), 8, (1, 1, 2, 4, 1)),
-        ((1, 2, 1, -1), 8, (1, 1, 2, 4, 1)),
-        ((1, -1, 2, 2, 2), 16, (2, 1, 2, 2, 2)),
+        ((1, -1, 1), 1, (1, 1, 1, 1, 1, 1)),
+        ((1, -1, 1), 64, (1, 1, 64, 1, 1, 1)),
+        ((2, -1, 2), 8, (1, 2, 2, 1, 1, 2)),
+        ((-1, 4, 2), 16, (1, 2, 4, 1, 1, 2)),
+        ((1, 2, -1), 8, (1, 1, 2, 1, 1, 4)),
+        ((2, 2, 2), 8, (1, 2, 2, 1, 1, 2)),
+        ((8, -1, 1), 8, (1, 8, 1, 1, 1, 1)),  # nothing is left
+        ((1, -1, 1, 4), 8, (1, 1, 2, 1, 4, 1)),
+        ((1, 2, 1, -1), 8, (1, 1, 2, 1, 4, 1)),
+        ((1, -1, 2, 2, 2), 16, (2, 1, 2, 1, 2, 2)),
     ],
 )
 def test_minus_one_takes_what_is_left_of_the_devices(sizes, devices, expected):
@@ -40,7 +41,7 @@ def test_minus_one_takes_what_is_left_of_the_devices(sizes, devices, expected):
 
 @pytest.mark.parametrize("asked", [0, 2])
 def test_slices_are_as_many_as_the_devices_say(asked):
-    assert mesh_shape(MeshConfig(slice=asked), 128, slices=2) == (2, 1, 64, 1, 1)
+    assert mesh_shape(MeshConfig(slice=asked), 128, slices=2) == (2, 1, 64, 1, 1, 1)
 
 
 @pytest.mark.parametrize("asked", [1, 4])
@@ -78,7 +79,7 @@ def test_sizes_that_mean_nothing_are_refused(sizes):
 
 def test_the_mesh_holds_every_device_once_on_auto_axes():
     mesh = make_mesh(MeshConfig(2, -1, 2))
-    assert dict(mesh.shape) == {"slice": 1, "data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"slice": 1, "data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     assert sorted(d.id for d in mesh.devices.flat) == [d.id for d in jax.devices()]
     # Explicit axes, jax's default, would refuse the constraints of the training step.
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
@@ -95,7 +96,7 @@ def test_a_slice_is_a_block_of_consecutive_devices_where_they_know_of_none():
     # Devices come process after process, so that a slice is whole processes.
     mesh = make_mesh(MeshConfig(2, -1, 1, 2, 2))
     assert [[d.id for d in part.flat] for part in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert mesh.devices.shape == (2, 2, 1, 2, 1)
+    assert mesh.devices.shape == (2, 2, 1, 1, 2, 1)
 
 
 class Tpu:
@@ -110,10 +111,10 @@ class Tpu:
 def test_devices_of_a_slice_stay_together_and_context_is_on_its_nearest_links():
     devices = [Tpu(i, tuple(reversed(place))) for place in np.ndindex(2, 2, 4) for i in (0, 1)]
     mesh = make_mesh(MeshConfig(1, -1, 1, 4), devices)
-    assert dict(mesh.shape) == {"slice": 2, "data": 1, "fsdp": 4, "context": 4, "tensor": 1}
+    assert dict(mesh.shape) == {"slice": 2, "data": 1, "fsdp": 4, "expert": 1, "context": 4, "tensor": 1}
     for i, part in enumerate(mesh.devices):
         assert {d.slice_index for d in part.flat} == {i}
-        for line in part[0, :, :, 0]:  # four chips that differ in one coordinate or fill a plane
+        for line in part[0, :, 0, :, 0]:  # four chips that differ in one coordinate or fill a plane
             assert len({d.coords for d in line}) == 4
             assert sum(len(set(c)) > 1 for c in zip(*(d.coords for d in line), strict=True)) <= 2
 
@@ -122,7 +123,7 @@ def torus(*shape: int) -> Any:
     """Stands in for a mesh whose fsdp axis runs over a torus, its last dimension fastest."""
     line = np.empty(int(np.prod(shape)), object)
     line[:] = [Chip(*place) for place in np.ndindex(*shape)]
-    return types.SimpleNamespace(devices=line.reshape(1, 1, -1, 1, 1))
+    return types.SimpleNamespace(devices=line.reshape(1, 1, -1, 1, 1, 1))
 
 
 @pytest.mark.parametrize(

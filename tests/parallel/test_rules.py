@@ -17,7 +17,7 @@ from solar_jax.parallel.collectives import constrain_on
 from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 
-FSDP = ("fsdp", "context")
+FSDP = ("fsdp", "expert", "context")
 SMALL = ModelConfig(64, 32, 48, 3, 4, 2, 8, 1024, 10000.0, 1e-5)
 
 

@@ -35,7 +35,7 @@ def state(cfg: ModelConfig, mesh):
 def pod(data: int, fsdp: int, tensor: int, device: AbstractDevice | None = None) -> AbstractMesh:
     """A mesh of devices that are not here."""
     auto = (AxisType.Auto,) * len(AXES)
-    return AbstractMesh((1, data, fsdp, 1, tensor), AXES, axis_types=auto, abstract_device=device)
+    return AbstractMesh((1, data, fsdp, 1, 1, tensor), AXES, axis_types=auto, abstract_device=device)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 64), (2, 64)])

@@ -33,13 +33,13 @@ def test_every_mesh_of_four_chips_is_tried_once():
     found = [dataclasses.astuple(m) for m in meshes(run(), slice_of("v5p-8"))]
     # data x fsdp x tensor x context = 4: one factor 4, or two factors 2 in one of six pairs.
     assert len(found) == len(set(found)) == 4 + 6
-    assert all(data * fsdp * tensor * context == 4 for data, fsdp, tensor, context, _ in found)
+    assert all(data * fsdp * tensor * context == 4 for data, fsdp, tensor, context, *_ in found)
 
 
 def test_what_the_config_gives_is_kept_and_a_minus_one_takes_the_rest():
     found = list(meshes(run(mesh=MeshConfig(data=0, fsdp=-1, tensor=2, context=1)), slice_of("v5p-16")))
     assert {(m.data, m.fsdp, m.tensor, m.context) for m in found} == {(1, 4, 2, 1), (2, 2, 2, 1), (4, 1, 2, 1)}
-    assert list(meshes(run(mesh=GIVEN), slice_of("v5p-16"))) == [GIVEN]
+    assert list(meshes(run(mesh=GIVEN), slice_of("v5p-16"))) == [dataclasses.replace(GIVEN, expert=1)]
 
 
 def test_several_slices_are_planned_with_the_devices_of_each():
@@ -99,7 +99,7 @@ def test_a_policy_that_does_not_exist_is_refused():
 def test_devices_of_unknown_speed_shard_fully_and_compute_again_no_more_than_they_must():
     most = host(2**50, 8)
     option, wanted = choose(SMALL, run(8), most)
-    assert dict(option.mesh.shape) == {"slice": 1, "data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+    assert dict(option.mesh.shape) == {"slice": 1, "data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
     assert option.config.train.remat == next(iter(REMAT))
     assert option.config.train.accumulation == 1
     tight = host(0.8 * wanted.total, 8)

@@ -28,6 +28,7 @@ from solar_jax.checkpoints.verify.streamed_logits import Distance, Layer, Model,
 from solar_jax.cli.progress import byte_bar
 from solar_jax.config import ModelConfig
 from solar_jax.errors import UserError
+from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import LayerMap
 from solar_jax.model.shapes import param_shapes
 
@@ -104,6 +105,8 @@ def certify(c: Checkpoint, folder: pathlib.Path, *, out: pathlib.Path | None = N
 def _check_config(c: Checkpoint, result: Checkpoint) -> dict[str, Any]:
     """Returns the keys of config.json that differ from the source's; only growth and dtype may change them."""
     source, layer_map, dtype = c.source.hf_config, c.layer_map, c.cast_to
+    if layer_map.experts:
+        return _check_upcycled_config(c, result)
     must: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in source.items()}
     must |= dict.fromkeys(depth_keys(source), (layer_map.layers,))
     if isinstance(types := source.get("layer_types"), list):
@@ -124,6 +127,18 @@ def _check_config(c: Checkpoint, result: Checkpoint) -> dict[str, Any]:
         if found != source.get(key):
             changed[key] = [source.get(key), found]
     return changed
+
+
+def _check_upcycled_config(c: Checkpoint, result: Checkpoint) -> dict[str, Any]:
+    """Returns the keys of config.json that differ from the dense source's; its meaning must be the upcycled model."""
+    expected = grown_config(c.source.cfg, c.layer_map)
+    for field in dataclasses.fields(expected):
+        wanted, found = getattr(expected, field.name), getattr(result.cfg, field.name)
+        if wanted != found:
+            raise UserError(f"{result.where}: config.json must give {field.name}={wanted!r}, found {found!r}.")
+    before, after = c.source.hf_config, result.hf_config
+    keys = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+    return {key: [before.get(key), after.get(key)] for key in keys}
 
 
 def _check_companions(c: Checkpoint, result: Checkpoint) -> dict[str, str]:
@@ -164,6 +179,8 @@ def prompts(vocab_size: int, max_positions: int) -> list[np.ndarray]:
 
 def kept_layers(layer_map: LayerMap) -> list[int] | None:
     """Returns the base's own layers if all others add nothing, or None if the layer map changes outputs."""
+    if layer_map.experts:
+        return None
     kept = [i for i, scale in enumerate(layer_map.scale) if scale != 0]
     as_base = all(layer_map.scale[i] == 1 and layer_map.partner[i] == layer_map.source[i] for i in kept)
     return kept if as_base and [layer_map.source[i] for i in kept] == list(range(layer_map.base_layers)) else None
@@ -177,10 +194,9 @@ def _logits(stored: Stored, result: Checkpoint, exact: bool) -> dict[str, Any]:
       result: the checkpoint made from it.
       exact: whether casting changed no value, so that logits must not change either.
     """
-    layer_map, still = stored.layer_map, stored.c.cfg.no_rope_layers
-    still = tuple(i for i, source in enumerate(layer_map.source) if source in still)
+    layer_map = stored.layer_map
     grown = Model(
-        dataclasses.replace(stored.c.cfg, num_hidden_layers=layer_map.layers, no_rope_layers=still),
+        grown_config(stored.c.cfg, layer_map),
         lambda path, layer, rows: grown_tensor(stored, path, layer, rows),
     )
     made = Model(result.cfg, lambda path, layer, rows: result.read(TENSORS[path].hf.format(layer), rows))

@@ -8,7 +8,7 @@ import hashlib
 import math
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,11 +17,13 @@ import numpy as np
 
 from solar_jax.checkpoints.checkpoint import Checkpoint, numpy_dtype, row_blocks, row_unit
 from solar_jax.checkpoints.tensor_table import TENSORS, hf_shape, hf_tensors
+from solar_jax.checkpoints.verify.expert_tensors import MADE_OF, ROUTER, expert_matrix, router_matrix, standard_normal
 from solar_jax.errors import UserError
 from solar_jax.growth.operators import LayerMap
 
 # Tensors through which a layer adds to the residual stream: those that a layer map scales.
-_ADDING = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
+_ADDING = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias",
+           "block_sparse_moe.experts.w2.weight")  # fmt: skip
 _NORMS_AFTER = ("post_norm1.weight", "post_norm2.weight")  # in their place where they exist
 _THREADS = 2  # tensors hashed concurrently
 _PIECE = 1 << 20  # elements recomputed at a time
@@ -147,6 +149,7 @@ def _starts_with(file: pathlib.Path, magic: bytes) -> bool:
 
 def source_names(layer_map: LayerMap, path: str, layer: int | None) -> list[str]:
     """Returns the base's tensors that a tensor of the grown model is made from."""
+    path = "layers/gate_proj" if path == ROUTER else MADE_OF.get(path, (path, 0))[0]
     if layer is None:
         return [TENSORS[path].hf]
     return [TENSORS[path].hf.format(i) for i in dict.fromkeys((layer_map.source[layer], layer_map.partner[layer]))]
@@ -198,18 +201,15 @@ class Derived:
         if source not in self._spreads:
             self._spreads[source] = np.float32(np.std(self._flat(source, slice(None))))
         shape = self._stored.c.shape_of[source]
-        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
-        drawn = [
-            np.random.Generator(np.random.Philox(key=key, counter=[0, 0, row, 0])).standard_normal(
-                math.prod(shape[1:]), np.float32
-            )
-            for row in range(shape[0])[rows]
-        ]
-        return rounded_to(np.stack(drawn) * self._spreads[source], self._stored.c.dtype_of[source])
+        drawn = standard_normal(name, range(shape[0])[rows], math.prod(shape[1:]))
+        return rounded_to(drawn * self._spreads[source], self._stored.c.dtype_of[source])
 
 
 def grown_tensor(stored: Stored, path: str, layer: int | None, rows: slice) -> np.ndarray:
     """Computes rows of a tensor of the grown model from the base alone, float32 in HF's layout."""
+    if path == ROUTER or path in MADE_OF:
+        assert layer is not None
+        return np.concatenate(list(_experts(stored, path, layer)))[rows]
     parts, scale = _parts(stored, path, layer, rows), _scale(stored, path, layer)
     pair = stored.derived.pair(path) if len(parts) == 2 else None
     out = np.empty(parts[0].shape, np.float32)
@@ -218,6 +218,44 @@ def grown_tensor(stored: Stored, path: str, layer: int | None, rows: slice) -> n
         piece = slice(start, start + _PIECE)
         out.reshape(-1)[piece] = recomputed([part[piece] for part in flat], scale, pair)
     return out
+
+
+def _experts(stored: Stored, path: str, layer: int) -> Iterator[np.ndarray]:
+    """Yields the router [E, D], or one expert's matrix after the other, float32 in HF's layout."""
+    made, name = stored.layer_map.experts, TENSORS[path].hf.format(layer)
+    assert made is not None
+    dtype = stored.c.dtype_of[source_names(stored.layer_map, path, layer)[0]]
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return widen(rounded_to(x.astype(np.float32, copy=False), dtype))
+
+    if path == ROUTER:
+        yield router_matrix(name, made, stored.c.cfg.hidden_size, rounded)
+        return
+    mlp = grown_tensor(stored, MADE_OF[path][0], layer, slice(None))
+    for expert in range(made.experts * made.granularity):
+        yield expert_matrix(name, path, expert, made, mlp, rounded)
+
+
+def _check_experts(
+    stored: Stored, result: Checkpoint, progress: Callable[[int], None], name: str, path: str, layer: int
+) -> dict[str, Any]:
+    """Compares a router or a layer's experts, and returns the record."""
+    made, sources = stored.layer_map.experts, source_names(stored.layer_map, path, layer)
+    what = "random" if path == ROUTER else f"{made} of {' and '.join(sources)}"
+    after, digest, start, difference = result.dtype_of[name], hashlib.sha256(), 0, 0.0
+    for x in _experts(stored, path, layer):
+        found = np.ascontiguousarray(result.read(name, slice(start, start + len(x))))
+        if not np.array_equal(bits(rounded_to(x, after)), bits(found)):
+            raise UserError(f"{result.where}: {name} is not {what}, from row {start} on.")
+        digest.update(bits(found).data)
+        difference = max(difference, _distance(widen(found), x))
+        progress(found.nbytes)
+        start += len(x)
+    return {
+        "source": sources, "dtype": after.name, "sha256": digest.hexdigest(), "bitwise_equal": False, "made": what,
+        "equals_recomputation": True, "max_abs_difference": difference,
+    }  # fmt: skip
 
 
 def _parts(stored: Stored, path: str, layer: int | None, rows: slice) -> list[np.ndarray]:
@@ -261,7 +299,11 @@ def compare_tensors(stored: Stored, result: Checkpoint, progress: Callable[[int]
       UserError: a tensor does not match.
     """
     tensors = list(hf_tensors(result.cfg))
-    used = {name: path for _, path, layer in tensors for name in source_names(stored.layer_map, path, layer)}
+    used = {
+        name: "layers/gate_proj" if path == ROUTER else MADE_OF.get(path, (path, 0))[0]
+        for _, path, layer in tensors
+        for name in source_names(stored.layer_map, path, layer)
+    }
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
             hashes = pool.map(lambda item: _sha256(stored, item[0], item[1], progress), used.items())
@@ -297,6 +339,8 @@ def _check(
 ) -> tuple[str, dict[str, Any]]:
     """Checks one tensor and returns (HF name, record)."""
     name, path, layer = tensor
+    if (path == ROUTER or path in MADE_OF) and layer is not None and stored.layer_map.experts:
+        return name, _check_experts(stored, result, progress, name, path, layer)
     c, sources, scale = stored.c, source_names(stored.layer_map, path, layer), _scale(stored, path, layer)
     before, after = c.dtype_of[sources[0]], result.dtype_of[name]
     allowed = (
