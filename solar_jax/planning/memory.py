@@ -19,7 +19,7 @@ from solar_jax.model.precision import compute_dtype
 from solar_jax.model.shapes import layer_axes, size
 from solar_jax.parallel.attention import attention_choice
 from solar_jax.parallel.mesh import axis_size, platform
-from solar_jax.parallel.rules import ACTIVATIONS, padded_rows, ways
+from solar_jax.parallel.rules import ACTIVATIONS, EXPERTS, padded_rows, table_of, ways
 from solar_jax.training.partition import Partition, everything
 from solar_jax.training.state import State
 from solar_jax.training.step import loss_chunks
@@ -31,6 +31,7 @@ EVERYTHING = {"D": 9.0, "NH": 4.0, "KH": 6.0, "F": 5.0}
 # Values per token that are live at once in the backward pass of a layer, besides what it reads; what the mlp
 # recomputes comes on top.
 LAYER = {"D": 6.5, "F": 3.0}
+EXPERT_ROWS = 4.0  # further values of D live there for each row of an expert: sorted tokens, results, gradients
 FROZEN = {"D": 3.0, "F": 1.0}  # of a frozen layer, which has no gradients of weights
 SCORES = 8.5  # bytes that plain attention keeps per score in the current layer
 HOLES = 0.05  # fragmentation, as a fraction of all but parameters and optimiser state
@@ -123,12 +124,20 @@ def each(cfg: ModelConfig, mesh: Mesh | AbstractMesh, letters: str) -> float:
     letters = letters.replace("B", "").replace("T", "")
     # TPUs store the innermost axis in full vectors: a head of 64 takes as much as one of 128.
     lanes = -(-cfg.head_dim // LANES) * LANES / cfg.head_dim if "H" in letters and platform(mesh) == "tpu" else 1
-    return lanes * size(cfg, letters) / ways(letters, ACTIVATIONS, mesh)
+    rows = expert_rows(cfg, mesh) if "F" in letters and cfg.num_local_experts else 1
+    return lanes * rows * size(cfg, letters) / ways(letters, ACTIVATIONS, mesh)
+
+
+def expert_rows(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
+    """Returns the rows of experts' matmuls per token and device: of each token of the devices that share experts, k."""
+    return cfg.num_experts_per_tok * axis_size(mesh, "expert")
 
 
 def _gathered(cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> float:
     """Returns the number of weights of one layer that a device multiplies by."""
-    return sum(size(cfg, letters) for letters in layer_axes(cfg).values()) / axis_size(mesh, "tensor")
+    shards = axis_size(mesh, "expert")
+    weights = sum(size(cfg, x) / (shards if table_of(x) is EXPERTS else 1) for x in layer_axes(cfg).values())
+    return weights / axis_size(mesh, "tensor")
 
 
 def _scores(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh | AbstractMesh) -> float:
@@ -168,6 +177,7 @@ def _layer(
     again = [letters for name, letters in SAVEABLE.items() if kept is not None and name not in kept]
     values = sum(count * each(cfg, mesh, letters) for letters, count in (LAYER if trains else FROZEN).items())
     values += sum(each(cfg, mesh, letters) for letters in again if "F" in letters)
+    values += EXPERT_ROWS * expert_rows(cfg, mesh) * cfg.hidden_size if cfg.num_local_experts else 0
     return tokens * (values * width + SCORES * _scores(cfg, train, length, mesh)) + _gathered(cfg, mesh) * width
 
 

@@ -58,6 +58,7 @@ def step_time(
 
       matmuls  [3 x 2 x weights + 2 x weights that remat recomputes with] x t / tensor, at the chip's matmul rate;
                the loss recomputes nothing; six times as long in float32
+               of experts, those of a token alone
       kernels  4 N H keys t / tensor per layer, times 1 + 2.5, plus 1 if attention is not saved, at half the peak;
                keys are T / 2, at most the sliding window. Without kernels the same, as matmuls.
       vectors  `_VECTORS` per token and layer; parameters, moments and gradients that the optimiser reads and writes;
@@ -86,13 +87,18 @@ def step_time(
     offloaded = OFFLOADED.get(train.remat, ())
     again = [] if names is None else [name for name in SAVEABLE if name not in (*names, *offloaded)]
 
-    weights = sum(size(cfg, letters) for name, letters in layer_axes(cfg).items() if not is_vector(name))
-    repeated = sum(size(cfg, _WEIGHT[name]) for name in again if name in _WEIGHT)
+    parts = {name: size(cfg, letters) for name, letters in layer_axes(cfg).items() if not is_vector(name)}
+    experts = sum(n for name, n in parts.items() if name.startswith("experts_"))
+    used = cfg.num_experts_per_tok if experts else 1  # MLPs that a token goes through
+    idle = experts * (1 - used / cfg.num_local_experts) if experts else 0
+    weights = sum(parts.values())
+    times = {"gate": used, "up": used}
+    repeated = sum(size(cfg, _WEIGHT[name]) * times.get(name, 1) for name in again if name in _WEIGHT)
     head = size(cfg, "DV")
     differentiated = partition.count if partition.lora is None else 0  # layers whose own weights have gradients
     per_layer = 2 * L + 2 * behind + 2 * differentiated
     head_passes = 4 + 2 * partition.trains_head(cfg)
-    matmul_flops = t / tensor * (per_layer * weights + 2 * behind * repeated + head_passes * head)
+    matmul_flops = t / tensor * (per_layer * (weights - idle) + 2 * behind * repeated + head_passes * head)
 
     keys = length / 2
     keys = min(keys, cfg.sliding_window or keys)
@@ -108,7 +114,17 @@ def step_time(
         matmuls=(FLOAT32_PASSES if width == 4 else 1) * matmul_flops / (chip.matmul_rate * chip.peak),
         kernels=kernel_flops / (KERNEL_RATE * chip.peak),
         vectors=vector_bytes / chip.bandwidth,
-        links=_ici_bytes(cfg, train.accumulation, mesh, t, weights, width, "mid" in again, partition) / chip.links,
+        links=_ici_bytes(
+            cfg,
+            train.accumulation,
+            mesh,
+            t,
+            weights - experts * (1 - 1 / axis_size(mesh, "expert")),
+            width,
+            "mid" in again,
+            partition,
+        )
+        / chip.links,
         host=2 * t * behind * width * sum(each(cfg, mesh, SAVEABLE[name]) for name in offloaded) / HOST,
         network=2 * (slices - 1) / slices * 4 * state / chip.network,
     )
@@ -119,7 +135,7 @@ def _ici_bytes(
     microbatches: int,
     mesh: Mesh | AbstractMesh,
     t: float,
-    weights: int,
+    weights: float,
     width: int,
     mid_again: bool,
     partition: Partition,
@@ -138,6 +154,8 @@ def _ici_bytes(
         moved += (2 * L + (3 if mid_again else 2) * behind) * 2 * t * D * width
     if context > 1:
         moved += (L + 2 * behind) * 2 * t * context * size(cfg, "KH") / tensor * width
+    if (shared := axis_size(mesh, "expert")) > 1:  # tokens gathered, their float32 sums scattered
+        moved += (L + 2 * behind) * t * shared * D * (width + 4)
     if axis_size(mesh, "data") > 1:
         moved += 2 * 4 * partition.parameter_count(cfg) / (shards * tensor)
     return moved
