@@ -4,8 +4,9 @@
     python -m solar_jax.study --config configs/study_smollm2.py:full --workdir DIR
 
 :full
-  trains    SmolLM2-135M-Instruct, 30 layers, grown in 17 ways, and three controls, each at three learning rates, and
-            with three seeds for controls and for what comes near the best; 100 steps of 1,024 tokens an arm
+  trains    SmolLM2-135M-Instruct, 30 layers, grown in 17 ways or with experts in 4, and three controls, each at
+            three learning rates, and with three seeds for controls and for what comes near the best; 100 steps of 1,024
+            tokens an arm
   text      what every CPython carries: its documentation topics and the sources of its standard library
   needs     8 GiB of memory; `--dry_run` says the FLOPs, and the first arm's speed the hours: days on 2 cores, so give
             it a machine with accelerators, where config.devices_per_arm=1 runs arms side by side
@@ -57,6 +58,12 @@ MANY = (
     *(
         {"name": f"zeroed_{inner}", "operator": "zeroed", "m": 6, "inner": inner}
         for inner in ("copy", "mean", "normal")
+    ),
+    # The paper's way not taken: of the parameters nearest dus(6)'s (214 M and 198 M), and of its FLOPs.
+    *(
+        {"name": f"moe_{experts}_top_{k}_r{redrawn:g}", "experts": experts, "top_k": k, "redrawn": redrawn}
+        for experts, k in ((2, 1), (4, 2))
+        for redrawn in (0.0, 0.5)
     ),
 )
 """Arms of :full."""

@@ -18,9 +18,10 @@ COMMANDS = (
 )  # fmt: skip
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
-    "errors", "config_checks", "config_tree", "config", "storage", "hardware", "model", "parallel", "growth", "cli",
-    "formats", "orbax_store", "checkpoints", "data", "merging", "monitoring", "decoding", "serving", "evaluation",
-    "training", "planning", "searching", "inspecting", "chaining", "studying", *COMMANDS, "lm_eval", "__main__",
+    "errors", "config_checks", "config_tree", "config_shapes", "config", "storage", "hardware", "model", "parallel",
+    "growth", "cli", "formats", "orbax_store", "checkpoints", "data", "merging", "monitoring", "decoding", "serving",
+    "evaluation", "training", "planning", "searching", "inspecting", "chaining", "studying", *COMMANDS, "lm_eval",
+    "__main__",
 )  # fmt: skip
 LONGEST = 400  # lines of a file
 

@@ -75,6 +75,7 @@ class RunResult:
     steps: tuple[int, ...]  # of the evaluations, from 0 on
     losses: np.ndarray  # [evaluations, N] summed over each document's tokens, nats, float64
     training: tuple[float, ...]  # loss of each step's batch, nats a token
+    least_load: tuple[float, ...] = ()  # the smallest share of an expert's tokens in any layer, step by step
 
 
 Results = Mapping[PlannedRun, RunResult]

@@ -15,7 +15,7 @@ from solar_jax.errors import UserError
 from solar_jax.growth.operators import EXPERT_KEYS, OPERATOR_KEYS, OPERATORS
 
 CONTROLS = ("", "tokens", "flops", "tied")
-_TRAINABLE = ("", "all", "new", "seam", "no_embed")
+_TRAINABLE = ("", "all", "new", "seam", "no_embed", "router", "experts")
 _GROWTH = {"operator", "slices", *OPERATOR_KEYS, *EXPERT_KEYS}
 
 
@@ -97,10 +97,13 @@ class StudyConfig:
             if arm.trainable not in _TRAINABLE:
                 named = ", ".join(_TRAINABLE[1:])
                 raise UserError(f"{where}.trainable must be one of {named}, found {arm.trainable!r}.")
-            if arm.control in ("tokens", "flops") and arm.growth.operator != "identity":
-                raise UserError(f"{where} is a control of the base, but its operator is {arm.growth.operator}.")
-            if arm.control in ("", "tied") and arm.growth.operator == "identity":
-                raise UserError(f"{where} does not grow; it must name an operator, or control=tokens or flops.")
+            grows = arm.growth.operator != "identity" or arm.growth.experts > 0
+            if arm.control in ("tokens", "flops") and grows:
+                raise UserError(f"{where} is a control of the base, but grows by {arm.growth.operator}.")
+            if arm.control in ("", "tied") and not grows:
+                raise UserError(
+                    f"{where} does not grow; it must name an operator or experts, or control=tokens or flops."
+                )
             if arm.equal_to and arm.control != "flops":
                 raise UserError(f"{where}.equal_to is for control=flops, found control={arm.control!r}.")
             for other in arm.equal_to:

@@ -134,6 +134,7 @@ def train_arm_of_study(
     measured = _Measured(bench, arm, config, mesh, programs)
     at = set(evaluation_steps(study, arm.steps))
     training: list[Any] = []
+    load: list[Any] = []
     steps, losses = [], []
     for step in range(arm.steps + 1):
         if stop.is_set():
@@ -141,6 +142,7 @@ def train_arm_of_study(
         if step:
             state, numbers = compiled(state, feed(step - 1))
             training.append(numbers["loss"])
+            load += [numbers["router_least_load"]] if "router_least_load" in numbers else []
             if step > 1:  # the one before: its result is there, and no more than two steps are in flight
                 _check_finite(run, step - 1, float(training[-2]))
         if step in at:
@@ -151,7 +153,7 @@ def train_arm_of_study(
             steps.append(step)
             losses.append(found)
             tell(step, loss)
-    return RunResult(tuple(steps), np.stack(losses), tuple(float(x) for x in training))
+    return RunResult(tuple(steps), np.stack(losses), tuple(map(float, training)), tuple(map(float, load)))
 
 
 def _check_finite(run: PlannedRun, step: int, loss: float) -> None:

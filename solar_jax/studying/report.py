@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from solar_jax.config import ModelConfig
-from solar_jax.model.flops import flops_per_token
+from solar_jax.model.flops import active_parameters, flops_per_token
 from solar_jax.model.shapes import parameter_count
 from solar_jax.studying.arms import NEAR, PlannedArm, PlannedRun, Results
 from solar_jax.studying.config import StudyConfig
@@ -13,6 +13,7 @@ from solar_jax.studying.findings import Comparison, Findings, Lead, MeasuredArm
 from solar_jax.studying.statistics import COVERAGE
 
 ENOUGH = 20  # test documents that a bootstrap needs; a convention
+IDLE = 0.01  # share of the tokens
 _CONTROL = {"tokens": "the base at equal tokens", "flops": "the base at equal FLOPs", "tied": "tied copies"}
 
 
@@ -80,7 +81,7 @@ def report(
         parts += ["## Failed runs", *(f"- {run}: {sentence}" for run, sentence in failures.items())]
         parts.append("They are tried again when the same command is started again.")
     parts += [
-        "## Arms", _arms_table(arms, found), _missing(arms, found),
+        "## Arms", _arms_table(arms, found), _missing(arms, found), _idle_experts(found),
         "Losses are of test text, in nats a token, at the rate chosen on validation text, averaged over the arm's "
         f"seeds. The base before training: {found.base_loss:.4f}. Probe: after {study.probe_steps} steps. Tokens to "
         "the loss of the base are interpolated between evaluations.",
@@ -153,8 +154,8 @@ def control_sentence(kind: str, found: Findings) -> str:
 
 def _arms_table(arms: Sequence[PlannedArm], found: Findings) -> str:
     head = (
-        "arm", "operator", "layers", "trains", "parameters trained", "tokens", "FLOPs", "rate", "seeds", "zero-token",
-        "probe", "end", "tokens to the base's loss",
+        "arm", "operator", "layers", "active parameters", "trains", "parameters trained", "tokens", "FLOPs", "rate",
+        "seeds", "zero-token", "probe", "end", "tokens to the base's loss",
     )  # fmt: skip
     rows = []
     for one in found.arms:
@@ -162,9 +163,10 @@ def _arms_table(arms: Sequence[PlannedArm], found: Findings) -> str:
         probe = found.probe[arm.name]
         rows.append(
             (
-                arm.name, arm.layer_map.operator, arm.layer_map.layers, arm.trainable,
-                f"{arm.partition.parameter_count(arm.cfg):,}", f"{arm.tokens:,}", f"{arm.flops:.3g}", f"{one.rate:g}",
-                len(one.runs), f"{curve[0]:.4f}", "" if math.isnan(probe) else f"{probe:.4f}", f"{curve[-1]:.4f}",
+                arm.name, arm.layer_map.operator, arm.layer_map.layers, f"{active_parameters(arm.cfg):,}",
+                arm.trainable, f"{arm.partition.parameter_count(arm.cfg):,}", f"{arm.tokens:,}", f"{arm.flops:.3g}",
+                f"{one.rate:g}", len(one.runs), f"{curve[0]:.4f}", "" if math.isnan(probe) else f"{probe:.4f}",
+                f"{curve[-1]:.4f}",
                 _tokens(found.to_base[arm.name]) if arm.name in found.to_base else "",
             )
         )  # fmt: skip
@@ -175,6 +177,22 @@ def _arms_table(arms: Sequence[PlannedArm], found: Findings) -> str:
 def _missing(arms: Sequence[PlannedArm], found: Findings) -> str:
     names = [arm.name for arm in arms if found.measured(arm.name) is None]
     return f"Without a finished run: {', '.join(names)}." if names else ""
+
+
+def _idle_experts(found: Findings) -> str:
+    """States the smallest share of tokens that an expert has at the end of each arm of experts."""
+    least = {one.arm.name: [run.least_load[-1] for run in one.runs.values() if run.least_load] for one in found.arms}
+    parts = [
+        f"{name}: {100 * min(shares):.2g} %" + (", **an expert that is all but idle**" if min(shares) < IDLE else "")
+        for name, shares in least.items()
+        if shares
+    ]
+    if not parts:
+        return ""
+    return (
+        "Smallest share of a layer's choices that one expert has at the last step, over layers and seeds: "
+        + "; ".join(parts) + f". Below {100 * IDLE:g} % an expert counts as idle."
+    )  # fmt: skip
 
 
 def _comparison_table(comparisons: Sequence[Comparison]) -> str:

@@ -76,7 +76,8 @@ class StudyFolder:
                 f"{stated.get(key)!r} now; name the new arm otherwise, or delete that file to run it again."
             )
         losses = np.array([one["losses"] for one in found["evaluations"]], np.float64)
-        return RunResult(tuple(one["step"] for one in found["evaluations"]), losses, tuple(found["training"]))
+        steps = tuple(one["step"] for one in found["evaluations"])
+        return RunResult(steps, losses, tuple(found["training"]), tuple(found.get("least_load", ())))
 
     def save(self, run: PlannedRun, result: RunResult, seconds: float) -> None:
         file = self._file(run)
@@ -89,6 +90,7 @@ class StudyFolder:
             {
                 "arm": arm_record(run.arm), "rate": run.rate, "seed": run.seed, "seconds": seconds,
                 "evaluations": evaluations, "training": list(result.training),
+                **({"least_load": list(result.least_load)} if result.least_load else {}),
             },
         )  # fmt: skip
         self._failed(run).unlink(missing_ok=True)
@@ -113,6 +115,8 @@ class StudyFolder:
 def arm_record(arm: PlannedArm) -> dict[str, Any]:
     """Settings of one arm on which its results depend, as JSON holds them."""
     stated = dataclasses.asdict(arm.layer_map) | {"trainable": arm.trainable, "steps": arm.steps}
+    if arm.layer_map.experts is None:  # as it was before there were experts
+        stated.pop("experts")
     return json.loads(json.dumps(stated))
 
 
