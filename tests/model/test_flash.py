@@ -108,3 +108,18 @@ def test_a_policy_that_saves_attention_runs_its_forward_kernel_once(names, runs)
 
     text = str(jax.make_jaxpr(jax.grad(loss))(*arrays()))
     assert len(re.findall(r"\bname=flash_attention_fwd", text)) == runs
+
+
+def product_precisions(attend, dtype) -> set[str]:
+    """The precisions of all matrix products of a kernel, forward and backward."""
+    inputs = tuple(x.astype(dtype) for x in arrays())
+    text = str(jax.make_jaxpr(lambda *x: gradients(attend, *x, segments(), 0))(*inputs))
+    products = re.findall(r"dot_general\[(.*?)\n *\]", text, re.DOTALL)
+    assert len(products) >= 7  # two forward, five backward
+    return {"HIGHEST" if "Precision.HIGHEST, Precision.HIGHEST" in p else "default" for p in products}
+
+
+@pytest.mark.parametrize(("dtype", "found"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "default")])
+def test_float32_is_multiplied_in_full(dtype, found):
+    # On a TPU a kernel's default is one pass in bfloat16, which no interpreter shows.
+    assert product_precisions(kernels, dtype) == {found}
