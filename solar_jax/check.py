@@ -34,7 +34,7 @@ def check() -> None:
     """Raises a UserError for flags that cannot work; does not import jax."""
     f = flags.FLAGS
     for name in ("length", "rows"):
-        if (value := f[name].value) is not None and value < 1:
+        if (value := getattr(f, name)) is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, found {value}.")
     if f.model and not is_shape(f.model):
         check_local(f.model)
@@ -64,7 +64,7 @@ from typing import Any
 import jax
 
 from solar_jax.checking.compiled import KernelCompilation, kernel_compilations
-from solar_jax.checking.kernels import KERNELS, Comparison, comparisons, make_cases
+from solar_jax.checking.kernels import KERNELS, KernelCheck, comparisons, make_cases
 from solar_jax.checking.rates import Rate, rates
 from solar_jax.checking.report import check_report, failure
 from solar_jax.checking.steps import (
@@ -90,11 +90,11 @@ PACKAGES = ("solar_jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cu
 
 
 @dataclasses.dataclass
-class Findings:
+class Checked:
     """What a check found, part by part."""
 
     facts: dict[str, str]
-    kernels: list[Comparison] = dataclasses.field(default_factory=list)
+    kernels: list[KernelCheck] = dataclasses.field(default_factory=list)
     compiled: list[KernelCompilation] = dataclasses.field(default_factory=list)
     rates: list[Rate] = dataclasses.field(default_factory=list)
     step: StepCheck | None = None
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(WRONG)
 
 
-def check_machine(model: str | None = None, length: int | None = None, rows: int | None = None) -> Findings:
+def check_machine(model: str | None = None, length: int | None = None, rows: int | None = None) -> Checked:
     """Runs kernels, rates and a training step on this machine's devices.
 
     Args:
@@ -140,7 +140,7 @@ def check_machine(model: str | None = None, length: int | None = None, rows: int
     """
     devices, device = search.present(), jax.devices()[0]
     cfg, length, rows = _step_of(model, length, rows, small=devices.platform == "cpu")
-    found = Findings(_versions() | _machine(devices))
+    found = Checked(_versions() | _machine(devices))
 
     # ---- Kernels --------------------------------------------------------------------------------------------------
     total = sum(len(make_cases(kernel, small=devices.platform == "cpu")) for kernel in KERNELS[device.platform])
@@ -164,7 +164,7 @@ def check_machine(model: str | None = None, length: int | None = None, rows: int
 
 def check_topology(
     wanted: Slice, model: str | None = None, length: int | None = None, rows: int | None = None
-) -> Findings:
+) -> Checked:
     """Compiles kernels and a training step for a slice that need not exist.
 
     Args:
@@ -179,7 +179,7 @@ def check_topology(
     devices = search.of_slice(wanted)
     cfg, length, rows = _step_of(model, length, rows, small=False)
     chips = f"{wanted.name}: {wanted.chips} x {wanted.chip}, {wanted.devices} device(s), {wanted.topology}"
-    found = Findings(_versions() | {"compiled for": chips, "checked": "nothing was run"})
+    found = Checked(_versions() | {"compiled for": chips, "checked": "nothing was run"})
     _say(f"{wanted.name}: compiling attention kernels, some seconds each")
     for one in kernel_compilations(wanted):
         found.compiled.append(one)

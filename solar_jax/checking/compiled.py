@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from solar_jax.checking.kernels import Case, both_ways, first_line, make_arrays
+from solar_jax.checking.kernels import Case, both_ways, first_line, make_arrays, planned_flops
 from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice, described_devices
 from solar_jax.model.flash import needed_memory
 from solar_jax.parallel.attention import local_kernel
-from solar_jax.planning.hlo_cost import read_program
+from solar_jax.planning.hlo_cost import KERNEL_RATE, read_program
 
 KERNELS_OF_TPUS = ("flash", "splash")
 
@@ -81,8 +81,9 @@ def compile_kernel(kernel: str, case: Case, device: Any, wanted: Slice) -> Kerne
     except Exception as e:  # Pallas, Mosaic and XLA raise exceptions of many kinds
         return dataclasses.replace(found, problem=f"does not compile: {first_line(e)}")
     program = read_program(compiled.as_text() or "", wanted.facts)
-    parts, memory = program.parts(), compiled.memory_analysis()
+    memory = compiled.memory_analysis()
     return dataclasses.replace(
-        found, kernel_seconds=parts["kernels"], other_cycles=program.cycles, other_seconds=parts["compute"],
-        memory=memory.total_allocation_bytes if memory else None, compile_seconds=time.perf_counter() - begin,
+        found, kernel_seconds=planned_flops(case) / (KERNEL_RATE * wanted.facts.peak), other_cycles=program.cycles,
+        other_seconds=program.parts()["compute"], memory=memory.total_allocation_bytes if memory else None,
+        compile_seconds=time.perf_counter() - begin,
     )  # fmt: skip

@@ -131,6 +131,6 @@ def machine_key() -> dict[str, str]:
 
 
 def marker_folder() -> pathlib.Path | None:
-    """Returns the folder beside the compilation cache where it is noted which kernels were checked; None without one."""
+    """Returns the folder beside the compilation cache that notes which kernels were checked; None without a cache."""
     cache = jax.config.jax_compilation_cache_dir
     return path(f"{cache.rstrip('/')}_checked") if cache and jax.config.jax_enable_compilation_cache else None

@@ -11,9 +11,11 @@ import numpy as np
 
 from solar_jax.hardware import chips
 from solar_jax.model.attention import Attend, attention
-from solar_jax.model.flash import LANES, block_size
+from solar_jax.model.flash import block_size
 from solar_jax.model.rope import apply_rope
 from solar_jax.parallel.attention import local_kernel
+from solar_jax.planning.hlo_cost import FLOAT32_PASSES
+from solar_jax.planning.step_time import BACKWARD_KERNEL
 
 KERNELS = {"tpu": ("flash", "splash"), "gpu": ("cudnn",), "cpu": ("flash", "splash")}  # by platform
 # Largest distance of a token's vector in a head from that of plain attention in float32 over the same inputs, as a
@@ -81,6 +83,13 @@ def make_cases(kernel: str, *, small: bool) -> list[Case]:
     ]  # fmt: skip
     dtypes = ("bfloat16",) if kernel == "cudnn" else tuple(TOLERANCES)
     return [Case(dtype, width, **mask, **sizes) for dtype in dtypes for width in (64, 128) for mask in masks]
+
+
+def planned_flops(case: Case) -> float:
+    """Returns the FLOPs of a kernel, forward and backward, as the planner counts them: T / 2 keys, or the window."""
+    keys = min(case.length / 2, case.window or case.length)
+    passes = FLOAT32_PASSES if case.dtype == "float32" else 1
+    return passes * (1 + BACKWARD_KERNEL) * 4 * case.rows * case.heads * case.width * case.length * keys
 
 
 def make_arrays(case: Case, seed: int = 0) -> Arrays:
@@ -172,7 +181,7 @@ def _run(f: Callable[..., tuple[jax.Array, ...]], arrays: Arrays) -> tuple[jax.A
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class KernelCheck:
     """One kernel on one case."""
 
     kernel: str
@@ -180,7 +189,8 @@ class Comparison:
     errors: Errors | None  # None if it did not run
     problem: str  # "" if it is right
 
-def comparisons(platform: str) -> Iterator[Comparison]:
+
+def comparisons(platform: str) -> Iterator[KernelCheck]:
     """Compares every kernel that a platform has, case by case; off TPU and GPU kernels are interpreted, and small."""
     for kernel in KERNELS[platform]:
         for case in make_cases(kernel, small=platform == "cpu"):
@@ -188,13 +198,13 @@ def comparisons(platform: str) -> Iterator[Comparison]:
             yield compared(kernel, attend, case)
 
 
-def compared(kernel: str, attend: Attend, case: Case) -> Comparison:
+def compared(kernel: str, attend: Attend, case: Case) -> KernelCheck:
     """Compares a kernel by its name; one that does not compile or run is a problem and not an exception."""
     try:
         errors = kernel_errors(attend, case)
     except Exception as e:  # Pallas, Mosaic, XLA and CUDA raise exceptions of many kinds
-        return Comparison(kernel, case, None, f"does not run: {first_line(e)}")
-    return Comparison(kernel, case, errors, errors.wrong)
+        return KernelCheck(kernel, case, None, f"does not run: {first_line(e)}")
+    return KernelCheck(kernel, case, errors, errors.wrong)
 
 
 def first_line(e: BaseException) -> str:

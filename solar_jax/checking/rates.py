@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from solar_jax.checking.kernels import KERNELS, Case, both_ways, make_arrays
+from solar_jax.checking.kernels import KERNELS, Case, both_ways, make_arrays, planned_flops
 from solar_jax.hardware import chips
 from solar_jax.hardware.chips import Chip
 from solar_jax.parallel.attention import local_kernel
@@ -91,12 +91,11 @@ def stream_rate(size: int) -> float:
 
 
 def kernel_rate(kernel: str, case: Case) -> float:
-    """Measures FLOP/s of an attention kernel, forward and backward, as the planner counts them: half are masked."""
+    """Measures FLOP/s of an attention kernel, forward and backward, as the planner counts them."""
     *inputs, gradient = make_arrays(case)
     run = jax.jit(both_ways(local_kernel(kernel, case.window, interpret=False)))
     compiled = run.lower(*inputs, gradient).compile(chips.compiler_options(jax.local_devices()[0]) or None)
-    flops = 3.5 * 4 * case.rows * case.heads * case.width * case.length * case.length / 2
-    return flops / seconds_per_call(lambda last: compiled(*inputs, gradient), None)
+    return planned_flops(case) / seconds_per_call(lambda last: compiled(*inputs, gradient), None)
 
 
 def gather_rate(size: int) -> float:

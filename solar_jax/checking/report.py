@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from solar_jax.checking.compiled import KernelCompilation
-from solar_jax.checking.kernels import OUTPUTS, TOLERANCES, Comparison
+from solar_jax.checking.kernels import OUTPUTS, TOLERANCES, KernelCheck
 from solar_jax.checking.rates import Rate
 from solar_jax.checking.steps import StepCheck
 
@@ -14,7 +14,7 @@ _SCALES = {"TFLOP/s": 1e12, "GB/s": 1e9}
 
 
 def check_report(
-    facts: dict[str, str], kernels: Sequence[Comparison], compiled: Sequence[KernelCompilation],
+    facts: dict[str, str], kernels: Sequence[KernelCheck], compiled: Sequence[KernelCompilation],
     measured: Sequence[Rate], step: StepCheck | None,
 ) -> str:  # fmt: skip
     """Formats everything that was found; a part that is empty is left out.
@@ -35,12 +35,12 @@ def check_report(
     return "\n\n".join(parts)
 
 
-def comparison_table(kernels: Sequence[Comparison]) -> str:
+def comparison_table(kernels: Sequence[KernelCheck]) -> str:
     """Formats one line per kernel and case: the largest differences from plain attention."""
     lines = [
-        "Attention kernels against plain attention in float32, forward and backward. abs: the largest difference of a",
-        "value; out, dq, dk, dv: the largest of a token's vector in a head, over its norm and the root mean square of all.",
-        "Tolerances: " + ", ".join(f"{dtype} {tolerance:.0e}" for dtype, tolerance in TOLERANCES.items()),
+        "Attention kernels against plain attention in float32, forward and backward. abs: the largest difference of",
+        "a value; out, dq, dk, dv: the largest of a token's vector in a head, over its norm and the root mean square",
+        "of all. Tolerances: " + ", ".join(f"{dtype} {tolerance:.0e}" for dtype, tolerance in TOLERANCES.items()) + ".",
         "",
     ]
     wide = max(len(str(one.case)) for one in kernels) + 2
@@ -62,9 +62,9 @@ def _largest(values: Any) -> float:
 def compilation_table(compiled: Sequence[KernelCompilation]) -> str:
     """Formats one line per kernel and case: what the compiler says, and the planner's numbers."""
     lines = [
-        "Attention kernels compiled for one device, forward and backward. VMEM: the planner's need of the chip's. HBM: the",
-        "compiler's. around: the compiler's cycles of the operations around the kernels, at the chip's clock. kernel: the",
-        "planner's time of the kernels themselves, half of the peak; the compiler has none.",
+        "Attention kernels compiled for one device, forward and backward. VMEM: the planner's need, of what the chip",
+        "has. HBM: the compiler's. cycles, around: the compiler's, of the operations around the kernels, and at the",
+        "chip's clock. kernel: the planner's time of the kernels, at half of the peak; the compiler has none.",
         "",
     ]
     wide = max(len(str(one.case)) for one in compiled) + 2
@@ -126,7 +126,7 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def failure(
-    kernels: Sequence[Comparison], compiled: Sequence[KernelCompilation], step: StepCheck | None
+    kernels: Sequence[KernelCheck], compiled: Sequence[KernelCompilation], step: StepCheck | None
 ) -> str:  # fmt: skip
     """Returns the sentence that a check fails with, "" if all is well.
 

@@ -1,6 +1,7 @@
 """The training step of a model: compiled, timed, and compared with the planner's time and memory."""
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -25,10 +26,7 @@ from solar_jax.training.partition import Partition, make_partition
 from solar_jax.training.state import State, first_opt_state, state_shardings
 
 STEPS = 3  # timed, after one that is not
-LETTERS = {
-    "L": "num_hidden_layers", "D": "hidden_size", "F": "intermediate_size", "N": "num_attention_heads",
-    "K": "num_key_value_heads", "H": "head_dim", "V": "vocab_size",
-}  # fmt: skip
+LETTERS = "VDFLNKH"  # of a model's sizes, in the order of `ModelConfig`
 # (model, T, rows a device): of a few seconds on one chip, and of a few seconds on a CPU
 SMALL = ("L12,D1024,F4096,N8,K4,H128,V32000", 2048, 4)
 SMALLEST = ("L2,D128,F256,N4,K2,H32,V1024", 256, 2)
@@ -65,10 +63,11 @@ def parse_shape(text: str, length: int) -> ModelConfig:
     pairs = [(part[:1], int(part[1:])) for part in text.split(",")]
     if sorted(letter for letter, _ in pairs) != sorted(LETTERS) or not all(size for _, size in pairs):
         raise UserError(f"--model={text}: expected a size above 0 for each of {', '.join(LETTERS)}, as in {SMALL[0]}.")
-    sizes = {LETTERS[letter]: size for letter, size in pairs}
-    if sizes["num_attention_heads"] % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
+    size = dict(pairs)
+    if size["N"] % size["K"] or size["H"] % 2:
         raise UserError(f"--model={text}: K must divide N, and H must be even.")
-    return ModelConfig(**sizes, max_position_embeddings=length, rope_theta=1e4, rms_norm_eps=1e-5)
+    order = (size[letter] for letter in LETTERS)
+    return ModelConfig(*order, max_position_embeddings=length, rope_theta=1e4, rms_norm_eps=1e-5)
 
 
 def step_config(devices: Devices, rows: int, length: int) -> Config:
@@ -120,13 +119,13 @@ def run_here(planned: StepCheck, cfg: ModelConfig, option: Option, partition: Pa
     step = lowered.compile(chips.compiler_options(jax.local_devices()[0]) or None)
     spent, memory = time.perf_counter() - begin, step.memory_analysis()
     state, batch = _first_state(cfg, config, mesh, partition), _random_batch(cfg, config, mesh)
-    seconds = []
+    seconds, loss = [], math.nan
     for _ in range(1 + STEPS):
         begin = time.perf_counter()
         state, measured = step(state, batch)
         loss = float(jax.block_until_ready(measured["loss"]))
         seconds.append(time.perf_counter() - begin)
-    problem = "" if jnp.isfinite(loss) else f"the loss is {loss}"
+    problem = "" if math.isfinite(loss) else f"the loss is {loss}"
     return dataclasses.replace(
         planned, compile_seconds=spent, compiled_bytes=memory.total_allocation_bytes if memory else None,
         measured_seconds=tuple(seconds[1:]), problem=problem,
