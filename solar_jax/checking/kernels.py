@@ -78,11 +78,10 @@ def make_cases(kernel: str, *, small: bool) -> list[Case]:
     """
     length, rows = (640, 1) if small else (2048, 2)  # blocks of 128, or of 512
     sizes = {"length": length, "rows": rows}
-    masks: list[dict[str, Any]] = [
-        {}, {"kv_heads": 2, "segmented": True}, {"kv_heads": 1, "segmented": True, "window": length // 5 + 7},
-    ]  # fmt: skip
+    everything = {"kv_heads": 1, "segmented": True, "window": length // 5 + 7, **sizes}
     dtypes = ("bfloat16",) if kernel == "cudnn" else tuple(TOLERANCES)
-    return [Case(dtype, width, **mask, **sizes) for dtype in dtypes for width in (64, 128) for mask in masks]
+    cases = [Case(dtype, width, **everything) for dtype in dtypes for width in (64, 128)]
+    return [*cases, Case("bfloat16", 128, **sizes), Case("bfloat16", 128, kv_heads=2, segmented=True, **sizes)]
 
 
 def planned_flops(case: Case) -> float:
