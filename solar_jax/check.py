@@ -4,7 +4,7 @@
     python -m solar_jax.check --topology v5e-1 [--model L12,D1024,F4096,N8,K4,H128,V32000]
 
 Every attention kernel of this platform runs against plain attention; matmuls, memory, links and copies are timed; a
-small training step is compiled and takes three steps. That takes about a minute on a chip. With --topology nothing
+small training step is compiled and takes three steps: a few minutes, most of them compilation. With --topology nothing
 runs: kernels and step are compiled for that slice, which needs libtpu and no TPU. The report goes to standard output,
 progress to standard error. The status is 1 if a kernel is wrong, and one sentence says which.
 """
