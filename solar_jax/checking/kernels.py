@@ -18,12 +18,14 @@ from solar_jax.planning.hlo_cost import FLOAT32_PASSES
 from solar_jax.planning.step_time import BACKWARD_KERNEL
 
 KERNELS = {"tpu": ("flash", "splash"), "gpu": ("cudnn",), "cpu": ("flash", "splash")}  # by platform
-# Largest distance of a token's vector in a head from that of plain attention in float32 over the same inputs, as a
-# fraction of that vector's norm and the array's root mean square of them. The values themselves would not do: those of
-# the first tokens, which see few others, are so large that wrong ones of later tokens would pass.
+# Largest distance of a token's vector in a head from that of plain attention in float32 over the same inputs, over the
+# sum of that vector's norm, the root mean square of the norms and a tenth of the largest. The largest alone would not
+# do: the first tokens, which see few others, have such long vectors that wrong ones of later tokens would pass. Without
+# it, queries that see one key would not: their gradient is 0, a difference of numbers that were rounded.
 # Float32 kernels multiply in full and differ by rounding; one bfloat16 pass in their place is 3e-3 away. Bfloat16 ones
-# round weights and gradients of scores to 8 bits before their second products, as plain attention does.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+# round weights and gradients of scores to 8 bits before their second products, as plain attention does; their dq is up
+# to 2e-2 away in rows of 8,192.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 4e-2}
 OUTPUTS = ("out", "dq", "dk", "dv")
 BLOCK = 512  # queries whose scores plain attention holds at a time
 
@@ -168,7 +170,7 @@ def kernel_errors(attend: Attend, case: Case) -> Errors:
 def _differences(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the absolute and the relative difference of a from b, float32 [B, T, N, H]."""
     norms = jnp.linalg.norm(b, axis=-1)
-    scale = norms + jnp.sqrt(jnp.mean(norms**2))
+    scale = norms + jnp.sqrt(jnp.mean(norms**2)) + 0.1 * jnp.max(norms)
     return jnp.max(jnp.abs(a - b)), jnp.max(jnp.linalg.norm(a - b, axis=-1) / scale)
 
 
