@@ -37,10 +37,11 @@ def check_report(
 
 def comparison_table(kernels: Sequence[KernelCheck]) -> str:
     """Formats one line per kernel and case: the largest differences from plain attention."""
+    tolerances = ", ".join(f"{dtype} {tolerance:.0e}" for dtype, tolerance in TOLERANCES.items())
     lines = [
         "Attention kernels against plain attention in float32, forward and backward. abs: the largest difference of",
         "a value; out, dq, dk, dv: the largest of a token's vector in a head, over its norm, the root mean square of",
-        "all norms and a tenth of the largest. Tolerances: " + ", ".join(f"{dtype} {tolerance:.0e}" for dtype, tolerance in TOLERANCES.items()) + ".",
+        f"all norms and a tenth of the largest. Tolerances: {tolerances}.",
         "",
     ]
     wide = max(len(str(one.case)) for one in kernels) + 2
