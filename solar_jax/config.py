@@ -132,7 +132,7 @@ class TrainConfig:
     accumulation: int = 1  # microbatches that one step's batch is split into; 0: chosen by the planner
     trainable: str = "all"  # a name of training.partition.TRAINABLE
     remat: str = "auto"  # a name of model.llama.REMAT; auto: chosen by the planner
-    attention: str = "auto"  # a name of parallel.attention.ATTENTION; auto: kernels on TPUs and GPUs
+    attention: str = "auto"  # flash (ours), splash (jax's), cudnn, xla (no kernel); auto: what fits the machine
     precision: str = "mixed"  # a name of model.precision.PRECISIONS; mixed: float32 state, bfloat16 matmuls
     max_skipped: int = 0  # steps with a non-finite loss or gradient that a run may skip
     spike: float = 0.0  # deviations above the running mean that make a loss a spike; 0: no spike detection

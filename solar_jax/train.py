@@ -58,6 +58,7 @@ if __name__ == "__main__":
     command.begin(define_flags, check)  # before the imports that take seconds
 
 
+from solar_jax.checking.fallback import attention_for_run
 from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.companions import template_files, template_text, with_end
 from solar_jax.checkpoints.hf_config import differences
@@ -93,7 +94,7 @@ from solar_jax.training.partition import make_partition
 from solar_jax.training.preemption import listen_for_preemption
 from solar_jax.training.preferences import make_loss
 from solar_jax.training.report import announce, draw, result_table, summarise
-from solar_jax.training.run import Run, say
+from solar_jax.training.run import Run, say, warn
 from solar_jax.training.stages import RECIPES
 from solar_jax.training.step_count import with_steps
 from solar_jax.training.task_scores import open_suite
@@ -154,7 +155,6 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     partition = make_partition(config.train.trainable, layer_map, config.lora, config.growth.new_rate)
     deeper = grown(checkpoint, layer_map)
     option, need = search.choose(deeper.cfg, config, devices, partition)
-    mesh = make_mesh(option.config.mesh)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     goes_on = run_folder.check_owner(folder, config, allowed)
     if summary := read_json(folder / "summary.json"):
@@ -172,7 +172,14 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     counted = with_steps(config, row_count(corpus))
     passes(corpus, counted.train.steps * config.train.batch_size, resumes=goes_on)  # refuses to read a source too often
 
+    # ---- The attention kernel, checked once on each machine; a run without it is planned anew ----------------------
+    attention = attention_for_run(deeper.cfg, option, devices.platform, say, warn)
+    if attention != config.train.attention:
+        without = dataclasses.replace(config, train=dataclasses.replace(config.train, attention=attention))
+        option, need = search.choose(deeper.cfg, without, devices, partition)
+
     # ---- The plan, printed ----------------------------------------------------------------------------------------
+    mesh = make_mesh(option.config.mesh)
     heldout = heldout_rows(corpus, config.evaluation.windows)
     train = option.config.train
     # Chunks count their own steps, each from its rows.

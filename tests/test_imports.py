@@ -14,14 +14,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "solar_jax"
 COMMANDS = (
     "train", "plan", "upscale", "convert", "merge", "prepare", "make_data", "chain", "generate", "serve", "evaluate",
-    "report", "search", "study", "seam",
+    "report", "search", "study", "seam", "check",
 )  # fmt: skip
 # From the lowest floor to the highest: a module imports from its own room and from those before it.
 FLOORS = (
     "errors", "config_checks", "config_tree", "config_shapes", "config", "storage", "hardware", "model", "parallel",
     "growth", "cli", "formats", "orbax_store", "checkpoints", "data", "merging", "monitoring", "decoding", "serving",
-    "evaluation", "training", "planning", "searching", "inspecting", "chaining", "studying", *COMMANDS, "lm_eval",
-    "__main__",
+    "evaluation", "training", "planning", "checking", "searching", "inspecting", "chaining", "studying", *COMMANDS,
+    "lm_eval", "__main__",
 )  # fmt: skip
 LONGEST = 400  # lines of a file
 
@@ -102,6 +102,7 @@ HEAVY = {"optax", "orbax", "flax", "gguf", "grain", "torch", "transformers", "ma
 USES = {
     "train": {"optax", "orbax", "flax", "grain"},
     "plan": {"optax", "flax"},
+    "check": {"optax", "orbax", "flax"},
     "upscale": {"orbax"},
     "convert": {"orbax"},
     "merge": {"orbax"},
@@ -139,6 +140,7 @@ ANSWERED_AT_ONCE = {
         ("make_data", "--kind=math_instruct", "--questions=x", "--endpoint=http://h", "--out=x", "--api_key_file=/no"),
         ("report", "--out=/dev/null/x"), ("search", "--source=/not/there", "--add=1", "--out=x.json"),
         ("report", "--out=/dev/null/x"), ("seam", "--model=/not/there", "--out=x"),
+        ("check", "--model=/not/there"), ("check", "--out=/not/there/x.json"),
     ],
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from solar_jax.growth.operators import OPERATORS
 
 COMMANDS = (
     "train", "upscale", "convert", "merge", "chain", "generate", "serve", "evaluate", "report", "search", "seam",
-    "study", "plan", "prepare", "make_data",
+    "study", "plan", "check", "prepare", "make_data",
 )  # fmt: skip
 HELP = ("--help", "-h", "-help", "--helpshort", "--helpfull", "-?")
 _WIDE = 118

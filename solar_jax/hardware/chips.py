@@ -67,14 +67,14 @@ GPU_PEAK_FLOPS = {
 _SCOPED = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 
 
-def chip_name(device: jax.Device) -> str | None:
+def chip_name(device: jax.Device | jax.sharding.AbstractDevice) -> str | None:
     """Returns the name in `CHIPS` of a device's chip, or None if it is not a TPU."""
     return next((name for name, chip in CHIPS.items() if device.device_kind in chip.kinds), None)
 
 
-def vector_memory(device: jax.Device) -> int:
+def vector_memory(device: jax.Device | jax.sharding.AbstractDevice | None) -> int:
     """Returns the bytes of VMEM that a kernel may use; for anything but a TPU, as much as any chip has."""
-    name = chip_name(device)
+    name = chip_name(device) if device else None
     return (CHIPS[name].vector_memory if name else 128) * 2**20
 
 

@@ -69,8 +69,8 @@ SLICES = {
 }
 
 
-def find_slice(name: str) -> Slice:
-    """Looks up a slice by a name such as v5p-128, v5litepod-16 or 2xv6e-256.
+def find_slice(name: str, flag: str = "--slice") -> Slice:
+    """Looks up a slice by a name such as v5p-128, v5litepod-16 or 2xv6e-256; errors name `flag`.
 
     Raises:
       UserError: no slice has that name.
@@ -80,16 +80,16 @@ def find_slice(name: str) -> Slice:
         count, chip = int(match[1] or 1), _OTHER_NAMES.get(match[2], match[2])
         found = SLICES.get(f"{chip}-{match[3]}")
         if count > MOST_SLICES:
-            raise UserError(f"--slice: {name!r} names {count:,} slices; at most {MOST_SLICES} can be planned.")
+            raise UserError(f"{flag}: {name!r} names {count:,} slices; at most {MOST_SLICES} can be planned.")
         if found and count > 0:
             prefix = f"{count}x" if count > 1 else ""
             return dataclasses.replace(found, name=f"{prefix}{found.name}", count=count)
         if chip in CHIPS:
             sizes = ", ".join(s.name.partition("-")[2] for s in SLICES.values() if s.chip == chip)
-            raise UserError(f"--slice: there is no slice {name!r}; {chip} slices come in sizes {sizes}.")
+            raise UserError(f"{flag}: there is no slice {name!r}; {chip} slices come in sizes {sizes}.")
     near = difflib.get_close_matches(name, SLICES, 1)
     hint = f"did you mean {near[0]}?" if near else f"chips are {', '.join(CHIPS)}, and slice names look like v5p-128."
-    raise UserError(f"--slice: there is no slice {name!r}; {hint}")
+    raise UserError(f"{flag}: there is no slice {name!r}; {hint}")
 
 
 def described_devices(wanted: Slice) -> list[Any]:

@@ -23,7 +23,12 @@ SCORES = 16 * 2**20  # bytes of VMEM for score blocks and the values derived fro
 _ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
 _ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))  # a b
 _COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # a^T b
-_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+
+def _dot(a: Any, b: Any, dimensions: Any) -> jax.Array:
+    """Multiplies matrices into float32; float32 ones in full, where a kernel's default is one pass in bfloat16."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def block_size(length: int, largest: int) -> int:

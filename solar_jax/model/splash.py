@@ -1,5 +1,6 @@
 """Grouped-query attention on TPU via jax's splash kernels, which stream blocks of rows of any length."""
 
+import functools
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,7 @@ def splash_attention(
     mask = masks.LocalMask((S, S), (sliding_window - 1, 0), 0) if sliding_window else masks.CausalMask((S, S))
     if shard.count > 1:
         mask.q_sequence = mask.q_sequence.reshape(2 * shard.count, -1)[chunk_order(shard.count)].reshape(S)
-    smaller = -(-H // LANES)  # where a head takes several vectors
+    smaller = -(-H // LANES) * (2 if q.dtype == jnp.float32 else 1)  # where a head takes several vectors, or wide ones
     forward, backward, compute = (block_size(S, BLOCK[name] // smaller) for name in ("forward", "backward", "compute"))
     queries = forward if shard.count == 1 else block_size(T // 2, forward)  # within one chunk
     kernel: Callable[..., Any] = splash.make_splash_mha(
@@ -72,8 +73,35 @@ def splash_attention(
     # The kernel takes heads before tokens; XLA has the projections write that layout directly.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     k, v = shard.whole(k, 2), shard.whole(v, 2)
+    run = jax.vmap(kernel)
+    if q.dtype == jnp.float32:
+        run = _in_full(run)
     if segment_ids is None:
-        out = jax.vmap(kernel)(q, k, v)
+        out = run(q, k, v)
     else:
-        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(shard.own(segment_ids, 1), segment_ids))
+        out = run(q, k, v, splash.SegmentIds(shard.own(segment_ids, 1), segment_ids))
     return jnp.swapaxes(typing.cast(jax.Array, out), 1, 2)
+
+
+def _in_full(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Has a kernel multiply float32 matrices in full, where its default is one pass in bfloat16.
+
+    Its backward kernel is traced later than its forward one, so each is given the precision by itself.
+    """
+    in_full = functools.partial(jax.default_matmul_precision, "highest")
+
+    @jax.custom_vjp
+    def run(*inputs: Any) -> Any:
+        with in_full():
+            return kernel(*inputs)
+
+    def forward(*inputs: Any) -> tuple[Any, Any]:
+        with in_full():
+            return jax.vjp(kernel, *inputs)
+
+    def backward(pull_back: Any, cotangent: Any) -> Any:
+        with in_full():
+            return pull_back(cotangent)
+
+    run.defvjp(forward, backward)
+    return run

@@ -16,16 +16,25 @@ from solar_jax.model.splash import splash_attention
 from solar_jax.parallel.mesh import platform
 from solar_jax.parallel.rules import ACTIVATIONS, spec
 
-ATTENTION = ("auto", "splash", "cudnn", "xla")  # train.attention
+ATTENTION = ("auto", "flash", "splash", "cudnn", "xla")  # train.attention
 
 
 def attention_choice(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh | AbstractMesh) -> str:
-    """Selects the attention implementation: "splash", TPU kernels; "cudnn", GPU kernels; or "xla", array operations.
+    """Selects the attention implementation.
+
+    Args:
+      cfg: the model.
+      train: the run's; its attention, precision and mesh count.
+      length: T.
+      mesh: of devices that need not exist.
+
+    Returns:
+      "flash", our TPU kernels; "splash", jax's; "cudnn", GPU kernels; or "xla", array operations.
 
     Raises:
       UserError: unknown choice, requested kernels do not support the shapes, or context does not divide a row.
     """
-    wanted, length, context = train.attention, length, mesh.shape["context"]
+    wanted, context = train.attention, mesh.shape["context"]
     if wanted not in ATTENTION:
         raise UserError(f"config.train.attention must be one of {', '.join(ATTENTION)}, found {wanted!r}.")
     chunks = 1 if context == 1 else 2 * context  # runs of consecutive tokens per row; each lies on one device
@@ -34,11 +43,22 @@ def attention_choice(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Me
             f"config.mesh.context={context} needs a config.data.sequence_length that is a multiple of {chunks}, "
             f"found {length}."
         )
-    multiple = chunks * LANES
-    if wanted == "splash" and length % multiple:
+    if wanted == "flash" and context > 1:
         raise UserError(
-            f"config.train.attention='splash' needs a config.data.sequence_length that is a multiple of {multiple}, "
+            f"config.train.attention='flash' needs whole rows, config.mesh.context=1, found {context}; 'splash' takes "
+            "split ones."
+        )
+    multiple = chunks * LANES
+    if wanted in ("flash", "splash") and length % multiple:
+        raise UserError(
+            f"config.train.attention={wanted!r} needs a config.data.sequence_length that is a multiple of {multiple}, "
             f"found {length}."
+        )
+    needed, has = needed_memory(length, cfg.head_dim, compute_dtype(train).itemsize), _vector_memory(mesh)
+    if wanted == "flash" and needed > has:
+        raise UserError(
+            f"config.train.attention='flash' needs {needed / 2**20:.0f} MiB of VMEM for a "
+            f"config.data.sequence_length of {length}, found {has / 2**20:.0f} MiB; 'splash' takes rows of any length."
         )
     narrow = compute_dtype(train).itemsize == 2
     taken = narrow and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and context == 1
@@ -51,27 +71,36 @@ def attention_choice(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Me
     if wanted != "auto":
         return wanted
     if platform(mesh) == "tpu" and length % multiple == 0:
-        return "splash"
+        return "flash" if context == 1 and needed <= has else "splash"
     return "cudnn" if platform(mesh) == "gpu" and taken else "xla"
+
+
+def _vector_memory(mesh: Mesh | AbstractMesh) -> int:
+    """Returns the bytes of VMEM that a kernel may use on the mesh's devices."""
+    return chips.vector_memory(mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device)
+
+
+def local_kernel(choice: str, sliding_window: int, *, interpret: bool) -> Callable[..., jax.Array]:
+    """Returns the kernel for the arrays of one device; an `Attend` that also takes a `shard` if it is "splash".
+
+    Args:
+      choice: "flash", "splash" or "cudnn".
+      sliding_window: keys each query sees, including itself; 0 for all earlier ones.
+      interpret: run Pallas kernels in interpret mode, for machines without a TPU.
+    """
+    if choice == "cudnn":
+        return functools.partial(library_attention, sliding_window=sliding_window, implementation="cudnn")
+    kernel = {"flash": flash_attention, "splash": splash_attention}[choice]
+    return functools.partial(kernel, sliding_window=sliding_window, interpret=interpret)
 
 
 def attention_kernel(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh) -> Attend | None:
     """Returns the kernel for `mesh`, or None to let XLA partition array operations; off TPU, it is interpreted."""
-    split, choice = mesh.shape["context"] > 1, attention_choice(cfg, train, length, mesh)
+    choice = attention_choice(cfg, train, length, mesh)
     if choice == "xla":
         plain = functools.partial(sharded_attention, sliding_window=cfg.sliding_window)
-        return per_device(mesh, plain) if split else None
-    if choice == "cudnn":
-        library = functools.partial(library_attention, sliding_window=cfg.sliding_window, implementation="cudnn")
-        return per_device(mesh, library)
-    needed = needed_memory(length, cfg.head_dim, compute_dtype(train).itemsize)
-    fits = needed <= chips.vector_memory(mesh.devices.flat[0])
-    kernel = functools.partial(
-        flash_attention if fits and not split else splash_attention,
-        sliding_window=cfg.sliding_window,
-        interpret=platform(mesh) != "tpu",
-    )
-    return per_device(mesh, kernel)
+        return per_device(mesh, plain) if mesh.shape["context"] > 1 else None
+    return per_device(mesh, local_kernel(choice, cfg.sliding_window, interpret=platform(mesh) != "tpu"))
 
 
 def per_device(mesh: Mesh, kernel: Callable[..., jax.Array]) -> Attend:

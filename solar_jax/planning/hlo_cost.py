@@ -24,6 +24,7 @@ from solar_jax.hardware.chips import Chip
 
 HOST = 1.6e10  # bytes/s
 KERNEL_RATE = 0.5  # fraction of the peak that attention kernels are assumed to reach
+FLOAT32_PASSES = 6  # bfloat16 matmuls that a TPU runs for one in float32 (`Precision.HIGHEST`)
 # Forward FLOPs are 2 matmuls of [T, H] x [H, T], half of them masked; kernels of a backward pass in units of that.
 KERNELS = ((r"fwd", 1.0), (r"dkv.*fused|fused.*dkv", 2.5), (r"dq", 1.5), (r"", 2.0))
 
@@ -134,11 +135,14 @@ def _kernel(program: Program, line: str, times: int) -> None:
         program.unknown.add(name)
         return
     operands = line.split("operand_layout_constraints")[-1]
-    shapes = [shape for t, shape in _arrays(operands) if t == "bf16" and len(shape) >= 3]  # a single row has no axis
+    arrays = [(t, shape) for t, shape in _arrays(operands) if len(shape) >= 3]  # a single row has no axis
+    wide = not any(t == "bf16" for t, _ in arrays)  # queries and keys are float32, as angles and sums always are
+    shapes = [shape for t, shape in arrays if t == ("f32" if wide else "bf16")]
     *rows, length, width = max(shapes, key=lambda s: math.prod(s[:-2]))
     keys = max(s[-2] for s in shapes)  # more than queries if a row is sharded over chips
     factor = next(f for pattern, f in KERNELS if re.search(pattern, name))
-    program.kernel_flops += times * factor * 2 * math.prod(rows) * length * keys * width
+    passes = FLOAT32_PASSES if wide else 1
+    program.kernel_flops += passes * times * factor * 2 * math.prod(rows) * length * keys * width
     program.kernels[name] += times
 
 

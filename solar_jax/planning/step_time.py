@@ -11,11 +11,10 @@ from solar_jax.model.precision import compute_dtype
 from solar_jax.model.shapes import is_vector, layer_axes, size
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, PARAMETERS, padded_rows, ways
-from solar_jax.planning.hlo_cost import HOST, KERNEL_RATE
+from solar_jax.planning.hlo_cost import FLOAT32_PASSES, HOST, KERNEL_RATE
 from solar_jax.planning.memory import each
 from solar_jax.training.partition import Partition, everything
 
-FLOAT32_PASSES = 6  # bfloat16 matmuls that a TPU runs for one in float32 (`Precision.HIGHEST`)
 BACKWARD_KERNEL = 2.5  # FLOPs of the attention kernel's backward pass, in units of its forward pass
 # Axes of the weight whose matmul gives a value of `SAVEABLE`: recomputed if a policy does not save the value.
 _WEIGHT = {"q": "DNH", "k": "DKH", "v": "DKH", "mid": "NHD", "gate": "DF", "up": "DF"}
@@ -60,7 +59,8 @@ def step_time(
                the loss recomputes nothing; six times as long in float32
                of experts, those of a token alone
       kernels  4 N H keys t / tensor per layer, times 1 + 2.5, plus 1 if attention is not saved, at half the peak;
-               keys are T / 2, at most the sliding window. Without kernels the same, as matmuls.
+               keys are T / 2, at most the sliding window; six times as long in float32. Without kernels the same,
+               as matmuls.
       vectors  `_VECTORS` per token and layer; parameters, moments and gradients that the optimiser reads and writes;
                with microbatches, their sum read and written; at HBM bandwidth
       links    per microbatch, a layer's weights gathered twice and their gradients scattered once, in the compute
@@ -107,12 +107,12 @@ def step_time(
 
     values = sum(count * each(cfg, mesh, letters) for letters, count in _VECTORS.items())
     state = partition.parameter_count(cfg) / ways("DF", PARAMETERS, mesh)  # of what trains
-    count = train.accumulation
+    count, times = train.accumulation, FLOAT32_PASSES if width == 4 else 1
     vector_bytes = t * L * values * width + 4 * (8 + (3 * count if count > 1 else 0)) * state
 
     return StepTime(
-        matmuls=(FLOAT32_PASSES if width == 4 else 1) * matmul_flops / (chip.matmul_rate * chip.peak),
-        kernels=kernel_flops / (KERNEL_RATE * chip.peak),
+        matmuls=times * matmul_flops / (chip.matmul_rate * chip.peak),
+        kernels=times * kernel_flops / (KERNEL_RATE * chip.peak),
         vectors=vector_bytes / chip.bandwidth,
         links=_ici_bytes(
             cfg,

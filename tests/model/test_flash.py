@@ -1,5 +1,6 @@
 """The kernels of whole rows, interpreted on a CPU, against plain attention: same result, same gradients."""
 
+import contextlib
 import functools
 import re
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from solar_jax.model import flash
 from solar_jax.model.attention import SAVED, attention_mask, rotated_attention
@@ -108,3 +111,79 @@ def test_a_policy_that_saves_attention_runs_its_forward_kernel_once(names, runs)
 
     text = str(jax.make_jaxpr(jax.grad(loss))(*arrays()))
     assert len(re.findall(r"\bname=flash_attention_fwd", text)) == runs
+
+
+def product_precisions(attend, dtype) -> set[str]:
+    """The precisions of all matrix products of a kernel, forward and backward."""
+    inputs = tuple(x.astype(dtype) for x in arrays())
+    text = str(jax.make_jaxpr(lambda *x: gradients(attend, *x, segments(), 0))(*inputs))
+    products = re.findall(r"dot_general\[(.*?)\n *\]", text, re.DOTALL)
+    assert len(products) >= 7  # two forward, five backward
+    return {"HIGHEST" if "Precision.HIGHEST, Precision.HIGHEST" in p else "default" for p in products}
+
+
+@pytest.mark.parametrize(("dtype", "found"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "default")])
+def test_float32_is_multiplied_in_full(dtype, found):
+    # On a TPU a kernel's default is one pass in bfloat16, which no interpreter shows.
+    assert product_precisions(kernels, dtype) == {found}
+
+
+@contextlib.contextmanager
+def simulated(cores: int):
+    """A TPU's memories simulated: buffers begin as NaN, reads outside of one and races between cores or DMAs raise."""
+    state = pltpu.InterpretParams(
+        detect_races=True, on_race="raise", out_of_bounds_reads="raise", uninitialized_memory="nan",
+        dma_execution_mode="on_wait", num_cores_or_threads=cores, random_seed=0,
+    )  # fmt: skip
+    try:
+        with pltpu.force_tpu_interpret_mode(state):
+            yield
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.slow  # every access of memory is a call of Python
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("cores", [1, 2])
+def test_no_kernel_reads_what_nothing_wrote_or_races(cores):
+    inputs, ids = arrays(), segments()
+
+    def attend(q, k, v, segment_ids, window):
+        rope = angles(q.shape[-1])
+        return flash.flash_attention(q, k, v, rope, segment_ids, sliding_window=window, interpret=False)
+
+    with simulated(cores):
+        out = np.asarray(attend(*inputs, ids, 70))
+        found = jax.tree.map(np.asarray, gradients(attend, *inputs, ids, 70))
+    np.testing.assert_allclose(out, plain(*inputs, ids, 70), atol=TOLERANCE)
+    for name, a, b in zip("qkv", found, gradients(plain, *inputs, ids, 70), strict=True):
+        np.testing.assert_allclose(a, b, atol=10 * TOLERANCE, err_msg=f"d{name}")
+
+
+def scratch_sum(dimension: str, *, initialised: bool):
+    """A kernel that sums four rows into one, in a buffer."""
+
+    def kernel(x, out, total):
+        if initialised:
+            pl.when(pl.program_id(0) == 0)(lambda: total.__setitem__(..., jnp.zeros_like(total)))
+        total[...] += x[...]
+        out[...] = total[...]
+
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=0, grid=(4,), in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+            out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)), scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32)],
+        ),
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=(dimension,)),
+    )(jnp.ones((32, 128)))  # fmt: skip
+
+
+def test_the_simulation_shows_unwritten_memory_and_races():
+    # A negative control. On a TPU, and in plain interpret mode, such kernels may well give what was meant.
+    with simulated(1):
+        assert np.all(np.asarray(scratch_sum("arbitrary", initialised=True)) == 4)
+        assert np.all(np.isnan(np.asarray(scratch_sum("arbitrary", initialised=False))))
+    with simulated(2), pytest.raises(Exception, match="RACE DETECTED"):  # both cores write the one output
+        jax.block_until_ready(scratch_sum("parallel", initialised=True))

@@ -10,7 +10,7 @@ import pytest
 from solar_jax.model.attention import attention_mask, rotated_attention
 from solar_jax.model.splash import splash_attention
 from solar_jax.parallel.attention import per_device
-from tests.model.test_flash import TOLERANCE, angles, arrays, gradients, plain, segments
+from tests.model.test_flash import TOLERANCE, angles, arrays, gradients, plain, product_precisions, segments
 from tests.parallel.test_mesh import mesh_of
 
 
@@ -53,3 +53,8 @@ def test_rows_split_over_devices_are_attended_whole(shape, window):
     found = jax.jit(functools.partial(gradients, split))(*inputs, ids, None)
     for name, a, b in zip("qkv", found, gradients(whole, *inputs, ids, None), strict=True):
         np.testing.assert_allclose(a, b, atol=10 * TOLERANCE, err_msg=f"d{name}")
+
+
+@pytest.mark.parametrize(("dtype", "found"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "default")])
+def test_splash_multiplies_float32_in_full(dtype, found):
+    assert product_precisions(splash, dtype) == {found}

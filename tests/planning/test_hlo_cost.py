@@ -83,3 +83,10 @@ ENTRY %main (p: s32[]) -> s32[] {
 def test_queries_of_a_split_row_are_counted_against_all_its_keys():
     # 4 heads x 512 queries x 1024 keys x 128, two products of 2 FLOPs, half of them masked
     assert read_program(KERNEL, CHIPS["v5p"]).kernel_flops == 4 * 512 * 1024 * 128 * 2
+
+
+def test_a_float32_kernel_is_counted_by_its_own_arrays_and_six_times():
+    wide = KERNEL.replace("bf16[", "f32[")
+    assert read_program(wide, CHIPS["v5p"]).kernel_flops == 6 * 4 * 512 * 1024 * 128 * 2
+    angles = KERNEL.replace("constraints={", "constraints={f32[8,1024,128], ")  # of a bfloat16 kernel
+    assert read_program(angles, CHIPS["v5p"]).kernel_flops == 4 * 512 * 1024 * 128 * 2

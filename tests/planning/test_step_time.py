@@ -36,7 +36,9 @@ def test_matmuls_with_everything_computed_again_by_hand():
 
 
 def test_float32_takes_six_passes():
-    assert time_of("full", precision="float32").matmuls == pytest.approx(6 * time_of("full").matmuls)
+    wide = time_of("full", precision="float32")
+    assert wide.matmuls == pytest.approx(6 * time_of("full").matmuls)
+    assert wide.kernels == pytest.approx(6 * time_of("full").kernels)
 
 
 def test_without_recomputation_the_flops_are_the_models():

@@ -419,6 +419,7 @@ def test_the_evaluation_is_the_mean_over_all_targets():
         ((1, 1, 1, 4), 20, "auto", "config.mesh.context=4 needs a config.data.sequence_length that is a multiple of 8"),
         ((1, 1, 1, 2), 256, "splash", "'splash' needs a config.data.sequence_length that is a multiple of 512"),
         ((1, 1, 1, 1), 192, "splash", "'splash' needs a config.data.sequence_length that is a multiple of 128"),
+        ((1, 1, 1, 1), 192, "flash", "'flash' needs a config.data.sequence_length that is a multiple of 128"),
     ],
 )
 def test_a_row_that_cannot_be_cut_is_refused_with_what_could(shape, length, attention, words):
