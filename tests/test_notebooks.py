@@ -46,11 +46,12 @@ SMALL = {"PRECISION": "float32", "LENGTH": 64, "ROWS": 2, "WINDOWS": 2, "NEW_TOK
 CASES = {
     "grow": Case(
         SMALL | {"STEPS": 2, "ABLATE": "none", "SEAM_ROWS": 1, "SEAM_LENGTH": 32},
-        ("30 -> 48 layers", "seam 23|24", "held-out loss", "healed: written to", "# The seam"),
+        ("30 -> 48 layers", "seam 23|24", "held-out loss", "healed: written to", "## The residual stream"),
         2,
     ),
     "tune": Case(
-        SMALL | {"HEAL_STEPS": 1, "CONVERSATIONS": "pydoc-functions?limit=800", "PAIRS": "pydoc-functions?limit=800"},
+        SMALL | {"HEAL_STEPS": 1, "LENGTH": 192, "LORA_RANK": 4, "CONVERSATIONS": "pydoc-functions?limit=900",
+                 "PAIRS": "pydoc-functions?limit=900"},
         ("runs/healed/summary.json", "What does os.path.join do in Python?", "0.693"),
         2,
     ),
@@ -60,7 +61,7 @@ CASES = {
         2,
     ),
     "slice_7b": Case(
-        {"RECIPE": "dus_48l:smollm2", "SOURCE": "model", "TEXT": "corpus.txt", "TRIAL_STEPS": 1, "STEPS": 2,
+        {"RECIPE": "dus_48l:smollm2", "SOURCE": "model", "TEXT": "corpus.txt", "STEPS": 2,
          "FLAGS": TINY, "NEW_TOKENS": 4},
         ("mistral_7b_v5e_8: 48 layers", "estimated", "planned", "measured", "held-out loss"),
         1,
