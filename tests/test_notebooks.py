@@ -50,8 +50,8 @@ CASES = {
         2,
     ),
     "tune": Case(
-        SMALL | {"HEAL_STEPS": 1, "LENGTH": 192, "LORA_RANK": 4, "CONVERSATIONS": "pydoc-functions?limit=900",
-                 "PAIRS": "pydoc-functions?limit=900"},
+        SMALL | {"HEAL_STEPS": 1, "LENGTH": 192, "CONVERSATIONS": "pydoc-functions?limit=400",
+                 "PAIRS": "pydoc-functions?limit=400"},
         ("runs/healed/summary.json", "What does os.path.join do in Python?", "0.693"),
         2,
     ),
