@@ -28,6 +28,14 @@ _MODULES = {
     "next_token_loss": "training.objectives",
     "load_config": "cli.config_files",
     "from_params": "checkpoints.checkpoint",
+    "load_model": "decoding.model",
+    "Request": "decoding.engine",
+    "push": "checkpoints.push",
+    "path": "storage.paths",
+    "run_command": "cli.notebook",
+    "show_picture": "cli.notebook",
+    "use_folder": "cli.notebook",
+    "check_kernel": "cli.notebook",
 }
 __all__ = [*_MODULES, "train"]
 

@@ -13,6 +13,10 @@ class UserError(Exception):
     its traceback.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """Gives IPython what a cell shows: the sentence, as a command does."""
+        return [f"error: {self}"]
+
 
 class Interrupted(BaseException):
     """Raised when a run stops cleanly on request; its message says where the same command resumes.

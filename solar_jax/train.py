@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     config = resolve(flags.FLAGS.config)
     processes.join()
-    with listen_for_profiles(), listen_for_preemption():
+    with listen_for_profiles():
         folder = command.folder_from_flag(flags.FLAGS.workdir or f"runs/{config.name}")
         run(config, folder, flags.FLAGS.allow_changed, take_over=flags.FLAGS.take_over)
 
@@ -114,6 +114,8 @@ def run(
     config: Config, folder: pathlib.Path, allowed: Sequence[str] = (), *, take_over: bool = False
 ) -> dict[str, Any]:
     """Runs everything, from the checkpoint to the healed model's HF folder.
+
+    SIGTERM, a first Ctrl-C and a notebook's stop button end it after a step, which is saved.
 
     Args:
       config: the run.
@@ -126,13 +128,16 @@ def run(
 
     Raises:
       UserError: something that the config names is missing, damaged or does not fit; nothing is written then.
+      Interrupted: it was asked to stop; the same call goes on.
     """
     begin, started = time.perf_counter(), time.time()
-    compilation.use_cache(config.logging.compilation_cache)
-    check_names(config)
-    run_folder.check_allowed(allowed)
-    run_folder.check_place(folder)
-    with owned(folder, take_over=take_over) if processes.is_first() else contextlib.nullcontext():
+    with listen_for_preemption(), contextlib.ExitStack() as stack:
+        compilation.use_cache(config.logging.compilation_cache)
+        check_names(config)
+        run_folder.check_allowed(allowed)
+        run_folder.check_place(folder)
+        if processes.is_first():
+            stack.enter_context(owned(folder, take_over=take_over))
         return _run(config, folder, allowed, begin, started)
 
 

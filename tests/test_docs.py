@@ -29,7 +29,9 @@ def test_the_site_builds_and_no_link_or_anchor_leads_nowhere(tmp_path):
 def test_the_readme_is_short_and_its_links_lead_somewhere():
     text = (REPO / "README.md").read_text()
     assert len(text.splitlines()) <= 150
-    for target in re.findall(r"\]\(([^)#]+)", text):
+    in_colab = re.findall(r"https://colab\.research\.google\.com/github/\w+/\w+/blob/main/(\S+)", text)
+    assert len(in_colab) == len(list((REPO / "notebooks").glob("*.ipynb")))
+    for target in [*re.findall(r"\]\(([^)#]+)", text), *in_colab]:
         assert (REPO / target).exists(), target
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 
@@ -14,6 +15,8 @@ COMMON = ["--project=p", "--zone=us-east5-a", "--type=v5p-128"]
 WORKDIR = "gs://b/runs/my run"
 # launcher -> its own flags
 LAUNCHERS = {"tpu_vm.sh": [], "xpk.sh": ["--cluster=c", "--image=r/i:1"], "skypilot.sh": []}
+SOURCED = {"common.sh", "vm.sh"}
+DEMO = "demo_on_tpu_vm.sh"
 FLAGS = ["--config.train.steps=100", "--config.data.sources=/data/my text:0.5"]
 TRAIN = (
     "python -m solar_jax.train --take_over --config configs/dus_48l.py --workdir 'gs://b/runs/my run' "
@@ -62,7 +65,7 @@ def commands(name: str, tools: pathlib.Path) -> list[list[str]]:
 
 
 def test_every_launcher_is_tried_here():
-    assert {f.name for f in FOLDER.glob("*.sh")} - {"common.sh"} == set(LAUNCHERS)
+    assert {f.name for f in FOLDER.glob("*.sh")} - SOURCED == {*LAUNCHERS, DEMO}
 
 
 @pytest.mark.parametrize("script", sorted(f.name for f in FOLDER.glob("*.sh")))
@@ -212,3 +215,93 @@ def test_help_names_every_flag(name):
     text = launch(name, "--help").stdout
     for flag in ("--project", "--zone", "--type", "--workdir", "--config", "--name", "--spot", "--dry_run"):
         assert flag in text
+
+
+# ---- The demo -------------------------------------------------------------------------------------------------------
+
+STEPS = ("convert", "upscale", "generate", "train", "generate", "seam")
+
+
+def demo(tools: pathlib.Path, *flags: str) -> subprocess.CompletedProcess:
+    return launch(DEMO, "--project=p", "--zone=z", f"--workdir={tools.parent}/results", *flags, tools=tools)
+
+
+def demo_steps(tools: pathlib.Path, fails: str = "nothing") -> list[str]:
+    """What the demo does, in order, on a VM that is there when it was asked for, where one step may fail."""
+    made = tools.parent / "made"
+    (tools.parent / "answer").write_text(
+        f"""
+        case "$*" in
+          *"resources create"*) touch {made} ;;
+          *describe*) [ ! -f {made} ] || echo ACTIVE ;;
+          *"{fails}"*) exit 1 ;;
+          *"scp solar-jax-demo:"*) tar -czf {tools.parent}/results/results.tar.gz -C {FOLDER.parent} launch ;;
+        esac
+        """
+    )
+    done = demo(tools, "--", "--config.train.steps=90")
+    assert (done.returncode == 0) == (fails == "nothing"), done.stderr
+    calls = (tools.parent / "calls").read_text().splitlines()
+    kinds = {
+        "create": "'create'", "delete": "'delete'", "install": "uv pip install", "back": "solar-jax-demo:solar_jax/",
+    } | {step: f"solar_jax.{step} " for step in STEPS}  # fmt: skip
+    return [kind for call in calls for kind, word in kinds.items() if word in call]
+
+
+def test_the_demo_runs_its_steps_in_order_brings_the_results_and_deletes_the_vm(tools):
+    assert demo_steps(tools) == ["create", "install", *STEPS, "back", "delete"]
+    assert (tools.parent / "results" / DEMO).exists()
+    train = next(c for c in (tools.parent / "calls").read_text().splitlines() if "solar_jax.train " in c)
+    assert "--config.train.steps=90" in train
+
+
+@pytest.mark.parametrize(("fails", "before"), [("solar_jax.upscale ", 2), ("solar_jax.seam ", 6)])
+def test_the_demo_deletes_its_vm_when_a_step_fails(tools, fails, before):
+    assert demo_steps(tools, fails) == ["create", "install", *STEPS[:before], "delete"]
+
+
+@pytest.mark.parametrize("fails", ["uv pip install", "resources create", "solar-jax-demo:solar_jax/results"])
+def test_the_demo_deletes_its_vm_when_it_cannot_be_asked_for_installed_or_read(tools, fails):
+    (tools.parent / "made").touch()
+    (tools.parent / "answer").write_text(
+        f"""
+        cd {tools.parent}
+        case "$*" in
+          *"{fails}"*) touch asked; exit 1 ;;
+          *describe*) [ ! -f described ] || [ "{fails}" = "resources create" ] || echo ACTIVE; touch described ;;
+        esac
+        """
+    )
+    assert demo(tools).returncode != 0
+    assert (tools.parent / "asked").exists()
+    assert "'delete'" in (tools.parent / "calls").read_text().splitlines()[-1]
+
+
+def test_the_demo_leaves_a_tpu_alone_that_it_did_not_make(tools):
+    (tools.parent / "answer").write_text('case "$*" in *describe*) echo ACTIVE ;; esac')
+    done = demo(tools)
+    assert done.returncode == 2
+    assert "solar-jax-demo exists, and would be deleted" in done.stderr
+    assert "'delete'" not in (tools.parent / "calls").read_text()
+
+
+def test_a_dry_run_of_the_demo_prints_every_command_and_starts_nothing(tools):
+    done = demo(tools, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    found = [shlex.split(line[2:]) for line in done.stdout.splitlines() if line.startswith("+ ")]
+    assert [next((s for s in STEPS if f"solar_jax.{s} " in c[-1]), "") for c in found if "ssh" in c] == [
+        "", *STEPS, "",
+    ]  # fmt: skip
+    for command in (c for c in found if "ssh" in c):
+        subprocess.run(["bash", "-n", "-c", command[-1].removeprefix("--command=")], check=True)
+    assert "delete" in found[-1]
+    assert not (tools.parent / "calls").exists()
+
+
+def test_commands_that_the_demo_runs_have_the_flags_that_it_gives(tools):
+    from tests.test_docs import help_of
+
+    for line in demo(tools, "--dry_run").stdout.splitlines():
+        for name, rest in re.findall(r"solar_jax\.(\w+) ([^|]*)", line):
+            for flag in re.findall(r"--(config\.[\w.]+|\w+)", rest):
+                assert re.search(rf"--{flag}\b|  {flag}=", help_of(name)), f"{name} --{flag}"

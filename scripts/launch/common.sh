@@ -7,9 +7,9 @@ usage: $(basename "$0") --project P --zone Z --type SLICE --workdir DIR [options
   --project P      Google Cloud project
   --zone Z         zone, e.g. us-east5-a
   --type SLICE     slice, e.g. v5p-128, v6e-64, v5litepod-16
-  --workdir DIR    folder of the run, which every host sees: $WORKDIR_HELP
-  --config FILE    config file; configs/dus_48l.py if not given
-  --name NAME      of what is created; solar-jax if not given
+  --workdir DIR    $WORKDIR_HELP
+  --config FILE    config file; ${DEFAULT_CONFIG:=configs/dus_48l.py} if not given
+  --name NAME      of what is created; ${DEFAULT_NAME:=solar-jax} if not given
   --spot           cheaper machines, which may be taken away; the run goes on on new ones
   --dry_run        print every command and run none
 $MORE_HELP
@@ -41,7 +41,8 @@ run() {
 
 # Flags of one launcher alone: each name in VALUE_FLAGS sets the variable of its name in capitals.
 parse() {
-  PROJECT='' ZONE='' TYPE='' WORKDIR='' CONFIG=configs/dus_48l.py NAME=solar-jax SPOT='' DRY_RUN=''
+  PROJECT='' ZONE='' TYPE='' WORKDIR='' SPOT='' DRY_RUN=''
+  CONFIG=${DEFAULT_CONFIG:-configs/dus_48l.py} NAME=${DEFAULT_NAME:-solar-jax}
   TRAIN_FLAGS=()
   local name known
   known=" project zone type workdir config name $VALUE_FLAGS "

@@ -3,7 +3,7 @@
 # when the slice is taken away finds another, where the run goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-WORKDIR_HELP="gs://BUCKET/PATH"
+WORKDIR_HELP="folder of the run, which every host sees: gs://BUCKET/PATH"
 MORE_HELP=""
 VALUE_FLAGS=""
 source scripts/launch/common.sh

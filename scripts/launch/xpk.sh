@@ -3,7 +3,8 @@
 # the same command. The JobSet starts them again when a machine is lost, and the run goes on.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-WORKDIR_HELP="gs://BUCKET/PATH, or a path on storage that is attached to the cluster (xpk storage attach)"
+WORKDIR_HELP="folder of the run, which every host sees: gs://BUCKET/PATH, or a path on storage that is attached to the cluster
+                   (xpk storage attach)"
 MORE_HELP="  --cluster C      GKE cluster that XPK has set up
   --image IMAGE    name to push the image under, in a registry that the cluster may read
   --slices N       slices that train together; 1 if not given

@@ -69,14 +69,18 @@ def files_given() -> list[str]:
     return _argv[1:]
 
 
+def tpu_attached() -> bool:
+    """Returns whether this machine has a TPU; does not import jax, which would take it."""
+    return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+
+
 def _leave_absent_tpu_alone() -> None:
     """Has jax not look for TPUs where none is attached, since libtpu then complains in five lines.
 
     Only where jax would find nothing but the CPU: a GPU's plugin, or the user's own choice, is left as it is.
     """
-    attached = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
     plugins = any(importlib.util.find_spec(name) for name in ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_plugins"))
-    if importlib.util.find_spec("libtpu") and not (attached or plugins):
+    if importlib.util.find_spec("libtpu") and not (tpu_attached() or plugins):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
