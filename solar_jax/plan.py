@@ -287,6 +287,8 @@ def checked(
             smallest = need.total
             continue
         overlapped, serial = compiled.program.seconds()
+        if unknown := compiled.program.unknown:
+            show(f"kernels without a cost, so the step takes longer: {', '.join(sorted(unknown))}")
         show(
             f"compiled in {duration(time.monotonic() - begin)}: {compiled.total / GIB:.2f} GiB, estimated "
             f"{need.total / GIB:.2f}, step {overlapped:.3f} s ({serial:.3f} s with nothing overlapped)"

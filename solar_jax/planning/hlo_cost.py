@@ -5,12 +5,13 @@ loops around it run:
 
   compute  those cycles, at the chip's clock
   kernels  attention kernels, which have none: their FLOPs, half of them masked, at half of the chip's peak
+  grouped  matmuls of experts, kernels of XLA's own without cycles: their FLOPs, at the rate of plain matmuls
   comm     bytes of collectives over ICI on all axes; an all-reduce moves its bytes twice, unless it implements a
            reduce-scatter: the compiler names that fusion of an all-reduce and a slice "all-reduce-scatter"
   host     bytes copied to and from host memory, at 16 GB/s
   network  bytes to other slices, over a chip's share of its host's DCN bandwidth; the compiler writes them as sends
 
-"overlapped" assumes that compute + kernels, comm and host run concurrently, "serial" one after the other. DCN time is
+"overlapped" assumes that compute + kernels + grouped, comm and host run concurrently, "serial" one after the other. DCN time is
 added to both: slices exchange the sum of their gradients, which is ready after the last layer and needed next.
 """
 
@@ -59,6 +60,7 @@ class Program:
     chip: Chip
     cycles: float = 0.0
     kernel_flops: float = 0.0
+    grouped_flops: float = 0.0
     moved: Counter[str] = dataclasses.field(default_factory=Counter)  # bytes by kind of collective
     host: float = 0.0  # bytes
     network: float = 0.0  # bytes
@@ -70,6 +72,7 @@ class Program:
         return {
             "compute": self.cycles / self.chip.clock,
             "kernels": self.kernel_flops / (KERNEL_RATE * self.chip.peak),
+            "grouped": self.grouped_flops / (self.chip.matmul_rate * self.chip.peak),
             "comm": sum(self.moved.values()) / self.chip.links,
             "host": self.host / HOST,
             "network": self.network / self.chip.network,
@@ -78,7 +81,7 @@ class Program:
     def seconds(self) -> tuple[float, float]:
         """Returns the (overlapped, serial) step time."""
         p = self.parts()
-        return max(p["compute"] + p["kernels"], p["comm"], p["host"]) + p["network"], sum(p.values())
+        return max(p["compute"] + p["kernels"] + p["grouped"], p["comm"], p["host"]) + p["network"], sum(p.values())
 
     def report(self, tokens: float, flops: float) -> str:
         """Formats a report; `tokens` and model `flops` are per chip and step."""
@@ -131,6 +134,9 @@ def _kernel(program: Program, line: str, times: int) -> None:
     """Adds an attention kernel's FLOPs, from the largest of its operands: [..., T, H], leading axes rows and heads."""
     found = re.search(r"%([\w\-]+)", line)
     name = found[1] if found else "?"
+    if re.match("ragged-dot|gmm|tgmm", name):
+        _grouped(program, line, times)
+        return
     if not re.search("splash|flash|attention", name):
         program.unknown.add(name)
         return
@@ -144,6 +150,18 @@ def _kernel(program: Program, line: str, times: int) -> None:
     passes = FLOAT32_PASSES if wide else 1
     program.kernel_flops += passes * times * factor * 2 * math.prod(rows) * length * keys * width
     program.kernels[name] += times
+
+
+def _grouped(program: Program, line: str, times: int) -> None:
+    """Adds a grouped matmul's FLOPs, 2 M K N: of [M, K] x [E, K, N], or of its weights' gradient, [M, K] x [M, N]."""
+    shapes = [shape for _, shape in _arrays(line.split("operand_layout_constraints")[-1].split("metadata")[0])]
+    rows = [shape for shape in shapes if len(shape) == 2]
+    if not rows:  # the kernel that lays out the groups
+        return
+    weights = [shape for shape in shapes if len(shape) == 3]
+    M, K = rows[0]
+    N = next(size for size in weights[0][1:] if size != K or weights[0][1] == weights[0][2]) if weights else rows[1][1]
+    program.grouped_flops += times * 2 * M * K * N
 
 
 def _collective(program: Program, line: str, times: int, where: str) -> None:

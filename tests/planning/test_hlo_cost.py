@@ -90,3 +90,27 @@ def test_a_float32_kernel_is_counted_by_its_own_arrays_and_six_times():
     assert read_program(wide, CHIPS["v5p"]).kernel_flops == 6 * 4 * 512 * 1024 * 128 * 2
     angles = KERNEL.replace("constraints={", "constraints={f32[8,1024,128], ")  # of a bfloat16 kernel
     assert read_program(angles, CHIPS["v5p"]).kernel_flops == 4 * 512 * 1024 * 128 * 2
+
+
+GROUPED = """HloModule step
+
+ENTRY %main (p: s32[]) -> s32[] {
+  %ragged-dot-metadata = (s32[3]) custom-call(%n), custom_call_target="tpu_custom_call", LAID_OUT={s32[2]{0}}
+  %ragged-dot-none = RESULT custom-call(%n), custom_call_target="tpu_custom_call", LAID_OUT={s32[3]{0}, OPERANDS}, metadata={}
+}
+""".replace("LAID_OUT", "operand_layout_constraints")
+
+
+@pytest.mark.parametrize(
+    ("result", "operands"),
+    [
+        ("bf16[64,32]", "bf16[64,16]{1,0}, bf16[2,16,32]{2,1,0}"),  # forward
+        ("bf16[64,16]", "bf16[64,32]{1,0}, bf16[2,32,16]{2,1,0}"),  # gradient of the rows
+        ("bf16[2,16,32]", "bf16[64,16]{1,0}, bf16[64,32]{1,0}"),  # gradient of the weights
+    ],
+)
+def test_a_grouped_matmul_costs_its_rows_once_whatever_the_experts(result, operands):
+    found = read_program(GROUPED.replace("RESULT", result).replace("OPERANDS", operands), CHIPS["v5p"])
+    assert found.grouped_flops == 2 * 64 * 16 * 32
+    assert not found.unknown
+    assert found.parts()["grouped"] == pytest.approx(2 * 64 * 16 * 32 / (0.98 * 459e12))
