@@ -68,8 +68,8 @@ def hf_model(kind: str = "llama", seed: int = 0, **changes) -> transformers.PreT
     keys = TINY | {"attn_implementation": "eager"} | changes
     rope_theta = keys.pop("rope_theta", 10000.0)
     keys["rope_parameters"] = {"rope_type": "default", "rope_theta": rope_theta}
-    cls = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[kind]
-    model = transformers.AutoModelForCausalLM.from_config(cls(**keys), dtype=torch.float32).eval()
+    config = transformers.AutoConfig.for_model(kind, **keys)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # norms start at one, where a swapped or forgotten one would not show
         for name, p in model.named_parameters():
             if "norm" in name:

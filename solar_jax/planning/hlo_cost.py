@@ -11,8 +11,9 @@ loops around it run:
   host     bytes copied to and from host memory, at 16 GB/s
   network  bytes to other slices, over a chip's share of its host's DCN bandwidth; the compiler writes them as sends
 
-"overlapped" assumes that compute + kernels + grouped, comm and host run concurrently, "serial" one after the other. DCN time is
-added to both: slices exchange the sum of their gradients, which is ready after the last layer and needed next.
+"overlapped" assumes that compute + kernels + grouped, comm and host run concurrently, "serial" one after the other.
+DCN time is added to both: slices exchange the sum of their gradients, which is ready after the last layer and needed
+next.
 """
 
 import dataclasses

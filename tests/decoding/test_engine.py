@@ -43,9 +43,13 @@ def prompts(count: int) -> list[tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def expected(folder) -> list[list[int]]:
     """transformers' greedy tokens of 16 prompts."""
+    return greedy(folder, 16)
+
+
+def greedy(folder: pathlib.Path, count: int) -> list[list[int]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     out = []
-    for prompt in prompts(16):
+    for prompt in prompts(count):
         made = model.generate(
             torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0
         )
@@ -61,6 +65,12 @@ def make(folder: pathlib.Path, rows: int, **how) -> Engine:
 
 def answers(engine: Engine, requests: list[Request]) -> list[Answer]:
     return [answer for _, answer in sorted(engine.answers(requests))]
+
+
+def test_experts_decode_the_tokens_of_transformers_mixtral(tmp_path):
+    folder = save_hf(hf_model("mixtral", num_local_experts=4, num_experts_per_tok=2), tmp_path / "mixtral")
+    found = answers(make(folder, 3), [Request(prompt, NEW) for prompt in prompts(5)])
+    assert [list(answer.tokens) for answer in found] == greedy(folder, 5)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16])

@@ -96,7 +96,7 @@ GROUPED = """HloModule step
 
 ENTRY %main (p: s32[]) -> s32[] {
   %ragged-dot-metadata = (s32[3]) custom-call(%n), custom_call_target="tpu_custom_call", LAID_OUT={s32[2]{0}}
-  %ragged-dot-none = RESULT custom-call(%n), custom_call_target="tpu_custom_call", LAID_OUT={s32[3]{0}, OPERANDS}, metadata={}
+  %ragged-dot-none = RESULT custom-call(%n), custom_call_target="tpu_custom_call", LAID_OUT={OPERANDS}, metadata={}
 }
 """.replace("LAID_OUT", "operand_layout_constraints")
 
