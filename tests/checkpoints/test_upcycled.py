@@ -18,6 +18,7 @@ from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tensor_table import hf_tensors
 from solar_jax.checkpoints.upcycled import redrawn_channels
 from solar_jax.checkpoints.views import grown
+from solar_jax.cli.command import growth_config
 from solar_jax.config import GrowthConfig
 from solar_jax.errors import UserError
 from solar_jax.growth.operators import make_layer_map
@@ -80,6 +81,13 @@ def test_a_mixtral_folder_comes_back_bit_for_bit(mixtral, tmp_path):
         np.testing.assert_array_equal(first[name], again[name], err_msg=name)
     for name in c.shape_of:
         np.testing.assert_array_equal(open_checkpoint(str(tmp_path / "theirs")).read(name), c.read(name), err_msg=name)
+
+
+def test_upscale_makes_experts_without_naming_an_operator():
+    growth = growth_config(None, None, {"experts": 4})
+    assert growth == GrowthConfig("identity", experts=4)
+    assert growth_config(None, None, {"experts": 0}) is None
+    assert growth_config("dus", None, {"m": 2, "experts": 4}) == GrowthConfig("dus", m=2, experts=4)
 
 
 def test_a_part_of_each_expert_is_redrawn_and_the_rest_is_the_mlps(tiny):

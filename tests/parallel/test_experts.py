@@ -10,10 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from solar_jax.config import Config, DataConfig, LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from solar_jax.errors import UserError
+from solar_jax.growth.operators import identity
 from solar_jax.model.shapes import param_shapes
+from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.parallel import rules
 from solar_jax.training.partition import Partition, everything, make_partition
-from solar_jax.training.state import state_shardings
+from solar_jax.training.state import abstract_state, state_shardings
 from solar_jax.training.step import make_train_step
 from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
@@ -63,8 +65,6 @@ def history(shape: tuple[int, ...], steps: int, trainable: str = "all", accumula
 
 
 def partition_of(trainable: str) -> Partition:
-    from solar_jax.growth.operators import identity
-
     return everything(CFG) if trainable == "all" else make_partition(trainable, identity(CFG.num_hidden_layers))
 
 
@@ -83,6 +83,27 @@ def test_microbatches_give_the_gradient_of_the_whole_batch_but_for_the_balance_o
     whole, parts = history((1, 1, 1), 3)[0], history((1, 1, 1), 3, accumulation=2)[0]
     assert abs(whole[0]["loss"] - parts[0]["loss"]) < 1e-5
     assert abs(whole[0]["grad_norm"] - parts[0]["grad_norm"]) < 0.05
+
+
+def test_a_checkpoint_comes_back_bit_by_bit_with_its_experts_on_other_devices(tmp_path):
+    optimizer = optimizer_of(Config())
+
+    def abstract(shape: tuple[int, ...]):
+        return abstract_state(CFG, "float32", optimizer, state_shardings(CFG, optimizer, mesh_of(*shape)))
+
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda s: jax.device_put(rng.standard_normal(s.shape).astype(s.dtype), s.sharding), abstract(MESHES[0])
+    )
+    with CheckpointStore(tmp_path) as store:
+        store.save(4, **state, host={"step": 4})
+        for shape in ((1, 2, 1, 1, 1, 2), (1, 1, 2), (1, 1, 1, 1, 1, 2)):
+            wanted = abstract(shape)
+            params, opt_state, _ = store.restore(4, wanted["params"], wanted["opt_state"])
+            found = {"params": params, "opt_state": opt_state}
+            for a, b, s in zip(*map(jax.tree.leaves, (found, state, wanted)), strict=True):
+                assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+                assert a.sharding.is_equivalent_to(s.sharding, a.ndim)
 
 
 @pytest.mark.parametrize("trainable", ["router", "experts"])
