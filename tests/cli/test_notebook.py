@@ -102,12 +102,12 @@ def test_a_mistake_is_one_sentence_in_a_cell():
     assert UserError("no such file")._render_traceback_() == ["error: no such file"]
 
 
-# A cell that trains 40 steps, in the way that it is asked to.
+# A cell that trains long enough to be stopped, in the way that it is asked to.
 CELL = """
 import sys
 import solar_jax as sj
 CHANGES = {"source": "model", "growth.m": 1, "data.sources": ["corpus.txt"], "data.sequence_length": 32,
-           "train.steps": 40, "train.batch_size": 4, "train.control": False, "evaluation.windows": 4,
+           "train.steps": 400, "train.batch_size": 4, "train.control": False, "evaluation.windows": 4,
            "evaluation.every": 4, "checkpoint.every": 100}
 if sys.argv[1] == "command":
     changes = [f"--config.{k}={v[0] if isinstance(v, list) else v}" for k, v in CHANGES.items()]

@@ -111,5 +111,5 @@ def test_losses_without_a_cache_are_the_same_and_padding_is_left_out(base, rows)
 def test_a_runs_mesh_is_joined_where_rows_would_be_split():
     mesh = make_mesh(MeshConfig(slice=2, context=2, fsdp=2))
     joined = mesh_for_search(mesh)
-    assert dict(joined.shape) == {"slice": 1, "data": 2, "fsdp": 4, "context": 1, "tensor": 1}
+    assert dict(joined.shape) == {"slice": 1, "data": 2, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     assert list(joined.devices.flat) == list(mesh.devices.flat)

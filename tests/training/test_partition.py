@@ -1,5 +1,6 @@
 """Trained and frozen parts: what trains gets the gradient it had, what is frozen costs nothing and keeps every bit."""
 
+import dataclasses
 import functools
 import math
 
@@ -17,7 +18,7 @@ from solar_jax.model import llama
 from solar_jax.model.shapes import param_shapes
 from solar_jax.training.objectives import next_token_loss
 from solar_jax.training.optimizer import DIRECTIONS
-from solar_jax.training.partition import OTHERS, TRAINABLE, Partition, everything, make_partition
+from solar_jax.training.partition import ARRAYS, OTHERS, TRAINABLE, Partition, everything, make_partition
 from solar_jax.training.state import abstract_state, state_shardings, stored_form
 from solar_jax.training.step import make_train_step
 from tests.conftest import optimizer_of, weights_of
@@ -33,7 +34,10 @@ MOVES = {  # which layers, which other arrays
     "new": ([3, 4], ()),
     "seam": ([2, 3], ()),
     "no_embed": ([0, 1, 2, 3, 4, 5], ("final_norm",)),
+    "router": ([0, 1, 2, 3, 4, 5], ()),
+    "experts": ([0, 1, 2, 3, 4, 5], ()),
 }
+EXPERTS = dataclasses.replace(CFG, num_local_experts=4, num_experts_per_tok=2)
 
 
 def random_params(cfg=CFG):
@@ -56,7 +60,11 @@ def optimiser_config(optimiser: str) -> OptimizerConfig:
 )
 def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(optimiser, name):
     run = Config(optimizer=optimiser_config(optimiser), train=TrainConfig(steps=3, precision="float32"))
-    partition, optimizer, params = make_partition(name, LAYER_MAP), optimizer_of(run), random_params()
+    partition, optimizer, params = (
+        make_partition(name, LAYER_MAP),
+        optimizer_of(run),
+        random_params(EXPERTS if name in ARRAYS else CFG),
+    )
     rng = np.random.default_rng(1)
 
     @jax.jit
@@ -74,7 +82,8 @@ def test_what_is_frozen_keeps_every_bit_and_the_rest_moves(optimiser, name):
         assert_moved(found[other], params[other], other in others, other)
     for array, before in params["layers"].items():
         for i in range(LAYER_MAP.layers):
-            assert_moved(found["layers"][array][i], before[i], i in layers, f"{array} of layer {i}")
+            moves = i in layers and array in ARRAYS.get(name, (array,))
+            assert_moved(found["layers"][array][i], before[i], moves, f"{array} of layer {i}")
 
 
 def assert_moved(found, before, moves: bool, what: str):
@@ -199,7 +208,9 @@ def test_a_choice_that_leaves_nothing_to_train_is_refused(name):
 
 
 def test_an_unknown_choice_of_what_trains_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"config\.train\.trainable must be one of all, .*no_embed, found 'old'"):
+    with pytest.raises(
+        UserError, match=r"config\.train\.trainable must be one of all, .*no_embed, router, experts, found 'old'"
+    ):
         make_partition("old", LAYER_MAP)
 
 
