@@ -36,7 +36,8 @@ def compiler(monkeypatch):
         seen.tried.append(plan.search.need(cfg, option).total / GIB)
         if seen.tried[-1] > seen.limit:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM.\nSee elsewhere.")
-        return types.SimpleNamespace(total=GIB, program=types.SimpleNamespace(seconds=lambda: (3.0, 4.0)))
+        program = types.SimpleNamespace(seconds=lambda: (3.0, 4.0), unknown={"odd_kernel"})
+        return types.SimpleNamespace(total=GIB, program=program)
 
     monkeypatch.setattr(plan, "compile_step", compile_step)
     monkeypatch.setattr(plan, "described_devices", lambda wanted: [])
