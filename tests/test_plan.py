@@ -88,7 +88,9 @@ def test_the_compilers_figures_stand_in_place_of_estimates(compiler, capsys):
     (r,) = plan.plan(FULL, V5P, compiles=True)
     assert (r["compiled"], r["hbm_gib"], r["step_seconds"]) == (True, 1.0, 3.0)
     assert len(compiler.tried) == 1
-    assert "compiling fsdp 64, remat matmuls for v5p-128" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "compiling fsdp 64, remat matmuls for v5p-128" in said
+    assert "kernels without a cost, so the step takes longer: odd_kernel" in said
 
 
 def test_what_the_compiler_refuses_gives_way_to_the_next_best_that_needs_less(compiler):
