@@ -94,7 +94,7 @@ PACKAGES = ("solar_jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cu
 
 @dataclasses.dataclass
 class Checked:
-    """What a check found, part by part."""
+    """Findings of a check, part by part."""
 
     facts: dict[str, str]
     kernels: list[KernelCheck] = dataclasses.field(default_factory=list)

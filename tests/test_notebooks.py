@@ -84,7 +84,7 @@ def tagged(notebook: nbformat.NotebookNode, tag: str) -> nbformat.NotebookNode:
 
 
 def pythons() -> list[str]:
-    """What `uv venv --python` may find Colab's Python by, and at last this one."""
+    """Values of `uv venv --python` for Colab's Python, and at last this one."""
     pyenv = pathlib.Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
     return [*map(str, sorted(pyenv.glob(f"versions/{PYTHON}.*/bin/python"), reverse=True)), PYTHON, sys.executable]
 
@@ -205,7 +205,7 @@ def python_of(cell: nbformat.NotebookNode) -> ast.Module:
 
 
 def names_of(notebook: nbformat.NotebookNode) -> dict[str, object]:
-    """What the cells tagged parameters and names set."""
+    """The names that the cells tagged parameters and names set."""
     found: dict[str, object] = {}
     for tag in ("parameters", "names"):
         exec(tagged(notebook, tag).source, found)
@@ -218,7 +218,7 @@ def calls(notebook: nbformat.NotebookNode, function: str) -> list[ast.Call]:
 
 
 def value(node: ast.expr, names: dict[str, object]) -> object:
-    """What an expression is; of names that a loop sets, text."""
+    """The value of an expression; of names that a loop sets, text."""
     for inner in ast.walk(node):
         if isinstance(inner, ast.Name) and inner.id not in names and not hasattr(builtins, inner.id):
             names = {inner.id: "dus_48l:smollm2"} | names

@@ -36,7 +36,7 @@ class KernelCompilation:
 
     @property
     def foreseen(self) -> bool:
-        """Whether the planner says that it does not fit, so that no run would take it."""
+        """True where the planner says that it does not fit, so that no run would take it."""
         return self.vector_memory > self.vector_memory_limit
 
 

@@ -33,7 +33,7 @@ def sound_attention(wanted: str, choose: Callable[[str], str], probe: Callable[[
       wanted: the config's.
       choose: gives the kernel that the run takes for a value of config.train.attention.
       probe: gives what is wrong with a kernel on this machine, "" if nothing is.
-      warn: is told of every kernel that is left.
+      warn: reports each kernel that is left.
     """
     name = wanted
     while (kernel := choose(name)) in NEXT and (problem := probe(kernel)):
@@ -51,8 +51,8 @@ def attention_for_run(cfg: ModelConfig, option: Option, platform: str, say: Say,
       cfg: the grown model.
       option: how the run goes, as planned.
       platform: of its devices.
-      say: is told what is done, which takes up to a minute, once a machine.
-      warn: is told of every kernel that is left.
+      say: prints what is being checked, up to a minute, once a machine.
+      warn: reports each kernel that is left.
     """
     config = option.config
     if platform not in ("tpu", "gpu"):

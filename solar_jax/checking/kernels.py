@@ -66,7 +66,7 @@ class Errors:
 
     @property
     def wrong(self) -> str:
-        """What is wrong, or "" if all outputs are within the tolerance."""
+        """The problem in words; "" if all outputs are within the tolerance."""
         found = self.relative[self.worst]
         return "" if found <= self.tolerance else f"{self.worst} differs by {found:.1e}, more than {self.tolerance:.0e}"
 

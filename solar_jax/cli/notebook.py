@@ -1,4 +1,4 @@
-"""What a notebook needs: commands in processes of their own, pictures, a folder that outlives the machine.
+"""Helpers of notebooks: commands in processes of their own, pictures, a folder that outlives the machine.
 
 On a TPU one process owns the chip. A notebook therefore either starts commands, by `run_command`, and never imports jax
 itself, or works in its kernel, and starts none.

@@ -366,16 +366,9 @@ def hidden_and_loads(
     return x, model.head(), loads
 
 
-def hidden(
-    cfg: ModelConfig,
-    params: Params,
-    tokens: jax.Array,
-    positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    **how: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Computes the two factors of the logits, as `hidden_and_loads` does."""
-    return hidden_and_loads(cfg, params, tokens, positions, segment_ids, **how)[:2]
+def hidden(cfg: ModelConfig, params: Params, *batch: Any, **how: Any) -> tuple[jax.Array, jax.Array]:
+    """Computes the two factors of the logits, as `hidden_and_loads` does and with its arguments."""
+    return hidden_and_loads(cfg, params, *batch, **how)[:2]
 
 
 def unembed(x: jax.Array, head: jax.Array) -> jax.Array:

@@ -91,6 +91,19 @@ def test_upscale_makes_experts_without_naming_an_operator():
     assert growth_config("dus", None, {"m": 2, "experts": 4}) == GrowthConfig("dus", m=2, experts=4)
 
 
+def test_a_mixtral_grows_deeper_and_is_certified_like_any_other(mixtral, tmp_path):
+    folder, _ = mixtral
+    c = open_checkpoint(str(folder))
+    deeper = grown(c, make_layer_map(c.cfg.num_hidden_layers, GrowthConfig("gated", m=2, beta=0.5)))
+    convert_checkpoint(deeper, Target(tmp_path / "deeper"), "upscale", verify=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "deeper", dtype=torch.float32)
+    with torch.no_grad():
+        assert np.abs(model(torch.tensor(TOKENS)).logits.numpy() - logits(deeper)).max() < 1e-4
+    found = json.loads((tmp_path / "deeper" / "certificate.json").read_text())["tensors"]
+    scaled = found["model.layers.8.block_sparse_moe.experts.w2.weight"]
+    assert "scaled by 0.5" in scaled["made"], scaled
+
+
 def test_a_part_of_each_expert_is_redrawn_and_the_rest_is_the_mlps(tiny):
     base, found = open_checkpoint(str(tiny)), upcycled(tiny, redrawn=0.25)
     F, D = base.cfg.intermediate_size, base.cfg.hidden_size

@@ -7,10 +7,14 @@ import numpy as np
 
 from solar_jax.growth.operators import Upcycling
 
-# Path of the table of tensors -> the MLP's matrix, with its axis of channels in the file
-MADE_OF = {"layers/experts_gate": ("layers/gate_proj", 0), "layers/experts_up": ("layers/up_proj", 0),
-           "layers/experts_down": ("layers/down_proj", 1)}  # fmt: skip
 ROUTER, _ROUTER_DEVIATION = "layers/router", 0.02
+# Path of the table of tensors -> the MLP's matrix, with its axis of channels in the file; the router has its dtype
+MADE_OF = {
+    ROUTER: ("layers/gate_proj", 0),
+    "layers/experts_gate": ("layers/gate_proj", 0),
+    "layers/experts_up": ("layers/up_proj", 0),
+    "layers/experts_down": ("layers/down_proj", 1),
+}
 
 
 def standard_normal(name: str, rows: range, columns: int) -> np.ndarray:

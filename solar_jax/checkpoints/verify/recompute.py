@@ -147,9 +147,14 @@ def _starts_with(file: pathlib.Path, magic: bytes) -> bool:
         return f.read(len(magic)) == magic
 
 
+def _source_path(layer_map: LayerMap, path: str) -> str:
+    """Returns the base's path of a tensor: of a layer's experts, the MLP's that they were made of."""
+    return MADE_OF[path][0] if layer_map.experts and path in MADE_OF else path
+
+
 def source_names(layer_map: LayerMap, path: str, layer: int | None) -> list[str]:
     """Returns the base's tensors that a tensor of the grown model is made from."""
-    path = "layers/gate_proj" if path == ROUTER else MADE_OF.get(path, (path, 0))[0]
+    path = _source_path(layer_map, path)
     if layer is None:
         return [TENSORS[path].hf]
     return [TENSORS[path].hf.format(i) for i in dict.fromkeys((layer_map.source[layer], layer_map.partner[layer]))]
@@ -207,8 +212,7 @@ class Derived:
 
 def grown_tensor(stored: Stored, path: str, layer: int | None, rows: slice) -> np.ndarray:
     """Computes rows of a tensor of the grown model from the base alone, float32 in HF's layout."""
-    if path == ROUTER or path in MADE_OF:
-        assert layer is not None
+    if layer is not None and _source_path(stored.layer_map, path) != path:
         return np.concatenate(list(_experts(stored, path, layer)))[rows]
     parts, scale = _parts(stored, path, layer, rows), _scale(stored, path, layer)
     pair = stored.derived.pair(path) if len(parts) == 2 else None
@@ -300,7 +304,7 @@ def compare_tensors(stored: Stored, result: Checkpoint, progress: Callable[[int]
     """
     tensors = list(hf_tensors(result.cfg))
     used = {
-        name: "layers/gate_proj" if path == ROUTER else MADE_OF.get(path, (path, 0))[0]
+        name: _source_path(stored.layer_map, path)
         for _, path, layer in tensors
         for name in source_names(stored.layer_map, path, layer)
     }
@@ -339,7 +343,7 @@ def _check(
 ) -> tuple[str, dict[str, Any]]:
     """Checks one tensor and returns (HF name, record)."""
     name, path, layer = tensor
-    if (path == ROUTER or path in MADE_OF) and layer is not None and stored.layer_map.experts:
+    if layer is not None and _source_path(stored.layer_map, path) != path:
         return name, _check_experts(stored, result, progress, name, path, layer)
     c, sources, scale = stored.c, source_names(stored.layer_map, path, layer), _scale(stored, path, layer)
     before, after = c.dtype_of[sources[0]], result.dtype_of[name]
