@@ -13,8 +13,9 @@ from solar_jax.errors import UserError
 from solar_jax.growth.operators import identity
 from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice
+from solar_jax.model.llama import initial_params
 from solar_jax.model.precision import precision
-from solar_jax.model.shapes import Params, is_vector, param_shapes, parameter_count
+from solar_jax.model.shapes import Params, param_shapes, parameter_count
 from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_choice
 from solar_jax.parallel.mesh import make_mesh
@@ -138,12 +139,7 @@ def _first_state(cfg: ModelConfig, config: Config, mesh: jax.sharding.Mesh, part
     shardings, shapes = state_shardings(cfg, optimizer, mesh, partition), param_shapes(cfg, policy.weights)
 
     def draw() -> Params:
-        leaves, tree = jax.tree.flatten_with_path(shapes)
-        drawn = [
-            jnp.ones(s.shape, s.dtype) if is_vector(path[-1].key) else 0.02 * jax.random.normal(key, s.shape, s.dtype)
-            for (path, s), key in zip(leaves, jax.random.split(jax.random.key(0), len(leaves)), strict=True)
-        ]
-        return jax.tree.unflatten(tree, drawn)
+        return jax.tree.map(lambda x, s: x.astype(s.dtype), initial_params(cfg, seed=0), shapes)
 
     params = jax.jit(draw, out_shardings=shardings["params"])()
     return {"params": params, "opt_state": first_opt_state(optimizer, partition, params, shardings["opt_state"])}

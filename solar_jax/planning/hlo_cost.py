@@ -161,7 +161,7 @@ def _grouped(program: Program, line: str, times: int) -> None:
         return
     weights = [shape for shape in shapes if len(shape) == 3]
     M, K = rows[0]
-    N = next(size for size in weights[0][1:] if size != K or weights[0][1] == weights[0][2]) if weights else rows[1][1]
+    N = math.prod(weights[0][1:]) // K if weights else rows[1][1]
     program.grouped_flops += times * 2 * M * K * N
 
 

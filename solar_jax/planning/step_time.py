@@ -92,8 +92,8 @@ def step_time(
     used = cfg.num_experts_per_tok if experts else 1  # MLPs that a token goes through
     idle = experts * (1 - used / cfg.num_local_experts) if experts else 0
     weights = sum(parts.values())
-    times = {"gate": used, "up": used}
-    repeated = sum(size(cfg, _WEIGHT[name]) * times.get(name, 1) for name in again if name in _WEIGHT)
+    through = {"gate": used, "up": used}
+    repeated = sum(size(cfg, _WEIGHT[name]) * through.get(name, 1) for name in again if name in _WEIGHT)
     head = size(cfg, "DV")
     differentiated = partition.count if partition.lora is None else 0  # layers whose own weights have gradients
     per_layer = 2 * L + 2 * behind + 2 * differentiated
