@@ -138,6 +138,7 @@ class TrainConfig:
     spike: float = 0.0  # deviations above the running mean that make a loss a spike; 0: no spike detection
     control: bool = False  # also train the base without growth, on the same tokens
     epochs: float = 0.0  # where steps is 0: passes over the rows of all sources
+    compiled: str = ""  # folder of a step that `plan --save` compiled; "": it is compiled at the start
     router_balance: float = 0.01  # weight of the experts' load-balance loss
     router_z: float = 0.001  # weight of the mean square of the router's log-sum-exp
 

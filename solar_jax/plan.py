@@ -7,7 +7,8 @@ Of a chain every training stage is planned, and the cheapest slice of each is na
 
 What the config leaves open (axes of `config.mesh` set to 0, `train.remat="auto"`, `train.accumulation=0`) is searched.
 Memory and time are estimated from shapes; `--compile` replaces them with the TPU compiler's own figures, which takes
-minutes per slice and the package libtpu, but no TPU.
+minutes per slice and the package libtpu, but no TPU. `--save DIR` keeps the compiled step, which a run on that slice
+loads with --config.train.compiled=DIR; without --slice it is compiled for this machine's devices.
 """
 
 import dataclasses
@@ -31,15 +32,23 @@ def define_flags() -> None:
     flags.DEFINE_bool("compile", False, "Check each choice with the TPU compiler and use its figures.")
     flags.DEFINE_float("tokens", None, "Tokens to train on, e.g. 3e11; the config's own if not given.")
     flags.DEFINE_string("prices", None, "JSON file of dollars per chip-hour that replace list prices, {'v5p': 4.2}.")
+    flags.DEFINE_float("failures", None, "Failures of a chip and year, e.g. 0.17; prints what they cost.")
     flags.DEFINE_float("time_limit", 1800.0, "Seconds after which no further compilation is started.")
+    flags.DEFINE_string("save", None, "Folder, local or in a bucket, for the compiled step of the one slice.")
     flags.DEFINE_string("json", None, "File to write the plan to as JSON.")
 
 
 def check() -> None:
     """Raises a UserError for flags that cannot work; does not import jax."""
     f = flags.FLAGS
-    if f.config is None or not f.slice:
+    if f.config is None or not (f.slice or f.save):
         raise UserError("plan needs --config FILE and --slice NAME, for example --slice=v5p-128,v6e-256.")
+    if f.failures is not None and not f.failures > 0:
+        raise UserError(f"--failures must be above 0, found {f.failures}.")
+    if f.save and (len(f.slice or "1") != 1 or is_chain(f.config)):
+        raise UserError("--save keeps the step of one run on one slice; give one --slice, or none for this machine.")
+    if f.save and not resolve(f.config).train.steps:
+        raise UserError("--save needs config.train.steps: the learning rate's schedule is part of the compiled step.")
     if is_chain(f.config):
         resolve_chain(f.config)
         if f.tokens is not None:
@@ -58,17 +67,23 @@ from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.cli.progress import duration, ticking
 from solar_jax.growth.apply import grown_config
 from solar_jax.growth.operators import make_layer_map
-from solar_jax.hardware.chips import CHIPS
+from solar_jax.hardware import compilation
+from solar_jax.hardware.chips import CHIPS, compiler_options
 from solar_jax.hardware.slices import Slice, described_devices, find_slice
 from solar_jax.model.flops import flops_per_token
 from solar_jax.model.shapes import parameter_count
+from solar_jax.parallel.mesh import make_mesh
 from solar_jax.parallel.rules import padded_rows
 from solar_jax.planning import search
-from solar_jax.planning.aot import compile_step
+from solar_jax.planning.aot import compile_step, lower_step
+from solar_jax.planning.failures import failure_cost
 from solar_jax.planning.memory import GIB, Need
 from solar_jax.planning.search import Devices, Option
+from solar_jax.planning.table import dollars, failure_table, plan_table
 from solar_jax.storage.json_files import read_json_object, write_json
+from solar_jax.storage.paths import path
 from solar_jax.training.partition import Partition, make_partition
+from solar_jax.training.saved_program import save_program
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # start of the compiler's error when memory is too small
 
@@ -87,6 +102,9 @@ class Result:
 def main(argv: Sequence[str]) -> None:
     del argv
     f = flags.FLAGS
+    if not f.slice:
+        save_here(resolve(f.config), path(f.save))
+        return
     slices, prices = [find_slice(name) for name in f.slice], read_prices(f.prices)
     if is_chain(f.config):
         plan_chain(
@@ -94,9 +112,41 @@ def main(argv: Sequence[str]) -> None:
         )
         return
     plan(
-        resolve(f.config), slices, compiles=f.compile, tokens=f.tokens, prices=prices, time_limit=f.time_limit,
-        file=f.json,
+        resolve(f.config), slices, compiles=f.compile or f.save is not None, tokens=f.tokens, prices=prices,
+        time_limit=f.time_limit, file=f.json, save=path(f.save) if f.save else None, failures=f.failures,
     )  # fmt: skip
+
+
+def save_here(config: Config, folder: pathlib.Path) -> None:
+    """Compiles a run's step for the devices of this machine and saves it.
+
+    Raises:
+      UserError: the config does not fit them.
+    """
+    compilation.use_cache(config.logging.compilation_cache)
+    cfg, partition = grown_shape(config, base_shape(config))
+    option, need = search.choose(cfg, config, search.present(), partition)
+    show(f"{config.name} on {jax.device_count()} {jax.devices()[0].device_kind} device(s): {option}, {need}")
+    mesh = make_mesh(option.config.mesh)
+    lowered = lower_step(cfg, option.config, mesh, partition)
+    compiled = lowered.compile(dict(compiler_options(jax.devices()[0])) or None)
+    show(saved_line(folder, save_program(folder, cfg, option.config, mesh, lowered, compiled)))
+
+
+def saved_line(folder: pathlib.Path, size: int) -> str:
+    return f"compiled step saved, {size / 1e6:.1f} MB: run with --config.train.compiled={folder}"
+
+
+def base_shape(config: Config) -> ModelConfig:
+    """Returns the shape of the model that a run starts from."""
+    return config.model.architecture if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
+
+
+def grown_shape(config: Config, base: ModelConfig) -> tuple[ModelConfig, Partition]:
+    """Returns the shape of the grown model, and which parameters train."""
+    layer_map = make_layer_map(base.num_hidden_layers, config.growth)
+    partition = make_partition(config.train.trainable, layer_map, config.lora, config.growth.new_rate)
+    return grown_config(base, layer_map), partition
 
 
 def plan_chain(
@@ -136,7 +186,8 @@ def plan_chain(
 def plan(
     config: Config, slices: Sequence[Slice], *, compiles: bool = False, tokens: float | None = None,
     prices: dict[str, float] | None = None, time_limit: float = 1800.0, file: str | None = None,
-    base: ModelConfig | None = None,
+    base: ModelConfig | None = None, save: pathlib.Path | None = None,
+    failures: float | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Plans a run on each slice, prints the plan, and returns the rows that `--json` writes.
 
@@ -149,16 +200,15 @@ def plan(
       time_limit: seconds after which no further compilation is started.
       file: where the rows are written.
       base: shape of the model that the run starts from; that of the config or of its source if None.
+      save: where the compiled step is saved.
+      failures: of a chip and year, whose cost is printed.
 
     Raises:
-      UserError: the config, or the mesh that it asks for, is impossible.
+      UserError: the config, or the mesh that it asks for, is impossible; or no step was compiled that could be saved.
     """
     # ---- The run ----------------------------------------------------------------------------------------------------
     begin = time.monotonic()
-    if base is None:
-        base = config.model.architecture if config.model.num_hidden_layers else open_checkpoint(config.source).cfg
-    layer_map = make_layer_map(base.num_hidden_layers, config.growth)
-    cfg, partition = grown_config(base, layer_map), make_partition(config.train.trainable, layer_map, config.lora)
+    cfg, partition = grown_shape(config, base or base_shape(config))
     step_tokens = config.train.batch_size * config.data.sequence_length
     tokens = config.train.steps * step_tokens if tokens is None else tokens
     if not tokens and config.train.epochs:
@@ -184,11 +234,21 @@ def plan(
         devices = search.of_slice(wanted)
         result = estimated(cfg, config, wanted, devices, partition)
         if compiles and result.fits:
-            result = checked(cfg, config, wanted, devices, begin + time_limit, partition) or result
+            result = checked(cfg, config, wanted, devices, begin + time_limit, partition, save) or result
+        if save and not result.compiled:
+            raise UserError(f"--save: no step was compiled for {wanted.name}, so none is saved.")
         rows.append(row(cfg, wanted, result, tokens, (prices or {}).get(wanted.chip, wanted.facts.price)))
+        if failures:
+            need = search.need(cfg, result.option, partition)
+            cost = failure_cost(
+                failures, wanted.chips, result.seconds, config.checkpoint.every, need.parameters + need.optimizer
+            )
+            rows[-1]["failures"] = dataclasses.asdict(cost)
 
     # ---- The plan ---------------------------------------------------------------------------------------------------
     show(f"\n{plan_table(rows, tokens)}")
+    if failures:
+        show(f"\n{failure_table(rows, failures, config.checkpoint.every)}")
     if file:
         write_json(pathlib.Path(file), {"slices": rows})
     return rows
@@ -241,7 +301,7 @@ def estimated(cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices,
     if rows > config.train.batch_size:
         show(
             f"warning: a batch of {config.train.batch_size} rows is too small for this slice: {rows} rows are computed "
-            "per step, the others of padding; raise config.train.batch_size or take fewer chips"
+            f"per step, the others of padding; raise config.train.batch_size to {rows} or take fewer chips"
         )
     show(policies(cfg, option, devices, partition))
     fits = search.fits(need, devices)
@@ -264,8 +324,9 @@ def policies(cfg: ModelConfig, option: Option, devices: Devices, partition: Part
 
 
 def checked(
-    cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices, deadline: float, partition: Partition
-) -> Result | None:
+    cfg: ModelConfig, config: Config, wanted: Slice, devices: Devices, deadline: float, partition: Partition,
+    save: pathlib.Path | None = None,
+) -> Result | None:  # fmt: skip
     """Returns the best way that the TPU compiler accepts, with its figures; None if time runs out or none is left."""
     smallest = devices.memory
     for option in search.options(cfg, config, devices, partition):
@@ -293,6 +354,9 @@ def checked(
             f"compiled in {duration(time.monotonic() - begin)}: {compiled.total / GIB:.2f} GiB, estimated "
             f"{need.total / GIB:.2f}, step {overlapped:.3f} s ({serial:.3f} s with nothing overlapped)"
         )
+        if save:
+            size = save_program(save, cfg, option.config, compiled.mesh, compiled.lowered, compiled.executable)
+            show(saved_line(save, size))
         return Result(option, compiled.total, overlapped, compiled=True)
     show("no option fits according to the compiler")
     return None
@@ -320,35 +384,6 @@ def row(cfg: ModelConfig, wanted: Slice, result: Result, tokens: float, price: f
         "fits": result.fits,
         "compiled": result.compiled,
     }
-
-
-def dollars(amount: float) -> str:
-    """Formats dollars, with cents where they matter."""
-    return f"{amount:,.2f}" if amount < 1000 else f"{amount:,.0f}"
-
-
-def mesh_text(r: dict[str, Any]) -> str:
-    """Formats a row's mesh and, if there are several, microbatches."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1) or "one device"
-    return f"{mesh}, {r['accumulation']} microbatches" if r["accumulation"] > 1 else mesh
-
-
-def plan_table(rows: list[dict[str, Any]], tokens: float) -> str:
-    """Formats one line per slice."""
-    meshes = [mesh_text(r) for r in rows]
-    wide = max(map(len, meshes)) + 2
-    lines = [
-        f"{'slice':<14}{'chips':>6}  {'mesh':<{wide}}{'remat':<11}{'HBM GiB':>8}{'step s':>9}{'tokens/s/chip':>14}"
-        f"{'MFU causal, not':>17}{f'hours, {tokens:.3g} t':>18}{'dollars':>14}"
-    ]
-    for r, mesh in zip(rows, meshes, strict=True):
-        how = "by the compiler" if r["compiled"] else "estimated" if r["fits"] else "does not fit (estimated)"
-        lines.append(
-            f"{r['slice']:<14}{r['chips']:>6}  {mesh:<{wide}}{r['remat']:<11}{r['hbm_gib']:>8.1f}"
-            f"{r['step_seconds']:>9.3f}{r['tokens_per_second_per_chip']:>14,.0f}"
-            f"{f'{r["mfu"]:.1%}, {r["mfu_non_causal"]:.1%}':>17}{r['hours']:>18,.1f}{dollars(r['dollars']):>14}  {how}"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ from solar_jax.searching.run import searched
 from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.owner import owned
 from solar_jax.storage.paths import is_local
-from solar_jax.training import run_folder
+from solar_jax.training import run_folder, saved_program
 from solar_jax.training.chunks import check_chunks
 from solar_jax.training.growing import make_phases
 from solar_jax.training.optimizer import make_optimizer
@@ -146,6 +146,7 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     # ---- Checks: everything is refused here, before anything is allocated or written -----------------------------
     config, search_record = searched(config, folder)
     devices = search.present()
+    program = saved_program.open_program(config.train.compiled)
     if config.model.num_hidden_layers:  # known shape: what cannot fit is refused before opening a checkpoint
         layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
         trained = make_partition(config.train.trainable, layer_map, config.lora)
@@ -159,7 +160,8 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
         search.choose(grown_config(checkpoint.cfg, cut), config, devices, trained)
     partition = make_partition(config.train.trainable, layer_map, config.lora, config.growth.new_rate)
     deeper = grown(checkpoint, layer_map)
-    option, need = search.choose(deeper.cfg, config, devices, partition)
+    planned = program.filled(config) if program else config
+    option, need = search.choose(deeper.cfg, planned, devices, partition)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     goes_on = run_folder.check_owner(folder, config, allowed)
     if summary := read_json(folder / "summary.json"):
@@ -180,18 +182,21 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     # ---- The attention kernel, checked once on each machine; a run without it is planned anew ----------------------
     attention = attention_for_run(deeper.cfg, option, devices.platform, say, warn)
     if attention != config.train.attention:
-        without = dataclasses.replace(config, train=dataclasses.replace(config.train, attention=attention))
+        without = dataclasses.replace(planned, train=dataclasses.replace(planned.train, attention=attention))
         option, need = search.choose(deeper.cfg, without, devices, partition)
 
     # ---- The plan, printed ----------------------------------------------------------------------------------------
     mesh = make_mesh(option.config.mesh)
+    if program:
+        in_steps = dataclasses.replace(option.config.train, steps=counted.train.steps)
+        program.check(deeper.cfg, dataclasses.replace(option.config, train=in_steps), mesh)
     heldout = heldout_rows(corpus, config.evaluation.windows)
     train = option.config.train
     # Chunks count their own steps, each from its rows.
     counted_steps = config.train.steps if config.preferences.chunks else counted.train.steps
     announce(
         counted, folder, deeper, partition, corpus, len(heldout), resumes=goes_on, memory=str(need),
-        mesh=f"{'chosen   ' if search.is_open(config) else 'mesh     '} {option}",
+        mesh=f"{'chosen   ' if search.is_open(planned) else 'mesh     '} {option}",
         padded=rules.padded_rows(train.batch_size, mesh, train.accumulation),
     )  # fmt: skip
     processes.wait("everything is checked")

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 
 import matplotlib.image
 import nbclient
@@ -90,7 +91,7 @@ def pythons() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> KernelSpecManager:
+def kernels(tmp_path_factory) -> Iterator[KernelSpecManager]:
     """An environment with a kernel and nothing else, which the first notebook's own cell fills."""
     folder, uv = tmp_path_factory.mktemp("kernel"), os.environ.get("UV") or shutil.which("uv")
     assert uv is not None
@@ -113,13 +114,16 @@ def kernels(tmp_path_factory) -> KernelSpecManager:
     }
     (folder / "kernels" / KERNEL).mkdir(parents=True)
     (folder / "kernels" / KERNEL / "kernel.json").write_text(json.dumps(spec))
-    return KernelSpecManager(kernel_dirs=[str(folder / "kernels")])
+    yield KernelSpecManager(kernel_dirs=[str(folder / "kernels")])
+    shutil.rmtree(folder / "env")  # 1.3 GB
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> pathlib.Path:
+def place(tmp_path_factory) -> Iterator[pathlib.Path]:
     """Where all notebooks work, with a tiny model and text for those that take one's own."""
-    return save_model_and_text(tmp_path_factory.mktemp("notebooks"), 4000)
+    folder = save_model_and_text(tmp_path_factory.mktemp("notebooks"), 4000)
+    yield folder
+    shutil.rmtree(folder)  # 10 GB
 
 
 def with_values(source: str, values: dict[str, object]) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from solar_jax import plan
 from solar_jax.chaining.stages import resolve_chain
-from solar_jax.config import resolve
+from solar_jax.config import MeshConfig, resolve
 from solar_jax.errors import UserError
 from solar_jax.hardware.slices import find_slice
 from solar_jax.model.flops import flops_per_token
@@ -133,6 +133,29 @@ def test_prices_that_are_none_are_refused(tmp_path: pathlib.Path, content, said)
     file.write_text(content)
     with pytest.raises(UserError, match=said):
         plan.read_prices(str(file))
+
+
+def test_what_failures_cost_is_told_for_every_slice(capsys):
+    few, many = plan.plan(FULL, [find_slice("v5p-128"), find_slice("v5p-1024")], failures=0.17)
+    assert many["failures"]["between"] == pytest.approx(few["failures"]["between"] / 8)
+    assert few["failures"]["best_goodput"] >= few["failures"]["goodput"] > many["failures"]["goodput"]
+    assert "failures: 0.17 of a chip and year (assumed), restart 10 min 00 s" in capsys.readouterr().out
+
+
+def test_a_batch_that_is_too_small_for_a_slice_is_told_with_one_that_fits(capsys):
+    train = dataclasses.replace(FULL.train, batch_size=8)
+    plan.plan(dataclasses.replace(FULL, train=train, mesh=MeshConfig(data=1, fsdp=64, tensor=1, context=1)), V5P)
+    assert "raise config.train.batch_size to 64 or take fewer chips" in capsys.readouterr().out
+
+
+def test_no_step_is_saved_where_none_was_compiled(monkeypatch, tmp_path):
+    def missing(wanted):
+        raise UserError("the TPU compiler does not start; it needs the package libtpu.")
+
+    monkeypatch.setattr(plan, "described_devices", missing)
+    with pytest.raises(UserError, match="--save: no step was compiled for v5p-128, so none is saved"):
+        plan.plan(FULL, V5P, compiles=True, save=tmp_path / "program")
+    assert not (tmp_path / "program").exists()
 
 
 def test_tokens_have_to_be_some():

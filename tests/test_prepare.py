@@ -88,6 +88,8 @@ def test_kill_9_at_any_moment_then_the_same_command_completes_the_same_bytes(tin
 
 @pytest.mark.slow
 def test_ray_makes_the_same_bytes(tiny, tmp_path, monkeypatch):
+    # Ray reads this when it is imported: under `uv run` it would install the whole environment again, for its workers.
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     import ray  # seconds to import; a part of the extra test
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

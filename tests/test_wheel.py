@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -25,7 +26,7 @@ def run(*command: str | pathlib.Path, cwd: pathlib.Path, **variables: str) -> st
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> pathlib.Path:
+def installed(tmp_path_factory) -> Iterator[pathlib.Path]:
     """An environment with the wheel and what it needs, and nothing else."""
     folder, uv = tmp_path_factory.mktemp("wheel"), os.environ.get("UV") or shutil.which("uv")
     assert uv is not None
@@ -37,7 +38,8 @@ def installed(tmp_path_factory) -> pathlib.Path:
     run(uv, "venv", "--python", sys.executable, folder / "env", cwd=REPO)
     python = folder / "env" / "bin" / "python"
     run(uv, "pip", "install", "--python", python, wheel, "--constraint", REPO / "constraints.txt", cwd=REPO)
-    return python
+    yield python
+    shutil.rmtree(folder / "env")  # 0.7 GB
 
 
 @pytest.mark.slow  # an environment is installed

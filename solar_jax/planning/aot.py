@@ -17,7 +17,7 @@ from solar_jax.parallel.mesh import make_mesh
 from solar_jax.planning import hlo_cost
 from solar_jax.planning.hlo_cost import read_program
 from solar_jax.training.objectives import next_token
-from solar_jax.training.optimizer import make_optimizer
+from solar_jax.training.optimizer import Rewarm, make_optimizer
 from solar_jax.training.partition import Partition
 from solar_jax.training.preferences import make_loss, preference_objective
 from solar_jax.training.state import abstract_state, state_shardings
@@ -37,6 +37,9 @@ class Compiled:
     compiled_seconds: float
     text: str  # optimised HLO
     program: hlo_cost.Program  # as read by the roofline model
+    lowered: jax.stages.Lowered
+    executable: jax.stages.Compiled
+    mesh: jax.sharding.Mesh
 
 
 def lower_step(
@@ -50,7 +53,10 @@ def lower_step(
       mesh: of devices of one kind, real or described.
     """
     steps = max(1, config.train.steps)  # not known yet where the config counts epochs
-    optimizer = make_optimizer(config.optimizer, steps, precision(config.train), seed=config.seed, mesh=mesh)
+    rewarm = Rewarm(config.growth.steps, config.growth.rewarm_steps)
+    optimizer = make_optimizer(
+        config.optimizer, steps, precision(config.train), seed=config.seed, mesh=mesh, rewarm=rewarm
+    )
     policy = precision(config.train)
     state = abstract_state(
         cfg, policy.weights, optimizer, state_shardings(cfg, optimizer, mesh, partition), partition,
@@ -87,7 +93,8 @@ def compile_step(
     """
     devices = described_devices(wanted)
     begin = time.perf_counter()
-    lowered = lower_step(cfg, config, make_mesh(config.mesh, devices), partition)
+    mesh = make_mesh(config.mesh, devices)
+    lowered = lower_step(cfg, config, mesh, partition)
     traced = time.perf_counter() - begin
     begin = time.perf_counter()
     compiled = lowered.compile(dict(chips.compiler_options(devices[0]) if options is None else options) or None)
@@ -103,4 +110,7 @@ def compile_step(
         compiled_seconds=seconds,
         text=text,
         program=read_program(text, wanted.facts),
+        lowered=lowered,
+        executable=compiled,
+        mesh=mesh,
     )

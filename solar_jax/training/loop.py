@@ -43,6 +43,7 @@ from solar_jax.training.run import (
     warn,
     with_adapter,
 )  # fmt: skip
+from solar_jax.training.saved_program import open_program
 from solar_jax.training.state import abstract_state, first_opt_state, state_shardings, stored_form
 from solar_jax.training.step import make_train_step
 from solar_jax.training.task_scores import TaskScores
@@ -238,27 +239,25 @@ class _Session:
         return self._start.tokens + (step - self._start.step) * self._step_tokens
 
     def _compile(self, optimizer: Any, state: Any, batches: Prefetcher) -> jax.stages.Compiled:
-        step = make_train_step(
-            self._cfg,
-            self._run.config.train,
-            self._run.config.data.sequence_length,
-            optimizer,
-            self._run.mesh,
-            self._arm.partition,
-            self._run.objective,
-        )
+        run, train, length = self._run, self._run.config.train, self._run.config.data.sequence_length
+        step = make_train_step(self._cfg, train, length, optimizer, run.mesh, self._arm.partition, run.objective)
         begin = time.perf_counter()
-        batch = batches.first()
+        lowered = step.lower(state, batches.first())
+        program = open_program(train.compiled) if self._arm.name == run.arm else None
         with cache_hits() as hits:
-            compiled = step.lower(state, batch).compile(dict(chips.compiler_options(jax.devices()[0])) or None)
+            if program is not None:
+                compiled = program.load(lowered, run.mesh)
+            else:
+                compiled = lowered.compile(dict(chips.compiler_options(jax.devices()[0])) or None)
         spent = time.perf_counter() - begin
-        self._run.ledger.add("compilation", spent)
+        run.ledger.add("compilation", spent)
         cached = f" (from the cache in {jax.config.jax_compilation_cache_dir})" if hits else ""
+        how = "step compiled" if program is None else f"compiled step loaded from {program.folder}"
         m = compiled.memory_analysis()
         takes = "" if m is None else (
             f"; the compiler reports {(m.argument_size_in_bytes + m.temp_size_in_bytes) / 2**30:.1f} GiB per device"
         )  # fmt: skip
-        say(f"{self._arm.name}: step compiled in {spent:.0f} s{cached}{takes}")
+        say(f"{self._arm.name}: {how} in {spent:.0f} s{cached}{takes}")
         return compiled
 
     def _step(self, compiled: jax.stages.Compiled, step: int, state: Any, batches: Prefetcher) -> Any:

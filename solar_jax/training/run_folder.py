@@ -54,7 +54,7 @@ _TEXT = "data.json"
 
 # Keys, or groups of keys, that do not affect training results: a restart may change them.
 _FREE = (
-    "logging", "data.workers", "preferences.cache",
+    "logging", "data.workers", "preferences.cache", "train.compiled",
     *(f"checkpoint.{key}" for key in ("keep", "keep_every", "keep_best", "restore")),
 )  # fmt: skip
 TOKENIZER, DATA = "tokenizer", "data"  # other names that --allow_changed accepts
