@@ -100,10 +100,10 @@ def main() -> None:
         make_donor(donor)
     trained = train.run(base_config(donor), base)
     study = study_config(base / "hf", "")
+    searched = Config(source=str(base / "hf"), data=base_config(donor).data)
     found = search_cuts(
-        Config(source=str(base / "hf"), data=base_config(donor).data), SearchSettings(ADDED), args.out / "search.json", other="",
-        tokens=4096, windows=40, dtype="float32", overwrite=False, recipe="",
-    )  # fmt: skip
+        searched, SearchSettings(ADDED), args.out / "search.json", other="", tokens=4096, windows=40, dtype="float32"
+    )
     print(f"base: held-out loss {trained['final_loss']:.4f}; searched cut: {found['best']['slices']}\n")
     study.arms = arms(found["best"]["slices"])
     run_study(resolve_study(study), args.out / "study", dry_run=args.dry_run)
