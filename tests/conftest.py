@@ -13,6 +13,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = (
     else tempfile.mkdtemp(prefix="solar_jax_compiled_")
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Nor is every package's source compiled again in each of hundreds of processes, whatever the machine is set to.
+os.environ["PYTHONPYCACHEPREFIX"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "bytecode")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import json
 import pathlib

@@ -4,8 +4,9 @@
 
 The base is a Llama of 12 layers and 1.4 M parameters with a tokenizer of 2,048 entries, trained from scratch on the
 sources of Python's standard library. The arms are those of configs/study_smollm2.py:full with counts of layers scaled
-from 30 to 12: three learning rates, three seeds, 102,400 tokens an arm, and the cut that a search finds on this base.
-The same command goes on from what is complete. DIR/study holds the report.
+from 30 to 12: two learning rates, three seeds, 102,400 tokens an arm. `searched` is the best cut that a search finds
+on this base beside dus(2) and block 1:9, which are arms anyway. The same command goes on from what is complete.
+DIR/study holds the report. `--devices_per_arm=1` with JAX_NUM_CPU_DEVICES=2 runs two arms side by side.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from solar_jax.studying.config import resolve_study, study_defaults
 
 LAYERS, ADDED, BASE_STEPS = 12, 8, 1500
 BATCH, LENGTH = 8, 128  # of an arm
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3)
 
 
 def base_config(donor: pathlib.Path) -> Config:
@@ -33,7 +34,8 @@ def base_config(donor: pathlib.Path) -> Config:
     narrow = dataclasses.replace(
         config.model, hidden_size=96, intermediate_size=288, num_attention_heads=3, num_key_value_heads=1
     )
-    return dataclasses.replace(config, name="small_base", model=narrow)
+    data = dataclasses.replace(config.data, holdout_every=5)
+    return dataclasses.replace(config, name="small_base", model=narrow, data=data)
 
 
 def arms(searched: str) -> tuple[dict[str, object], ...]:
@@ -73,7 +75,7 @@ def study_config(base: pathlib.Path, searched: str) -> ConfigDict:
     run = defaults()
     run.name, run.source = "small_study", str(base)
     run.data.sources, run.data.sequence_length = ("python-stdlib?limit=3000000",), LENGTH
-    run.data.holdout_every = 16  # the documents that the base has not seen either
+    run.data.holdout_every = 5  # the documents that the base has not seen either
     run.train.steps, run.train.batch_size = 100, BATCH
     run.train.precision, run.train.remat = "float32", "none"
     run.optimizer.schedule, run.optimizer.warmup_fraction = "linear", 0.1
@@ -92,6 +94,7 @@ def study_config(base: pathlib.Path, searched: str) -> ConfigDict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--devices_per_arm", type=int, default=0)
     parser.add_argument("--dry_run", action="store_true", help="train the base, search, and print the study's plan")
     args = parser.parse_args()
     donor, base = args.out / "tokenizer", args.out / "base"
@@ -104,8 +107,9 @@ def main() -> None:
     found = search_cuts(
         searched, SearchSettings(ADDED), args.out / "search.json", other="", tokens=4096, windows=40, dtype="float32"
     )
-    print(f"base: held-out loss {trained['final_loss']:.4f}; searched cut: {found['best']['slices']}\n")
-    study.arms = arms(found["best"]["slices"])
+    searched_cut = next(c for c in found["candidates"] if c["blocks"] not in ("2:10", "1:9"))
+    print(f"base: held-out loss {trained['final_loss']:.4f}; the best cut: {found['best']['blocks']}")
+    study.arms, study.devices_per_arm = arms(searched_cut["slices"]), args.devices_per_arm
     run_study(resolve_study(study), args.out / "study", dry_run=args.dry_run)
 
 
