@@ -104,8 +104,10 @@ def test_a_mistake_is_one_sentence_in_a_cell():
 
 # A cell that trains long enough to be stopped, in the way that it is asked to.
 CELL = """
+import signal
 import sys
 import solar_jax as sj
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as a kernel has it; a shell's background jobs ignore it
 CHANGES = {"source": "model", "growth.m": 1, "data.sources": ["corpus.txt"], "data.sequence_length": 32,
            "train.steps": 400, "train.batch_size": 4, "train.control": False, "evaluation.windows": 4,
            "evaluation.every": 4, "checkpoint.every": 100}
