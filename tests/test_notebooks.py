@@ -46,12 +46,12 @@ SMALL = {"PRECISION": "float32", "LENGTH": 64, "ROWS": 2, "WINDOWS": 2, "NEW_TOK
 # In this order: tune.ipynb goes on from what grow.ipynb leaves.
 CASES = {
     "grow": Case(
-        SMALL | {"STEPS": 2, "ABLATE": "none", "SEAM_ROWS": 1, "SEAM_LENGTH": 32},
-        ("30 -> 48 layers", "seam 23|24", "held-out loss", "healed: written to", "## The residual stream"),
+        SMALL | {"M": 13, "STEPS": 2, "ABLATE": "none", "SEAM_ROWS": 1, "SEAM_LENGTH": 32},
+        ("30 -> 34 layers", "seam 16|17", "held-out loss", "healed: written to", "## The residual stream"),
         2,
     ),
     "tune": Case(
-        SMALL | {"HEAL_STEPS": 1, "LENGTH": 192, "CONVERSATIONS": "pydoc-functions?limit=400",
+        SMALL | {"HEAL_STEPS": 1, "LORA_RANK": 4, "LENGTH": 192, "CONVERSATIONS": "pydoc-functions?limit=400",
                  "PAIRS": "pydoc-functions?limit=400"},
         ("runs/healed/summary.json", "What does os.path.join do in Python?", "0.693"),
         2,
@@ -160,7 +160,7 @@ def test_a_notebook_runs_from_an_empty_environment_and_shows_what_it_promises(na
     cell.source = with_values(cell.source, case.values | {"SOLAR_JAX": str(REPO)})
     manager = AsyncKernelManager(kernel_name=KERNEL, kernel_spec_manager=kernels)
     client = nbclient.NotebookClient(notebook, km=manager, timeout=900, resources={"metadata": {"path": str(place)}})
-    client.execute()  # raises with the cell and its traceback
+    client.execute(cleanup_kc=True)  # raises with the cell and its traceback; a kernel is not left behind
     text, pictures = shown(notebook)
     for expected in case.texts:
         assert expected in text, f"{expected!r} is missing in\n{text[-3000:]}"
