@@ -25,7 +25,7 @@ from solar_jax.studying.config import resolve_study, study_defaults
 
 LAYERS, ADDED, BASE_STEPS = 12, 8, 1500
 BATCH, LENGTH = 8, 128  # of an arm
-RATES = (3e-4, 1e-3)
+RATES = (1e-4, 3e-4)
 
 
 def base_config(donor: pathlib.Path) -> Config:
