@@ -4,7 +4,7 @@
 
 The base is a Llama of 12 layers and 1.4 M parameters with a tokenizer of 2,048 entries, trained from scratch on the
 sources of Python's standard library. The arms are those of configs/study_smollm2.py:full with counts of layers scaled
-from 30 to 12: two learning rates, three seeds, 102,400 tokens an arm. `searched` is the best cut that a search finds
+from 30 to 12: two learning rates, `--seeds` seeds, 102,400 tokens an arm. `searched` is the best cut that a search finds
 on this base beside dus(2) and block 1:9, which are arms anyway. The same command goes on from what is complete.
 DIR/study holds the report. `--devices_per_arm=1` with JAX_NUM_CPU_DEVICES=2 runs two arms side by side.
 """
@@ -70,7 +70,7 @@ def arms(searched: str) -> tuple[dict[str, object], ...]:
     )
 
 
-def study_config(base: pathlib.Path, searched: str) -> ConfigDict:
+def study_config(base: pathlib.Path, searched: str, seeds: int) -> ConfigDict:
     """The study of a base."""
     run = defaults()
     run.name, run.source = "small_study", str(base)
@@ -83,7 +83,7 @@ def study_config(base: pathlib.Path, searched: str) -> ConfigDict:
     run.evaluation.batch_size = 64
     config = study_defaults()
     config.name, config.run, config.arms = run.name, run, arms(searched)
-    config.rates, config.seeds = RATES, (0, 1, 2)
+    config.rates, config.seeds = RATES, tuple(range(seeds))
     config.probe_steps, config.evaluate_every = 50, 25
     config.validation_documents, config.test_documents, config.document_tokens = 24, 48, 256
     config.sunk_tokens = float(BASE_STEPS * 16 * LENGTH)
@@ -94,6 +94,7 @@ def study_config(base: pathlib.Path, searched: str) -> ConfigDict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--devices_per_arm", type=int, default=0)
     parser.add_argument("--dry_run", action="store_true", help="train the base, search, and print the study's plan")
     args = parser.parse_args()
@@ -102,7 +103,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         make_donor(donor)
     trained = train.run(base_config(donor), base)
-    study = study_config(base / "hf", "")
+    study = study_config(base / "hf", "", args.seeds)
     searched = Config(source=str(base / "hf"), data=base_config(donor).data)
     found = search_cuts(
         searched, SearchSettings(ADDED), args.out / "search.json", other="", tokens=4096, windows=40, dtype="float32"
