@@ -2,11 +2,11 @@
 
     uv run --extra demo python scripts/bench/small_study.py --out DIR
 
-The base is a Llama of 12 layers and 1.4 M parameters with a tokenizer of 2,048 entries, trained from scratch on the
+The base is a Llama of 12 layers and 1.5 M parameters with a tokenizer of 2,048 entries, trained from scratch on the
 sources of Python's standard library. The arms are those of configs/study_smollm2.py:full with counts of layers scaled
-from 30 to 12: two learning rates, `--seeds` seeds, 102,400 tokens an arm. `searched` is the best cut that a search finds
-on this base beside dus(2) and block 1:9, which are arms anyway. The same command goes on from what is complete.
-DIR/study holds the report. `--devices_per_arm=1` with JAX_NUM_CPU_DEVICES=2 runs two arms side by side.
+from 30 to 12: two learning rates, 102,400 tokens an arm. `searched` is the best cut that a search finds on this base
+beside dus(2) and block 1:9, which are arms anyway. The same command goes on from what is complete. DIR/study holds the
+report. `--devices_per_arm=1` with JAX_NUM_CPU_DEVICES=2 runs two arms side by side.
 """
 
 import argparse
