@@ -59,7 +59,6 @@ if __name__ == "__main__":
     command.begin(define_flags, check)  # before the slow imports
 
 import dataclasses
-import importlib.metadata
 import platform
 import sys
 from typing import Any
@@ -84,12 +83,11 @@ from solar_jax.checking.steps import (
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.config import ModelConfig
 from solar_jax.hardware.slices import Slice, find_slice
+from solar_jax.hardware.versions import COMPILERS, installed_versions
 from solar_jax.parallel import processes
 from solar_jax.planning import search
 from solar_jax.planning.search import Devices
 from solar_jax.storage.json_files import write_json
-
-PACKAGES = ("solar_jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 
 
 @dataclasses.dataclass
@@ -201,12 +199,7 @@ def _step_of(model: str | None, length: int | None, rows: int | None, *, small: 
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version()} | installed_versions(("solar_jax", *COMPILERS))
     return {"versions": ", ".join(f"{name} {version}" for name, version in found.items())}
 
 

@@ -45,7 +45,7 @@ def check() -> None:
         raise UserError("plan needs --config FILE and --slice NAME, for example --slice=v5p-128,v6e-256.")
     if f.failures is not None and not f.failures > 0:
         raise UserError(f"--failures must be above 0, found {f.failures}.")
-    if f.save and (len(f.slice or "1") != 1 or is_chain(f.config)):
+    if f.save and (is_chain(f.config) or (f.slice and len(f.slice) > 1)):
         raise UserError("--save keeps the step of one run on one slice; give one --slice, or none for this machine.")
     if f.save and not resolve(f.config).train.steps:
         raise UserError("--save needs config.train.steps: the learning rate's schedule is part of the compiled step.")
@@ -129,7 +129,7 @@ def save_here(config: Config, folder: pathlib.Path) -> None:
     show(f"{config.name} on {jax.device_count()} {jax.devices()[0].device_kind} device(s): {option}, {need}")
     mesh = make_mesh(option.config.mesh)
     lowered = lower_step(cfg, option.config, mesh, partition)
-    compiled = lowered.compile(dict(compiler_options(jax.devices()[0])) or None)
+    compiled = lowered.compile(compiler_options(jax.devices()[0]) or None)
     show(saved_line(folder, save_program(folder, cfg, option.config, mesh, lowered, compiled)))
 
 

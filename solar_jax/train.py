@@ -86,7 +86,7 @@ from solar_jax.searching.run import searched
 from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.owner import owned
 from solar_jax.storage.paths import is_local
-from solar_jax.training import run_folder, saved_program
+from solar_jax.training import run_folder
 from solar_jax.training.chunks import check_chunks
 from solar_jax.training.growing import make_phases
 from solar_jax.training.optimizer import make_optimizer
@@ -95,6 +95,7 @@ from solar_jax.training.preemption import listen_for_preemption
 from solar_jax.training.preferences import make_loss
 from solar_jax.training.report import announce, draw, result_table, summarise
 from solar_jax.training.run import Run, say, warn
+from solar_jax.training.saved_program import open_program
 from solar_jax.training.stages import RECIPES
 from solar_jax.training.step_count import with_steps
 from solar_jax.training.task_scores import open_suite
@@ -146,7 +147,9 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
     # ---- Checks: everything is refused here, before anything is allocated or written -----------------------------
     config, search_record = searched(config, folder)
     devices = search.present()
-    program = saved_program.open_program(config.train.compiled)
+    program = open_program(config.train.compiled)
+    if program:
+        program.check_machine()
     if config.model.num_hidden_layers:  # known shape: what cannot fit is refused before opening a checkpoint
         layer_map = make_layer_map(config.model.num_hidden_layers, config.growth)
         trained = make_partition(config.train.trainable, layer_map, config.lora)
@@ -222,6 +225,7 @@ def _run(config: Config, folder: pathlib.Path, allowed: Sequence[str], begin: fl
         evals=metrics.JsonLines(folder / "evals.jsonl"),
         task_scores=metrics.JsonLines(folder / "task_scores.jsonl"),
         suite=suite,
+        program=program,
         ledger=ledger,
         documents=functools.partial(batch_documents, corpus, config.seed),
         corpus=corpus,

@@ -24,7 +24,7 @@ BUCKET = "models"
 
 
 class Faults:
-    """What the emulator does instead of what it is asked, each counted by its kind."""
+    """Faults that the emulator makes in place of what it is asked, each counted by its kind."""
 
     def __init__(self) -> None:
         self.every = 0  # each so-many-th request fails, with 503 or a connection that is reset; 0: none

@@ -1,4 +1,4 @@
-"""What tests share: eight CPU devices, small models of real architecture, and the embedded real one."""
+"""Shared by tests: eight CPU devices, small models of real architecture, and the embedded real one."""
 
 import os
 import tempfile
@@ -110,7 +110,7 @@ def save_hf(model: transformers.PreTrainedModel, folder: pathlib.Path, **kwargs)
 
 
 def step_args(config: Config) -> tuple[TrainConfig, int]:
-    """What a step, its memory and its time take of a run's config."""
+    """The part of a run's config that a step, its memory and its time take."""
     return config.train, config.data.sequence_length
 
 
@@ -148,14 +148,14 @@ def refusal(source) -> str:
 
 
 def free_port() -> int:
-    """Of the loopback interface, for a coordinator."""
+    """A free port of the loopback interface, for a coordinator."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def save_model_and_text(folder: pathlib.Path, words: int) -> pathlib.Path:
-    """What a small run needs: a model of four layers in `model`, and text in `corpus.txt`."""
+    """All that a small run needs: a model of four layers in `model`, and text in `corpus.txt`."""
     save_hf(hf_model(num_hidden_layers=4), folder / "model")
     rng = np.random.default_rng(0)
     (folder / "corpus.txt").write_text(" ".join(rng.choice(["depth", "up", "scaling", "grows", "a", "model"], words)))

@@ -67,7 +67,7 @@ NAMES = ["small_choice", "small_written"]
 
 
 def samples(content: dict[str, Any]) -> dict[str, list[Any]]:
-    """Of each item, the prompts, what the model said and what it got."""
+    """Each item's prompts, what the model said and what it got."""
     kept = {}
     for name, items in content["samples"].items():
         ordered = sorted(items, key=lambda item: item["doc_id"])

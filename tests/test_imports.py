@@ -76,6 +76,21 @@ def test_no_file_is_too_long_to_be_read_at_once():
     assert {name: n for name, f in MODULES.items() if (n := len(f.read_text().splitlines())) > LONGEST} == {}
 
 
+def test_every_docstring_says_what_a_thing_is_or_does():
+    """It begins with a verb or a noun phrase that stands alone."""
+    files = [file for folder in ("solar_jax", "scripts", "configs", "tests") for file in (ROOT / folder).rglob("*.py")]
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    found = [
+        f"{file.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, kinds) and (text := ast.get_docstring(node))
+        and text.split()[0] in ("Of", "What", "That", "Whether")
+    ]  # fmt: skip
+    assert len(files) > 400
+    assert found == []
+
+
 def test_no_two_public_functions_or_classes_have_one_name():
     # But for what every command has, and what stands for itself in each of two formats.
     shared = {"main", "define_flags", "check", "read_header", "short"}

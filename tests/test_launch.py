@@ -227,7 +227,7 @@ def demo(tools: pathlib.Path, *flags: str) -> subprocess.CompletedProcess:
 
 
 def demo_steps(tools: pathlib.Path, fails: str = "nothing") -> list[str]:
-    """What the demo does, in order, on a VM that is there when it was asked for, where one step may fail."""
+    """The demo's actions, in order, on a VM that is there when it was asked for, where one step may fail."""
     made = tools.parent / "made"
     (tools.parent / "answer").write_text(
         f"""

@@ -64,7 +64,7 @@ def make_config(source: pathlib.Path | str, text: pathlib.Path, **changes) -> Co
 
 
 def metrics(folder: pathlib.Path) -> list[tuple]:
-    """What of each step must repeat bit by bit; rates are the machine's."""
+    """The part of each step that must repeat bit by bit; rates are the machine's."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [(r["step"], r["loss"], r["grad_norm"], r["learning_rate"], r["tokens"]) for r in lines]
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import pathlib
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import jax
 
 from solar_jax.checking.kernels import Case, compared
 from solar_jax.config import Config, ModelConfig
+from solar_jax.hardware.versions import installed_versions
 from solar_jax.model.precision import compute_dtype
 from solar_jax.parallel import processes
 from solar_jax.parallel.attention import attention_choice, local_kernel
@@ -121,13 +121,8 @@ def probed_once(kernel: str, case: Case, folder: pathlib.Path | None, probe: Cal
 
 def machine_key() -> dict[str, str]:
     """Returns what a kernel's result depends on besides its shapes: the chip and the versions of what compiles it."""
-    versions = {}
-    for package in ("solar_jax", "jax", "jaxlib", "libtpu"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # no libtpu off TPUs
-            versions[package] = ""
-    return versions | {"device": jax.local_devices()[0].device_kind}
+    packages = ("solar_jax", "jax", "jaxlib", "libtpu")
+    return dict.fromkeys(packages, "") | installed_versions(packages) | {"device": jax.local_devices()[0].device_kind}
 
 
 def marker_folder() -> pathlib.Path | None:

@@ -1,4 +1,4 @@
-"""What failures of chips cost a run: time between them, goodput, and the interval of checkpoints that loses least."""
+"""Cost of chips' failures to a run: time between them, goodput, and the interval of checkpoints that loses least."""
 
 import dataclasses
 import math

@@ -43,7 +43,6 @@ from solar_jax.training.run import (
     warn,
     with_adapter,
 )  # fmt: skip
-from solar_jax.training.saved_program import open_program
 from solar_jax.training.state import abstract_state, first_opt_state, state_shardings, stored_form
 from solar_jax.training.step import make_train_step
 from solar_jax.training.task_scores import TaskScores
@@ -243,7 +242,7 @@ class _Session:
         step = make_train_step(self._cfg, train, length, optimizer, run.mesh, self._arm.partition, run.objective)
         begin = time.perf_counter()
         lowered = step.lower(state, batches.first())
-        program = open_program(train.compiled) if self._arm.name == run.arm else None
+        program = run.program if self._arm.name == run.arm else None
         with cache_hits() as hits:
             if program is not None:
                 compiled = program.load(lowered, run.mesh)

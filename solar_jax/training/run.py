@@ -26,6 +26,7 @@ from solar_jax.parallel import rules
 from solar_jax.training.objectives import Measures, Objective, next_token, text_measures
 from solar_jax.training.optimizer import Rewarm, make_optimizer
 from solar_jax.training.partition import Partition, make_partition
+from solar_jax.training.saved_program import SavedProgram
 from solar_jax.training.state import State
 from solar_jax.training.step import make_eval_step, means, with_error
 
@@ -52,6 +53,7 @@ class Run:
     objective: Objective = next_token
     measures: Measures = text_measures  # of held-out rows
     suite: Any = None  # an evaluation.tasks.Suite, where tasks are measured
+    program: SavedProgram | None = None  # the compiled step of the arm whose result is the run's
     first_loss: float | None = None  # the loss of the first step, where it is known beforehand
 
     @property

@@ -40,13 +40,13 @@ def flat(tree: dict[str, Any], prefix: str = "config") -> dict[str, Any]:
 
 def config_dict(config: Config) -> dict[str, Any]:
     """Returns the resolved config as JSON holds it."""
-    return _lists(dataclasses.asdict(config))
+    return as_json(dataclasses.asdict(config))
 
 
-def _lists(tree: Any) -> Any:
-    """A tree whose tuples are lists, as JSON returns them."""
+def as_json(tree: Any) -> Any:
+    """Returns a tree whose tuples are lists, as JSON returns them."""
     if isinstance(tree, dict):
-        return {key: _lists(value) for key, value in tree.items()}
+        return {key: as_json(value) for key, value in tree.items()}
     return list(tree) if isinstance(tree, tuple) else tree
 
 

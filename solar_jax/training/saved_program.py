@@ -6,8 +6,8 @@ serialises it (a pickle: load only your own), and `program.json`, all that it de
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,58 +15,44 @@ from jax.experimental import serialize_executable
 
 from solar_jax.config import Config, ModelConfig
 from solar_jax.errors import UserError, phrase
-from solar_jax.parallel.mesh import platform
+from solar_jax.hardware.versions import COMPILERS, installed_versions
 from solar_jax.storage.json_files import read_json_object, write_json
 from solar_jax.storage.paths import attempt, is_local, path, write_file
+from solar_jax.training.run_folder import as_json, config_dict, flat
 
 PROGRAM, RECORD = "program.bin", "program.json"
-_PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-_GROUPS = ("train", "optimizer", "lora", "preferences")  # of the config, on which the step depends
-_NOT = ("train.compiled", "train.control", "train.epochs", "preferences.cache")  # but for these keys of them
+# Keys of the config, and groups of them, on which the step depends; and keys of these groups on which it does not.
+_USED = (
+    "train", "optimizer", "lora", "preferences", "seed", "data.sequence_length", "data.format", "growth.at_step",
+    "growth.schedule", "growth.rewarm_steps", "growth.new_rate",
+)  # fmt: skip
+_NOT = ("train.compiled", "train.control", "train.epochs", "preferences.cache")
 _OPEN = {"remat": "auto", "accumulation": 0}  # keys of config.train that a saved program fills, and when
 
 
+def _machine(devices: Sequence[jax.Device]) -> dict[str, dict[str, Any]]:
+    """Returns the devices that are compiled for, and versions of what compiles."""
+    kind = devices[0].platform
+    foreign = [part for part, of in (("libtpu", "tpu"), ("cuda", "gpu")) if kind != of]
+    versions = installed_versions([name for name in COMPILERS if not any(part in name for part in foreign)])
+    if kind == "cpu":  # code is made for its instruction set
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        versions["cpu"] = hashlib.sha256(features.encode()).hexdigest()[:12]
+    hosts = len({d.process_index for d in devices})
+    return {"devices": {"kind": devices[0].device_kind, "count": len(devices), "hosts": hosts}, "versions": versions}
+
+
 def _record(cfg: ModelConfig, config: Config, mesh: jax.sharding.Mesh) -> dict[str, dict[str, Any]]:
-    """Returns all that a step depends on: versions, devices, mesh, model and config, as JSON holds them."""
+    """Returns all that a step depends on: devices, versions, mesh, model and config, as JSON holds them."""
     devices = list(mesh.devices.flat)
-    used: dict[str, Any] = {"seed": config.seed, "data.sequence_length": config.data.sequence_length}
-    used |= {"data.format": config.data.format, "growth.at_step": config.growth.at_step}
-    used |= {"growth.schedule": config.growth.schedule, "growth.rewarm_steps": config.growth.rewarm_steps}
-    used |= {"growth.new_rate": config.growth.new_rate}
-    for group in _GROUPS:
-        values = dataclasses.asdict(getattr(config, group))
-        used |= {name: value for key, value in values.items() if (name := f"{group}.{key}") not in _NOT}
-    return {
-        "versions": _versions(platform(mesh)),
-        "devices": {
-            "kind": devices[0].device_kind, "count": len(devices),
-            "hosts": len({d.process_index for d in devices}), "order": [d.id for d in devices],
-        },
-        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
-        "model": {key: _plain(value) for key, value in dataclasses.asdict(cfg).items()},
-        "config": {key: _plain(value) for key, value in used.items()},
-    }  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _versions(kind: str) -> dict[str, str]:
-    """Returns versions of the packages that compile; on a CPU also of its instruction set, which code is made for."""
-    found = {}
-    for name in _PACKAGES:
-        if (name == "libtpu") > (kind == "tpu") or ("cuda" in name) > (kind == "gpu"):
-            continue
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if kind == "cpu":
-        info = pathlib.Path("/proc/cpuinfo")
-        flags = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))][:1]
-        found["cpu"] = hashlib.sha256("".join(flags).encode()).hexdigest()[:12]
-    return found
+    keys = {key.removeprefix("config."): value for key, value in flat(config_dict(config)).items()}
+    used = {k: v for k, v in keys.items() if (k in _USED or k.split(".")[0] in _USED) and k not in _NOT}
+    return _machine(devices) | {
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1} | {"order": [d.id for d in devices]},
+        "model": as_json(dataclasses.asdict(cfg)),
+        "config": used,
+    }
 
 
 def _digest(lowered: jax.stages.Lowered) -> str:
@@ -111,10 +97,16 @@ class SavedProgram:
     def _where(self) -> str:
         return f"config.train.compiled={self.folder}"
 
+    def check_machine(self) -> None:
+        """Raises a UserError that names what the step was compiled for, if it is not what this machine has."""
+        self._compare(_machine(jax.devices()))
+
     def filled(self, config: Config) -> Config:
         """Returns a config with mesh, remat policy and microbatches taken from here, where it leaves them open."""
         saved, axes = self.record["config"], dataclasses.asdict(config.mesh)
-        train = {k: saved[f"train.{k}"] for k, is_open in _OPEN.items() if getattr(config.train, k) == is_open}
+        train = {
+            k: saved.get(f"train.{k}", is_open) for k, is_open in _OPEN.items() if getattr(config.train, k) == is_open
+        }
         if not any(axes.values()):
             axes |= {axis: self.record["mesh"].get(axis, 1) for axis in axes if axis != "slice"}
         return dataclasses.replace(
@@ -129,9 +121,12 @@ class SavedProgram:
           config: the run, with nothing left open.
           mesh: of the run.
         """
-        for group, here in _record(cfg, config, mesh).items():
+        self._compare(_record(cfg, config, mesh))
+
+    def _compare(self, record: dict[str, dict[str, Any]]) -> None:
+        for group, here in record.items():
             there = self.record[group]
-            for key in sorted(there.keys() | here.keys()):
+            for key in here | there:
                 if there.get(key) != here.get(key):
                     name = f"config.{key}" if group == "config" else f"{group}: {key}"
                     raise UserError(

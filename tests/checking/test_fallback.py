@@ -35,7 +35,7 @@ WRONG = {"flash": kernel(flash_attention, window=71), "splash": kernel(splash_at
 
 
 def chosen(kernels, wanted: str = "auto") -> tuple[str, list[str]]:
-    """What a run that would take flash goes on with, of these kernels, and what it is warned of."""
+    """The kernel that a run which would take flash goes on with, of these kernels, and what it is warned of."""
     warnings = []
     name = sound_attention(
         wanted,

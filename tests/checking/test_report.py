@@ -1,4 +1,4 @@
-"""What a check says: the tables, and the sentence that it fails with."""
+"""Text of a check: the tables, and the sentence that it fails with."""
 
 import math
 

@@ -253,7 +253,7 @@ def test_linear_rope_scaling_is_read(tmp_path, keys, factor):
 
 
 def llama3_factors(factor: float, low: float = 1.0, high: float = 4.0) -> tuple[np.ndarray, dict]:
-    """What llama.cpp's converter stores: the plain frequencies over transformers' scaled ones."""
+    """Factors that llama.cpp's converter stores: the plain frequencies over transformers' scaled ones."""
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, "low_freq_factor": low}
     rope |= {"high_freq_factor": high, "original_max_position_embeddings": 8192}
     config = CONFIGS["llama"](rope_parameters=rope)

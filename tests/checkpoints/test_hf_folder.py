@@ -22,7 +22,7 @@ from tests.conftest import hf_model, refusal, save_hf
 
 @pytest.fixture(autouse=True)
 def _alarm():
-    """What would be waited for forever fails the test."""
+    """Fails the test where something would be waited for forever."""
     signal.alarm(60)
     yield
     signal.alarm(0)

@@ -1,4 +1,4 @@
-"""What SRC may name, and what is said when it names nothing."""
+"""Names that SRC may be, and what is said when it names nothing."""
 
 import importlib.metadata
 import json

@@ -47,7 +47,7 @@ def base(cfg: ModelConfig, dtype: str = "float32") -> Checkpoint:
 
 
 def written(workdir, c: Checkpoint, layer_map, dtype: str | None = None) -> Params:
-    """What Orbax reads of what is written."""
+    """The tree that Orbax reads of what is written."""
     told: list[int] = []
     c = cast(grown(c, layer_map), dtype)
     write_params(workdir, c, told.append)

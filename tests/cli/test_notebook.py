@@ -1,4 +1,4 @@
-"""What a notebook calls: commands that fail, stop and go on; pictures; folders; a kernel that is out of date."""
+"""Functions for notebooks: commands that fail, stop and go on; pictures; folders; a kernel that is out of date."""
 
 import os
 import pathlib

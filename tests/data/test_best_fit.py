@@ -129,7 +129,7 @@ def test_a_long_text_is_tokenised_in_parts_that_change_no_word(monkeypatch):
 
 
 def losses(rows: Rows, segments: bool = True) -> dict[tuple[int, ...], float]:
-    """Of every piece its summed loss, by its tokens, from a tiny float32 model."""
+    """The summed loss of every piece, by its tokens, from a tiny float32 model."""
     cfg = ModelConfig(
         vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=64, rope_theta=1e4, rms_norm_eps=1e-5,

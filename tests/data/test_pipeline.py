@@ -136,7 +136,7 @@ def uneven(tmp_path_factory) -> list[str]:
 
 
 def token_shares(corpus: Corpus, rows: int) -> np.ndarray:
-    """Of each source among the real tokens of the mixture's first rows."""
+    """The share of each source among the real tokens of the mixture's first rows."""
     counts = np.zeros(len(corpus.train))
     places = addresses(corpus, 0)
     for i in range(rows):

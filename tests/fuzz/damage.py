@@ -41,7 +41,7 @@ _NESTS = {"l": lambda n: "[" * n + "]" * n, "d": lambda n: '{"a":' * n + "1" + "
 
 
 def nested(rng: random.Random) -> str:
-    """What `dumps` makes a value of, of any depth; Python's own encoder stops early."""
+    """A mark that `dumps` writes as a value of any depth; Python's own encoder stops early."""
     return f"@{rng.choice([3, 150, 250, 900, 1100, 50_000])}{rng.choice('ld')}@"
 
 

@@ -44,7 +44,7 @@ def with_pickle(rng: random.Random, files: Files, change: Callable[[bytes], byte
 
 
 class Calls:
-    """What unpickling this would call."""
+    """The call that unpickling this would make."""
 
     def __init__(self, function: str, *args: Any) -> None:
         self.function, self.args = function, args

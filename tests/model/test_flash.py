@@ -32,7 +32,7 @@ def segments() -> jax.Array:
 
 
 def angles(width: int = H) -> tuple[jax.Array, jax.Array]:
-    """Of any size, others in each row, place and pair."""
+    """Angles of any size, others in each row, place and pair."""
     a = np.random.default_rng(1).uniform(0, 6.28, (B, T, width // 2))
     return jnp.array(np.cos(a), jnp.float32), jnp.array(np.sin(a), jnp.float32)
 
@@ -46,7 +46,7 @@ def kernels(q, k, v, segment_ids, window):
 
 
 def gradients(attend, q, k, v, segment_ids, window):
-    """Of a sum in which every output counts differently."""
+    """Gradients of a sum in which every output counts differently."""
     weights = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
     return jax.grad(lambda *x: jnp.sum(weights * attend(*x, segment_ids, window)), argnums=(0, 1, 2))(q, k, v)
 

@@ -108,7 +108,7 @@ def test_remat_changes_no_gradient(tiny, remat):
 
 
 def gradients(cfg: ModelConfig, params, tokens: jax.Array):
-    """Of a sum over what the logits are the product of."""
+    """Gradients of a sum over what the logits are the product of."""
     return jax.grad(lambda p: jnp.sum(jnp.sin(llama.hidden(cfg, p, tokens)[0])))(params)
 
 

@@ -12,7 +12,7 @@ RNG = np.random.default_rng(0)
 
 
 def skewed(*shape: int) -> np.ndarray:
-    """Of both signs, the values largest in size positive: of -127.5 the last bit would decide what it is rounded to."""
+    """Both signs, the values largest in size positive: of -127.5 the last bit would decide what it is rounded to."""
     return np.exp(RNG.standard_normal(shape)) - 0.3
 
 

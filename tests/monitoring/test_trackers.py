@@ -53,7 +53,7 @@ def test_nothing_is_written_unless_asked_for_and_by_the_first_process_alone(tmp_
 
 
 class FakeWandb(types.ModuleType):
-    """What of W&B is called, written down."""
+    """A record of what is called of W&B."""
 
     def __init__(self):
         super().__init__("wandb")

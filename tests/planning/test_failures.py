@@ -1,4 +1,4 @@
-"""What failures cost a run, by hand."""
+"""Cost of failures, by hand."""
 
 import pytest
 
@@ -6,8 +6,8 @@ from solar_jax.planning.failures import RESTART, YEAR, failure_cost
 
 
 def test_the_cost_of_failures_is_the_one_computed_by_hand():
-    # 73.05 chips at 12 failures of a chip and year: one in 36,000 s. 10 GB go to the host in one second.
-    cost = failure_cost(YEAR / (36_000 * 73.05), 73.05, step_seconds=2.0, every=100, state_bytes=1e10)  # pyrefly: ignore
+    # 64 chips that fail once in 36,000 s together. 10 GB go to the host in one second.
+    cost = failure_cost(YEAR / (36_000 * 64), 64, step_seconds=2.0, every=100, state_bytes=1e10)
     assert cost.between == pytest.approx(36_000)
     assert cost.stall == pytest.approx(1.0)
     assert cost.lost == pytest.approx(100 + RESTART)

@@ -1,4 +1,4 @@
-"""What a step is said to need: exact where it can be, near what the compiler says elsewhere."""
+"""Memory that a step is said to need: exact where it can be, near what the compiler says elsewhere."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What the planner searches, what it takes, and what it refuses."""
+"""The planner's search: options, choice and refusals."""
 
 import dataclasses
 

@@ -159,7 +159,7 @@ def test_a_folder_that_is_being_filled_is_not_filled_by_another(tmp_path):
 
 
 def stopped(out: pathlib.Path, job: dict | None, **files: str) -> None:
-    """What a process leaves of `out` that is stopped while it writes."""
+    """Leaves `out` as a process does that is stopped while it writes."""
     with contextlib.suppress(KeyboardInterrupt), new_folder(out, job=job) as folder:
         for name, text in files.items():
             (folder / name).write_text(text)

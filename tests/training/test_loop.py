@@ -1,4 +1,4 @@
-"""What the training loop records, in which order, and that being watched changes no number."""
+"""Records of the training loop, their order, and that being watched changes no number."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ STEPS_SECONDS = ("data_seconds", "compute_seconds", "evaluation_seconds", "check
 
 
 def numbers(folder) -> list[dict]:
-    """What of each line must repeat bit by bit."""
+    """The part of each line that must repeat bit by bit."""
     timed = {*STEPS_SECONDS, "tokens_per_second", "mfu", "memory_peak_gib"}
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in r.items() if key not in timed} for r in lines]

@@ -127,7 +127,7 @@ def test_the_trained_part_has_the_gradient_that_it_has_where_everything_trains(n
 
 
 def matmul_flops(jaxpr) -> int:
-    """Of all products in a program, those in scans as often as they run."""
+    """FLOPs of all products in a program, those in scans as often as they run."""
     total = 0
     for e in jaxpr.eqns:
         if e.primitive.name == "dot_general":

@@ -22,7 +22,7 @@ REPO = pathlib.Path(__file__).parents[2]
 
 
 def run(module: str, place: pathlib.Path, *more: str, status: int = 0, **keys) -> str:
-    """What a command says, in a process of its own with four devices."""
+    """Runs a command and returns what it says, in a process of its own with four devices."""
     flags = {
         "source": place / "model", "growth.m": 1, "data.sources": place / "corpus.txt", "data.sequence_length": 32,
         "train.steps": 3, "train.batch_size": 4, "train.control": False, "train.precision": "float32",
@@ -97,7 +97,7 @@ def changed(program: SavedProgram, **groups: dict) -> SavedProgram:
         ({"versions": {"jaxlib": "0.1"}}, "versions: jaxlib=0.1, found "),
         ({"devices": {"kind": "TPU v5p"}}, "devices: kind=TPU v5p, found cpu"),
         ({"devices": {"count": 64}}, "devices: count=64, found 1"),
-        ({"devices": {"order": [3]}}, r"devices: order=\[3\], found \[0\]"),
+        ({"mesh": {"order": [3]}}, r"mesh: order=\[3\], found \[0\]"),
         ({"mesh": {"tensor": 4}}, "mesh: tensor=4, found none"),
         ({"model": {"hidden_size": 4096}}, "model: hidden_size=4096, found 16"),
         ({"config": {"train.batch_size": 8}}, "config.train.batch_size=8, found 2"),
@@ -110,6 +110,13 @@ def test_a_step_of_other_versions_devices_or_sizes_is_refused_by_name(saved, gro
     program.check(config.model.architecture, config, mesh)
     with pytest.raises(UserError, match=f"config.train.compiled={folder}: the step was compiled for {said}"):
         changed(program, **groups).check(config.model.architecture, config, mesh)
+
+
+def test_a_step_for_a_tpu_is_refused_before_the_run_takes_its_mesh(saved):
+    program = open_program(str(saved[0]))
+    assert program is not None
+    with pytest.raises(UserError, match="devices: kind=TPU v5p, found cpu; compile it again"):
+        changed(program, devices={"kind": "TPU v5p", "count": 64}).check_machine()
 
 
 def test_another_program_and_a_damaged_file_are_refused(saved, tmp_path):

@@ -96,7 +96,7 @@ def make_batch(step: int, vocab_size: int = SMALL.vocab_size) -> dict[str, np.nd
 
 @contextlib.contextmanager
 def captured_stderr(into: list[str]):
-    """What XLA writes to file descriptor 2, past Python's sys.stderr."""
+    """Collects what XLA writes to file descriptor 2, past Python's sys.stderr."""
     with tempfile.TemporaryFile() as file:
         before = os.dup(2)
         os.dup2(file.fileno(), 2)
@@ -212,7 +212,7 @@ def test_a_window_over_a_split_row_gives_the_loss_of_one_device(shape):
 
 
 def crossing_bytes(hlo: str, slice_of: Callable[[int], int]) -> int:
-    """Of results of collectives between devices of several slices, each as often as the loops around it turn."""
+    """Bytes of results of collectives between devices of several slices, each as often as the loops around it turn."""
     computations, entry = hlo_cost._computations(hlo)
     total = 0
     for line, times, _ in hlo_cost._executed(computations, entry, 1):
@@ -224,7 +224,7 @@ def crossing_bytes(hlo: str, slice_of: Callable[[int], int]) -> int:
 
 
 def device_groups(line: str) -> list[list[int]]:
-    """Of a collective, in each of the four ways in which HLO writes them."""
+    """Device groups of a collective, in each of the four ways in which HLO writes them."""
     if found := re.search(r"mesh\[(.*?)\] \{(.*?)\}", line):  # mesh['slice'=2,'fsdp'=4] {'fsdp'}: devices in order
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         over = re.findall(r"'(\w+)'", found[2])

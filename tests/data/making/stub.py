@@ -77,7 +77,7 @@ def said(text: str | None, finish: str = "stop", **more: Any) -> Sent:
 
 
 class Stub:
-    """What the endpoint does, and all that it was asked."""
+    """The endpoint's behaviour, and all that it was asked."""
 
     def __init__(self, override: Override | None = None, delay: float = 0.0, models: tuple[str, ...] = ("stub",)):
         self.override, self.delay, self.models = override, delay, models

@@ -1,4 +1,4 @@
-"""What is taken of a reply: the question or the answer, without what models like to write around it."""
+"""The part of a reply that is taken: the question or the answer, without what models like to write around it."""
 
 import pytest
 
