@@ -13,6 +13,7 @@ time is reported.
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -66,12 +67,15 @@ def recipe(config_file: str, layers: int) -> tuple[ModelConfig, Config]:
     return dataclasses.replace(cfg, num_hidden_layers=layers or cfg.num_hidden_layers), config
 
 
-def ours(cfg: ModelConfig, config: Config, wanted: Slice, remat: str, options: dict[str, str]) -> Result:
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat))
+def ours(
+    cfg: ModelConfig, config: Config, wanted: Slice, remat: str, precision: str, options: dict[str, str]
+) -> Result:
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, remat=remat, precision=precision))
     begin = time.process_time()
     step = compile_step(cfg, config, wanted, options)
     spent = time.process_time() - begin
-    return Result(f"solar_jax {remat}", spent, step.arguments, step.temporaries, step.program, step.text)
+    name = f"solar_jax {remat}" + (f" {precision}" if precision != "mixed" else "")
+    return Result(name, spent, step.arguments, step.temporaries, step.program, step.text)
 
 
 def peers(python: str, cfg: ModelConfig, args: argparse.Namespace, wanted: Slice, options: dict[str, str],
@@ -129,6 +133,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows a device")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--remat", default="matmuls", help="names of model.llama.REMAT, by commas")
+    parser.add_argument("--precision", default="mixed", help="of ours, names of model.precision.PRECISIONS, by commas")
     parser.add_argument("--options", default="default", help="default, none, or NAME=VALUE,... beside the defaults")
     parser.add_argument("--peer", help="python of an environment with MaxText")
     parser.add_argument("--peer_remat", default="minimal_with_context", help="names of its remat_policy, by commas")
@@ -156,7 +161,8 @@ def main() -> None:
 
     # Compiled as a run compiles it, and read.
     results = []
-    jobs = [(ours, (cfg, config, wanted, remat, options)) for remat in args.remat.split(",")]
+    ways = itertools.product(args.remat.split(","), args.precision.split(","))
+    jobs: list[Any] = [(ours, (cfg, config, wanted, remat, precision, options)) for remat, precision in ways]
     if args.peer:
         peer_options = options if args.peer_options == "same" else {}
         jobs += [(peers, (args.peer, cfg, args, wanted, peer_options, remat)) for remat in args.peer_remat.split(",")]

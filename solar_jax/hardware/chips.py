@@ -25,6 +25,8 @@ class Chip:
     network: float  # DCN bytes/s of a device to other slices, through its host
     price: float  # US dollars per chip-hour, on demand
     vector_memory: int  # MiB of VMEM per core, the compiler's limit for a kernel
+    int8: float  # rate of int8 matmuls next to bfloat16's, by the compiler's cycles of [8192, 4096] x [4096, 14336]
+    fp8: float  # the same of float8
     scoped_memory: bool = True  # whether `compiler_options` raises the scoped VMEM limit of fusions
 
 
@@ -34,23 +36,25 @@ class Chip:
 CHIPS = {
     "v4": Chip(
         kinds=("TPU v4",), devices=1, cores=2, peak=275e12, matmul_rate=0.93, clock=1.05e9, memory=30.75,
-        bandwidth=1.228e12, links=3 * 9e10, network=6.25e9, price=3.22, vector_memory=16, scoped_memory=False,
+        bandwidth=1.228e12, links=3 * 9e10, network=6.25e9, price=3.22, vector_memory=16,
+        int8=0.83, fp8=0.79, scoped_memory=False,
     ),
     "v5e": Chip(
         kinds=("TPU v5 lite", "TPU v5e"), devices=1, cores=1, peak=197e12, matmul_rate=0.95, clock=1.5e9, memory=15.75,
-        bandwidth=8.19e11, links=2 * 9e10, network=3.125e9, price=1.20, vector_memory=128,
+        bandwidth=8.19e11, links=2 * 9e10, network=3.125e9, price=1.20, vector_memory=128, int8=2.0, fp8=1.0,
     ),
     "v5p": Chip(
         kinds=("TPU v5", "TPU v5p"), devices=1, cores=2, peak=459e12, matmul_rate=0.98, clock=1.75e9, memory=95.73,
-        bandwidth=2.765e12, links=3 * 1.8e11, network=6.25e9, price=4.20, vector_memory=64,
+        bandwidth=2.765e12, links=3 * 1.8e11, network=6.25e9, price=4.20, vector_memory=64, int8=2.0, fp8=1.0,
     ),
     "v6e": Chip(
         kinds=("TPU v6 lite", "TPU v6e"), devices=1, cores=1, peak=918e12, matmul_rate=0.79, clock=1.75e9, memory=31.24,
-        bandwidth=1.64e12, links=2 * 1.8e11, network=12.5e9, price=2.70, vector_memory=128,
+        bandwidth=1.64e12, links=2 * 1.8e11, network=12.5e9, price=2.70, vector_memory=128, int8=1.38, fp8=1.0,
     ),
     "tpu7x": Chip(
         kinds=("TPU7x",), devices=2, cores=2, peak=1153.5e12, matmul_rate=0.80, clock=2.2e9, memory=94.74,
-        bandwidth=3.69e12, links=3 * 9e10, network=6.25e9, price=12.00, vector_memory=64, scoped_memory=False,
+        bandwidth=3.69e12, links=3 * 9e10, network=6.25e9, price=12.00, vector_memory=64,
+        int8=0.75, fp8=2.0, scoped_memory=False,
     ),
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from solar_jax.model.attention import Attend, attention_mask, rotated_attention
 from solar_jax.model.experts import Dispatch, Load, grouped_mlp, route
 from solar_jax.model.lora import INPUTS, norm_of
 from solar_jax.model.matmul import Einsum, down_projection, plain_einsum
+from solar_jax.model.quantised import ROW_SCALES, exact_of, gathered_weight, narrowed, products
 from solar_jax.model.rope import rope_angles
 from solar_jax.model.shapes import LAYER_AXES, Params, is_vector, layer_axes, sizes
 
@@ -138,8 +139,8 @@ class Block(nnx.Module):
         Also returns how it routed the `counted` tokens; {} without experts.
         """
 
-        def weight(name: str) -> jax.Array:
-            return constrain(getattr(self, name)[...], LAYER_AXES[name])
+        def weight(name: str) -> Any:
+            return gathered_weight(getattr(self, name)[...], LAYER_AXES[name], constrain)
 
         def adapted(y: jax.Array, h: jax.Array, name: str) -> jax.Array:
             """Adds a projection's adapter: y + (h A) B, scaled to DoRA's magnitude where there is one."""
@@ -152,27 +153,32 @@ class Block(nnx.Module):
             low = plain_einsum(f"bt{w[:n].lower()},{w[:n].lower()}r->btr", h, a)
             y += plain_einsum(f"btr,r{w[n:].lower()}->bt{w[n:].lower()}", low, b)
             if name + "_lora_norm" in self.adapters:
-                norm = jax.lax.stop_gradient(norm_of(weight(name + "_proj"), a, b, n))
+                norm = jax.lax.stop_gradient(norm_of(exact_of(weight(name + "_proj")), a, b, n))
                 y = (y.astype(jnp.float32) * (self.adapters[name + "_lora_norm"][...] / norm)).astype(y.dtype)
             return y
 
-        def project(subscripts: str, h: jax.Array, name: str, letters: str) -> jax.Array:
-            y = adapted(einsum(subscripts, h, weight(name + "_proj")), h, name)
-            return checkpoint_name(constrain(_add_bias(y, getattr(self, name + "_bias")), letters), name)
+        def project(h: jax.Array, letters: dict[str, str]) -> list[jax.Array]:
+            """Returns the projections of h, by the letters of their outputs."""
+            weights = [weight(name + "_proj") for name in letters]
+            subscripts = [f"btd,d{out[2:].lower()}->{out.lower()}" for out in letters.values()]
+            found = dict(zip(letters, products(einsum, subscripts, h, weights), strict=True))
+            found = {name: _add_bias(adapted(y, h, name), getattr(self, name + "_bias")) for name, y in found.items()}
+            return [checkpoint_name(constrain(y, letters[name]), name) for name, y in found.items()]
+
+        def added(subscripts: str, h: jax.Array, name: str, einsum: Einsum) -> jax.Array:
+            (o,) = products(einsum, [subscripts], h, [weight(name + "_proj")])
+            return adapted(o, h, name)
 
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attn_norm[...], self.eps)
-            q = project("btd,dnh->btnh", h, "q", "BTNH")
-            k = project("btd,dkh->btkh", h, "k", "BTKH")
-            v = project("btd,dkh->btkh", h, "v", "BTKH")
+            (q,), (k,), (v,) = (project(h, {name: out}) for name, out in (("q", "BTNH"), ("k", "BTKH"), ("v", "BTKH")))
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = rms_norm(q, self.q_norm[...], self.eps), rms_norm(k, self.k_norm[...], self.eps)
             if self.rotates is not None:
                 cos, sin = rope
                 rope = jnp.where(self.rotates[...], cos, 1.0), jnp.where(self.rotates[...], sin, 0.0)
             h = attend(scaled(q, self.query_scale), k, v, rope, seen)
-            o = constrain(adapted(einsum("btnh,nhd->btd", h, weight("o_proj")), h, "o"), "BTD")
-            o = _add_bias(o, self.o_bias)
+            o = _add_bias(constrain(added("btnh,nhd->btd", h, "o", einsum), "BTD"), self.o_bias)
             x = checkpoint_name(constrain(x + self._added(o, self.attn_out_norm), "BTD"), "mid")
         with jax.named_scope("mlp"):
             h = rms_norm(x, self.mlp_norm[...], self.eps)
@@ -180,9 +186,9 @@ class Block(nnx.Module):
                 shares, chosen, load = route(h, weight("router"), self.cfg, counted)
                 o = dispatch(h, shares, chosen, *(weight(f"experts_{name}") for name in ("gate", "up", "down")))
                 return constrain(x + self._added(constrain(o, "BTD"), self.mlp_out_norm), "BTD"), load
-            gate, up = (project("btd,df->btf", h, name, "BTF") for name in ("gate", "up"))
+            gate, up = project(h, {"gate": "BTF", "up": "BTF"})
             h = jax.nn.silu(gate) * up
-            o = _add_bias(adapted(down_projection(h, weight("down_proj"), einsum), h, "down"), self.down_bias)
+            o = _add_bias(added("btf,fd->btd", h, "down", down_projection(einsum)), self.down_bias)
             return constrain(x + self._added(o, self.mlp_out_norm), "BTD"), {}
 
     def _added(self, o: jax.Array, norm: nnx.Param | None) -> jax.Array:
@@ -211,7 +217,6 @@ class Llama(nnx.Module):
         remat: str,
         constrain: Constrain,
         attend: Attend | None,
-        einsum: Einsum,
         dispatch: Dispatch,
         counted: jax.Array | None,
         stacks: Sequence[Any],
@@ -230,11 +235,11 @@ class Llama(nnx.Module):
         x = scaled(x, self.cfg.embedding_multiplier)
 
         def body(x: jax.Array, block: Block) -> tuple[jax.Array, Load]:
-            return block.with_load(x, rope, seen, constrain, attend, einsum, dispatch, counted)
+            return block.with_load(x, rope, seen, constrain, attend, plain_einsum, dispatch, counted)
 
         if (names := REMAT[remat]) is not None:
             policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=names,
+                names_which_can_be_saved=(*names, ROW_SCALES),
                 names_which_can_be_offloaded=OFFLOADED.get(remat, ()),
                 offload_src="device",
                 offload_dst="pinned_host",
@@ -320,7 +325,8 @@ def hidden_and_loads(
     remat: str = "none",
     constrain: Constrain = unconstrained,
     attend: Attend | None = None,
-    einsum: Einsum = plain_einsum,
+    projections: str = "",
+    groups: int = 1,
     dispatch: Dispatch = grouped_mlp,
     counted: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Load]:
@@ -336,7 +342,8 @@ def hidden_and_loads(
       remat: a policy name in `REMAT`.
       constrain: lays out activations and gathered parameters on a mesh.
       attend: attention that takes segment ids; None for plain array operations.
-      einsum: the einsum used for the layers' projections.
+      projections: a key of `quantised.NARROW_KINDS` if the layers' projections multiply in 8 bits.
+      groups: into how many parts the mesh splits B.
       dispatch: the experts' MLPs.
       counted: [B, T], weights of the tokens whose routing is summed; all count if None.
 
@@ -347,6 +354,7 @@ def hidden_and_loads(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     params = compute_copy(params, compute_dtype)
+    params = narrowed(params, projections, groups) if projections else params
     layers = rotates(params["layers"], cfg)
 
     def blocks(stack: Any) -> Any:
@@ -361,7 +369,7 @@ def hidden_and_loads(
     x, loads = model.hidden(
         tokens, positions, segment_ids,
         compute_dtype=compute_dtype, remat=remat, constrain=constrain, attend=attend,
-        einsum=einsum, dispatch=dispatch, counted=counted, stacks=stacks or (model.layers,),
+        dispatch=dispatch, counted=counted, stacks=stacks or (model.layers,),
     )  # fmt: skip
     return x, model.head(), loads
 

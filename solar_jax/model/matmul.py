@@ -53,11 +53,15 @@ def _plain_gradient(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[j
 _product_in_parts.defvjp(lambda h, weight: (_product_in_parts(h, weight), (h, weight)), _plain_gradient)
 
 
-def down_projection(h: jax.Array, weight: jax.Array, einsum: Einsum) -> jax.Array:
-    """[B, T, F] x [F, D] -> [B, T, D]; in float32, summed in parts of F.
+def down_projection(einsum: Einsum) -> Einsum:
+    """Returns the einsum of [B, T, F] x [F, D] -> [B, T, D]; in float32, summed in parts of F.
 
     SwiGLU's few huge activations swamp the small terms of one long float32 sum, which by itself shifts the logits of a
     real model by 1e-4. Narrower dtypes accumulate in float32 anyway and take the plain product.
     """
-    in_parts = h.dtype == jnp.float32 and isinstance(weight, jax.Array)  # not so an 8-bit weight with its scales
-    return _product_in_parts(h, weight) if in_parts else einsum("btf,fd->btd", h, weight)
+
+    def product(subscripts: str, h: jax.Array, weight: Any) -> jax.Array:
+        in_parts = h.dtype == jnp.float32 and isinstance(weight, jax.Array)  # not so an 8-bit weight with its scales
+        return _product_in_parts(h, weight) if in_parts else einsum(subscripts, h, weight)
+
+    return product

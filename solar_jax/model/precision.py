@@ -1,7 +1,6 @@
 """Named precision policies: dtypes of weights, optimiser state and matmuls."""
 
 import dataclasses
-import importlib.util
 
 import jax.numpy as jnp
 
@@ -19,7 +18,7 @@ class Precision:
     weights: str  # trained matrices
     moments: str  # optimiser moments of those matrices
     compute: str  # matmuls and activations
-    projections: str = ""  # a key of model.quantised.QTYPES if projections take narrower operands
+    projections: str = ""  # a key of model.quantised.NARROW_KINDS if projections take narrower operands
 
 
 # config.train.precision
@@ -29,6 +28,7 @@ PRECISIONS = {
     "bf16_moments": Precision("float32", "bfloat16", "bfloat16"),
     "bf16": Precision("bfloat16", "bfloat16", "bfloat16"),
     "int8": Precision("float32", "float32", "bfloat16", "int8"),
+    "int8_wgrad": Precision("float32", "float32", "bfloat16", "int8_wgrad"),
     "fp8": Precision("float32", "float32", "bfloat16", "fp8"),
 }
 
@@ -37,17 +37,11 @@ def precision(cfg: TrainConfig) -> Precision:
     """Returns the precision policy of a run.
 
     Raises:
-      UserError: the policy does not exist, or its package is not installed.
+      UserError: the policy does not exist.
     """
     if cfg.precision not in PRECISIONS:
         raise UserError(f"config.train.precision must be one of {', '.join(PRECISIONS)}, found {cfg.precision!r}.")
-    policy = PRECISIONS[cfg.precision]
-    if policy.projections and importlib.util.find_spec("qwix") is None:
-        raise UserError(
-            f"config.train.precision={cfg.precision!r} needs the package qwix, which is not installed; it "
-            "comes with the extra `quantised`."
-        )
-    return policy
+    return PRECISIONS[cfg.precision]
 
 
 def compute_dtype(cfg: TrainConfig) -> jnp.dtype:

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.hardware.chips import Chip
 from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE
-from solar_jax.model.precision import compute_dtype
+from solar_jax.model.lora import INPUTS
+from solar_jax.model.precision import compute_dtype, precision
+from solar_jax.model.quantised import NARROW_KINDS
 from solar_jax.model.shapes import is_vector, layer_axes, size
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, PARAMETERS, padded_rows, ways
@@ -21,6 +24,8 @@ _WEIGHT = {"q": "DNH", "k": "DKH", "v": "DKH", "mid": "NHD", "gate": "DF", "up":
 # Values per token and layer that move between a device and its HBM outside of matmuls and kernels, by last axes: norms,
 # residual sums, rotary embeddings, transposes, SwiGLU and what gathers them. Fitted to what the TPU compiler reports.
 _VECTORS = {"D": 22.0, "NH": 14.0, "KH": 14.0, "F": 8.0}
+# What 8-bit matmuls add to that: scales, rounding, and fusions that they prevent. Fitted likewise, to v5p, v5e and v6e.
+_ROUNDED = {"D": 30.0, "F": 30.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +61,18 @@ def step_time(
     """Estimates the step time; t is a device's tokens, `/ tensor` the share of heads, mlp and vocabulary.
 
       matmuls  [3 x 2 x weights + 2 x weights that remat recomputes with] x t / tensor, at the chip's matmul rate;
-               the loss recomputes nothing; six times as long in float32
+               the loss recomputes nothing; six times as long in float32; those of 8-bit operands at their own rate
                of experts, those of a token alone
       kernels  4 N H keys t / tensor per layer, times 1 + 2.5, plus 1 if attention is not saved, at half the peak;
                keys are T / 2, at most the sliding window; six times as long in float32. Without kernels the same,
                as matmuls.
-      vectors  `_VECTORS` per token and layer; parameters, moments and gradients that the optimiser reads and writes;
-               with microbatches, their sum read and written; at HBM bandwidth
-      links    per microbatch, a layer's weights gathered twice and their gradients scattered once, in the compute
-               dtype; the embedding and the output projection the same, once; over tensor, four all-reduces of
-               [t, D] per layer, a fifth if `mid` is not saved; over context, keys and values gathered and their
-               gradients scattered; over data, an all-reduce of the gradients. An all-reduce moves its bytes twice.
+      vectors  `_VECTORS` per token and layer, and `_ROUNDED` in 8 bits; parameters, moments and gradients that the
+               optimiser reads and writes; with microbatches, their sum read and written; at HBM bandwidth
+      links    per microbatch, a layer's weights gathered twice, those of 8 bits in one byte, and their gradients
+               scattered once, in the compute dtype; the embedding and the output projection the same, once; over
+               tensor, four all-reduces of [t, D] per layer, a fifth if `mid` is not saved; over context, keys and
+               values gathered and their gradients scattered; over data, an all-reduce of the gradients. An all-reduce
+               moves its bytes twice.
       host     what the policy offloads to host memory, there and back
       network  an all-reduce of the float32 gradients over n slices: a device sends 2 (n - 1) / n of its bytes
 
@@ -99,6 +105,15 @@ def step_time(
     per_layer = 2 * L + 2 * behind + 2 * differentiated
     head_passes = 4 + 2 * partition.trains_head(cfg)
     matmul_flops = t / tensor * (per_layer * (weights - idle) + 2 * behind * repeated + head_passes * head)
+    kind = NARROW_KINDS.get(precision(train).projections)
+    narrow = sum(n for name, n in parts.items() if name.removesuffix("_proj") in INPUTS) if kind else 0
+    narrow_flops = 2 * (L + behind) * narrow
+    if kind:
+        narrow_flops += 2 * behind * sum(parts[f"{name}_proj"] for name in again if f"{name}_proj" in parts)
+        narrow_flops += 2 * behind * parts["o_proj"] * ("mid" in again)
+        narrow_flops += 2 * differentiated * sum(parts.get(f"{name}_proj", 0) for name in kind.weights_too)
+        faster = chip.int8 if jnp.issubdtype(kind.forward, jnp.integer) else chip.fp8
+        matmul_flops -= t / tensor * narrow_flops * (1 - 1 / faster)
 
     keys = length / 2
     keys = min(keys, cfg.sliding_window or keys)
@@ -106,6 +121,8 @@ def step_time(
     kernel_flops = t / tensor * 4 * size(cfg, "NH") * keys * passes
 
     values = sum(count * each(cfg, mesh, letters) for letters, count in _VECTORS.items())
+    if kind:
+        values += sum(count * each(cfg, mesh, letters) for letters, count in _ROUNDED.items())
     state = partition.parameter_count(cfg) / ways("DF", PARAMETERS, mesh)  # of what trains
     count, times = train.accumulation, FLOAT32_PASSES if width == 4 else 1
     vector_bytes = t * L * values * width + 4 * (8 + (3 * count if count > 1 else 0)) * state
@@ -120,6 +137,7 @@ def step_time(
             mesh,
             t,
             weights - experts * (1 - 1 / axis_size(mesh, "expert")),
+            narrow,
             width,
             "mid" in again,
             partition,
@@ -136,6 +154,7 @@ def _ici_bytes(
     mesh: Mesh | AbstractMesh,
     t: float,
     weights: float,
+    narrow: float,
     width: int,
     mid_again: bool,
     partition: Partition,
@@ -147,7 +166,9 @@ def _ici_bytes(
     shards = ways("D", PARAMETERS, mesh)
     moved = 0.0
     if shards > 1:
-        moved += microbatches * (L + behind + (0 if partition.lora else partition.count)) * width * weights / tensor
+        gathered = width * weights - (width - 1) * narrow  # bytes of a layer; 8-bit weights have one each
+        moved += microbatches * (L + behind) * gathered / tensor
+        moved += microbatches * (0 if partition.lora else partition.count) * width * weights / tensor
         outside = ("embed" in partition.others) + partition.trains_head(cfg)  # embedding and output projection
         moved += microbatches * (2 * 2 * width + 4 * outside) * size(cfg, "DV") / tensor
     if tensor > 1:

@@ -17,7 +17,6 @@ from solar_jax.model import llama
 from solar_jax.model.attention import attention_mask, attention_of_rows
 from solar_jax.model.experts import Load
 from solar_jax.model.precision import compute_dtype, precision
-from solar_jax.model.quantised import quantised_einsum
 from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_kernel
@@ -59,16 +58,14 @@ def make_forward(
       train: the run's.
       length: T.
       mesh: of the step.
-      projections: a name of `model.quantised.QTYPES`; "" multiplies in the compute dtype.
+      projections: a name of `model.quantised.NARROW_KINDS`; "" multiplies in the compute dtype.
       trains_head: whether a gradient of the output projection is wanted.
     """
     if train.remat not in llama.REMAT:
         raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {train.remat!r}.")
 
     constrain, kernel = constrain_on(mesh), attention_kernel(cfg, train, length, mesh)
-    narrow: dict[str, Any] = {"einsum": quantised_einsum(projections)} if projections else {}
-    if cfg.num_local_experts:
-        narrow["dispatch"] = expert_dispatch(mesh)
+    experts: dict[str, Any] = {"dispatch": expert_dispatch(mesh)} if cfg.num_local_experts else {}
     shards = axis_size(mesh, "data", "fsdp", "expert", "context")
 
     def hidden(params: Params, loads: list[Load], batch: Batch) -> tuple[jax.Array, jax.Array, Batch]:
@@ -81,7 +78,8 @@ def make_forward(
         x, head, load = llama.hidden_and_loads(
             cfg, params, split["tokens"], split["positions"], batch["segment_ids"],
             compute_dtype=compute_dtype(train),
-            remat=train.remat, constrain=constrain, attend=attend, counted=split.get("weights"), **narrow,
+            remat=train.remat, constrain=constrain, attend=attend, projections=projections,
+            groups=axis_size(mesh, "data", "fsdp", "expert"), counted=split.get("weights"), **experts,
         )  # fmt: skip
         loads.append(load)
         return x, head, split
