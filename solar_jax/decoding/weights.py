@@ -12,9 +12,8 @@ from solar_jax.config import ModelConfig
 from solar_jax.model.llama import rotates
 from solar_jax.model.lora import INPUTS
 from solar_jax.model.matmul import Einsum, plain_einsum
+from solar_jax.model.quantised import narrow_scale, narrow_values
 from solar_jax.model.shapes import Params, is_vector, sizes
-
-_MOST = 127
 
 
 @jax.tree_util.register_dataclass
@@ -37,9 +36,8 @@ def is_int8(x: Any) -> bool:
 @functools.partial(jax.jit, static_argnums=1)
 def _quantised(weight: jax.Array, inputs: int) -> Int8:
     axes = tuple(range(1, 1 + inputs))
-    wide = weight.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=axes, keepdims=True) / _MOST, jnp.finfo(jnp.float32).tiny)
-    return Int8(jnp.round(wide / scale).astype(jnp.int8), jnp.squeeze(scale, axes))
+    scale = narrow_scale(weight, axes, jnp.int8)
+    return Int8(narrow_values(weight, jnp.expand_dims(scale, axes), jnp.int8), scale)
 
 
 def quantised(params: Params) -> Params:

@@ -25,7 +25,7 @@ class Chip:
     network: float  # DCN bytes/s of a device to other slices, through its host
     price: float  # US dollars per chip-hour, on demand
     vector_memory: int  # MiB of VMEM per core, the compiler's limit for a kernel
-    int8: float  # rate of int8 matmuls next to bfloat16's, by the compiler's cycles of [8192, 4096] x [4096, 14336]
+    int8: float  # rate of int8 matmuls next to bfloat16's, by the compiler (scripts/bench/matmul_rates.py)
     fp8: float  # the same of float8
     scoped_memory: bool = True  # whether `compiler_options` raises the scoped VMEM limit of fusions
 
@@ -49,7 +49,7 @@ CHIPS = {
     ),
     "v6e": Chip(
         kinds=("TPU v6 lite", "TPU v6e"), devices=1, cores=1, peak=918e12, matmul_rate=0.79, clock=1.75e9, memory=31.24,
-        bandwidth=1.64e12, links=2 * 1.8e11, network=12.5e9, price=2.70, vector_memory=128, int8=1.38, fp8=1.0,
+        bandwidth=1.64e12, links=2 * 1.8e11, network=12.5e9, price=2.70, vector_memory=128, int8=1.37, fp8=1.0,
     ),
     "tpu7x": Chip(
         kinds=("TPU7x",), devices=2, cores=2, peak=1153.5e12, matmul_rate=0.80, clock=2.2e9, memory=94.74,

@@ -32,7 +32,7 @@ class NarrowKind(typing.NamedTuple):
 
     forward: Any  # dtype of activations and weights
     backward: Any  # dtype of gradients
-    weights_too: tuple[str, ...] = ()  # projections whose weight's gradient is a product of 8 bits
+    weight_gradients: tuple[str, ...] = ()  # projections whose weight has its gradient from 8 bits too
 
 
 # 8-bit float gradients need the wider range of e5m2.
@@ -83,8 +83,8 @@ def narrowed(params: Params, kind: str, groups: int = 1) -> Params:
         first = x.ndim - len(LAYER_AXES[path[-1].key])
         axes = tuple(range(first, first + INPUTS[name]))
         fixed = jax.lax.stop_gradient(x)
-        scale = _scale(fixed, axes, NARROW_KINDS[kind].forward)
-        values = _rounded(fixed, jnp.expand_dims(scale, axes), NARROW_KINDS[kind].forward)
+        scale = narrow_scale(fixed, axes, NARROW_KINDS[kind].forward)
+        values = narrow_values(fixed, jnp.expand_dims(scale, axes), NARROW_KINDS[kind].forward)
         return NarrowWeight(values, scale, x, kind, name, groups)
 
     return params | {"layers": jax.tree.map_with_path(one, params["layers"])}
@@ -117,7 +117,7 @@ def products(einsum: Einsum, subscripts: Sequence[str], x: jax.Array, weights: S
     if not isinstance(weights[0], NarrowWeight):
         return [einsum(s, x, weight) for s, weight in zip(subscripts, weights, strict=True)]
     arrays = tuple((weight.values, weight.scale, weight.exact) for weight in weights)
-    narrow = (weight.name in NARROW_KINDS[weight.kind].weights_too for weight in weights)
+    narrow = (weight.name in NARROW_KINDS[weight.kind].weight_gradients for weight in weights)
     ways = tuple(zip(subscripts, narrow, strict=True))
     return list(_products(ways, weights[0].kind, weights[0].groups, x, arrays))
 
@@ -127,18 +127,19 @@ def _most(dtype: Any) -> float:
     return float((jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo)(dtype).max)
 
 
-def _scale(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
+def narrow_scale(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
     """Returns the scale, float32 without `axes`, by which the largest value along them becomes the dtype's largest."""
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes)
     return jnp.maximum(largest / _most(dtype), jnp.finfo(jnp.float32).tiny)
 
 
-def _rounded(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+def narrow_values(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """Returns x divided by a scale that broadcasts, rounded to the nearest value of a dtype of 8 bits."""
     x, most = x.astype(jnp.float32) / scale, _most(dtype)
     return (jnp.round(x) if jnp.issubdtype(dtype, jnp.integer) else jnp.clip(x, -most, most)).astype(dtype)
 
 
-def _rounded_at_random(x: jax.Array, factor: jax.Array) -> jax.Array:
+def rounded_at_random(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Rounds x [B, T, ...] times a factor [B, T] to int8, up or down, the nearer the likelier: exact on average.
 
     The thresholds are uniform, and independent for different tokens. Within a token they are one number, rotated: sums
@@ -195,8 +196,8 @@ def _products(ways: Ways, kind: str, groups: int, x: jax.Array, weights: Weights
 
 
 def _forward(ways: Ways, kind: str, groups: int, x: jax.Array, weights: Weights) -> Any:
-    of_row = checkpoint_name(_scale(x, _features(x), NARROW_KINDS[kind].forward), ROW_SCALES)
-    rows = _rounded(x, _rows(of_row, x), NARROW_KINDS[kind].forward)
+    of_row = checkpoint_name(narrow_scale(x, _features(x), NARROW_KINDS[kind].forward), ROW_SCALES)
+    rows = narrow_values(x, _rows(of_row, x), NARROW_KINDS[kind].forward)
     found = []
     for (s, _), (values, scale, _) in zip(ways, weights, strict=True):
         y = _multiply(s, rows, values)
@@ -207,21 +208,21 @@ def _forward(ways: Ways, kind: str, groups: int, x: jax.Array, weights: Weights)
 def _backward(ways: Ways, kind: str, groups: int, saved: Any, gradients: tuple[jax.Array, ...]) -> Any:
     x, of_row, weights = saved
     scaled = [g.astype(jnp.float32) * scale for g, (_, scale) in zip(gradients, weights, strict=True)]
-    largest = [_scale(g, _features(g), NARROW_KINDS[kind].backward) for g in scaled]
+    largest = [narrow_scale(g, _features(g), NARROW_KINDS[kind].backward) for g in scaled]
     of_gradient = functools.reduce(jnp.maximum, largest)
-    rows = [_rounded(g, _rows(of_gradient, g), NARROW_KINDS[kind].backward) for g in scaled]
+    rows = [narrow_values(g, _rows(of_gradient, g), NARROW_KINDS[kind].backward) for g in scaled]
 
     both = (of_row * of_gradient).reshape(groups, -1)
     most = jnp.max(both, axis=1)  # [groups]
     of_group = jnp.repeat(most, len(x) // groups)[:, None]  # [B, 1]
     again = x
-    if any(weight_too for _, weight_too in ways):
-        again = _tokens_last(_rounded_at_random(x, of_gradient / of_group), groups)
+    if any(in_8_bits for _, in_8_bits in ways):
+        again = _tokens_last(rounded_at_random(x, of_gradient / of_group), groups)
     terms, found = [], []
-    for (s, weight_too), g, row, (values, scale) in zip(ways, gradients, rows, weights, strict=True):
+    for (s, in_8_bits), g, row, (values, scale) in zip(ways, gradients, rows, weights, strict=True):
         ours, theirs, out = s.replace("->", ",").split(",")
         terms.append(_multiply(f"{out},{theirs}->{ours}", row, values))
-        if not weight_too:
+        if not in_8_bits:
             precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
             d_weight = jnp.einsum(f"{ours},{out}->{theirs}", x, g, precision=precision)
         else:

@@ -21,6 +21,7 @@ from solar_jax.training.partition import Partition, everything
 BACKWARD_KERNEL = 2.5  # FLOPs of the attention kernel's backward pass, in units of its forward pass
 # Axes of the weight whose matmul gives a value of `SAVEABLE`: recomputed if a policy does not save the value.
 _WEIGHT = {"q": "DNH", "k": "DKH", "v": "DKH", "mid": "NHD", "gate": "DF", "up": "DF"}
+_PROJECTION = {"mid": "o"}  # value of `SAVEABLE` -> projection that gives it, where the name is another
 # Values per token and layer that move between a device and its HBM outside of matmuls and kernels, by last axes: norms,
 # residual sums, rotary embeddings, transposes, SwiGLU and what gathers them. Fitted to what the TPU compiler reports.
 _VECTORS = {"D": 22.0, "NH": 14.0, "KH": 14.0, "F": 8.0}
@@ -105,13 +106,13 @@ def step_time(
     per_layer = 2 * L + 2 * behind + 2 * differentiated
     head_passes = 4 + 2 * partition.trains_head(cfg)
     matmul_flops = t / tensor * (per_layer * (weights - idle) + 2 * behind * repeated + head_passes * head)
-    kind = NARROW_KINDS.get(precision(train).projections)
-    narrow = sum(n for name, n in parts.items() if name.removesuffix("_proj") in INPUTS) if kind else 0
-    narrow_flops = 2 * (L + behind) * narrow
-    if kind:
-        narrow_flops += 2 * behind * sum(parts[f"{name}_proj"] for name in again if f"{name}_proj" in parts)
-        narrow_flops += 2 * behind * parts["o_proj"] * ("mid" in again)
-        narrow_flops += 2 * differentiated * sum(parts.get(f"{name}_proj", 0) for name in kind.weights_too)
+    narrow = 0  # weights of a layer that are multiplied in 8 bits
+    if kind := NARROW_KINDS.get(precision(train).projections):
+        of = {name: parts[f"{name}_proj"] for name in INPUTS if f"{name}_proj" in parts}
+        narrow = sum(of.values())
+        narrow_again = sum(of.get(_PROJECTION.get(name, name), 0) for name in again)
+        gradients = sum(of.get(name, 0) for name in kind.weight_gradients)
+        narrow_flops = 2 * (L + behind) * narrow + 2 * behind * narrow_again + 2 * differentiated * gradients
         faster = chip.int8 if jnp.issubdtype(kind.forward, jnp.integer) else chip.fp8
         matmul_flops -= t / tensor * narrow_flops * (1 - 1 / faster)
 

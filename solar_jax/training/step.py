@@ -79,7 +79,7 @@ def make_forward(
             cfg, params, split["tokens"], split["positions"], batch["segment_ids"],
             compute_dtype=compute_dtype(train),
             remat=train.remat, constrain=constrain, attend=attend, projections=projections,
-            groups=axis_size(mesh, "data", "fsdp", "expert"), counted=split.get("weights"), **experts,
+            groups=rules.ways("B", rules.ACTIVATIONS, mesh), counted=split.get("weights"), **experts,
         )  # fmt: skip
         loads.append(load)
         return x, head, split

@@ -9,7 +9,7 @@ import pytest
 from solar_jax.config import ModelConfig
 from solar_jax.model import llama
 from solar_jax.model.matmul import plain_einsum
-from solar_jax.model.quantised import NarrowWeight, _rounded_at_random, narrowed, products
+from solar_jax.model.quantised import NarrowWeight, narrowed, products, rounded_at_random
 from solar_jax.model.shapes import LAYER_AXES
 
 RNG = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def test_rounding_at_random_is_exact_on_average_and_independent_between_tokens()
     tokens = 40_000
     x = np.array([0.3, -0.8, 0.1, 1.7, 126.9], np.float32)
     factor = np.exp(RNG.uniform(-0.7, 0, (2, tokens // 2))).astype(np.float32)
-    found = np.asarray(_rounded_at_random(jnp.broadcast_to(x, (2, tokens // 2, 5)), jnp.array(factor)))
+    found = np.asarray(rounded_at_random(jnp.broadcast_to(x, (2, tokens // 2, 5)), jnp.array(factor)))
     error = found - x * factor[..., None]
     assert found.dtype == np.int8
     assert np.abs(error).max() < 1.001
