@@ -1,6 +1,7 @@
 """Growth operators compared: the same rows for every arm, beside the base at equal tokens and at equal FLOPs.
 
     python -m solar_jax.study --config configs/study_smollm2.py:quick --workdir DIR
+    python -m solar_jax.study --config configs/study_smollm2.py:core --workdir DIR
     python -m solar_jax.study --config configs/study_smollm2.py:full --workdir DIR
 
 :full
@@ -13,7 +14,12 @@
 
 :quick
   trains    four arms and three controls, two rates, one seed, 10 steps of 1,024 tokens
-  needs     8 GiB of memory; 1.7e14 FLOPs, half an hour at 9e10 FLOP/s, an estimate for 2 cores that nothing else uses
+  needs     8 GiB of memory; 2.8e14 FLOPs, 20 minutes on 2 cores that nothing else uses
+
+:core
+  trains    the same four arms and the base at equal tokens and at equal FLOPs, 100 steps of 1,024 tokens, each at the
+            rate that :quick chose for it, one seed; on all of the text
+  needs     8 GiB of memory; 8.2e14 FLOPs, an hour on 2 cores that nothing else uses
 
 :tiny
   trains    as :quick with two steps of 128 tokens, for tests of the command
@@ -25,7 +31,7 @@ from solar_jax.config import defaults
 from solar_jax.errors import UserError
 from solar_jax.studying.config import study_defaults
 
-SIZES = ("full", "quick", "tiny")
+SIZES = ("full", "core", "quick", "tiny")
 # The result of `python -m solar_jax.search --source smollm2 --add 18` (docs/searching.md).
 SEARCHED = {"name": "searched", "operator": "blocks", "blocks": "2:12,12:20"}
 
@@ -42,6 +48,8 @@ FEW = (
     {"name": "llama_pro_new", "operator": "llama_pro", "every": 4, "trainable": "new"},
 )
 """Arms of :quick."""
+CHOSEN = {"base_tokens": 1e-4, "base_flops": 1e-4, "gated_dus_0.25": 1e-4}
+"""Rates that :quick chose, of 1e-4 and 3e-4, where it was not 3e-4."""
 MANY = (
     *({"name": f"dus_{m}", "operator": "dus", "m": m} for m in (3, 6, 8, 10)),
     {"name": "naive", "operator": "naive", "copies": 2},
@@ -99,6 +107,16 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         config.arms = (*CONTROLS, *TIED, *MANY)
         config.rates = (3e-5, 1e-4, 3e-4)
         config.seeds = (0, 1, 2)
+        config.probe_steps = 50
+        config.evaluate_every = 25
+        config.validation_documents, config.test_documents = 24, 48
+        return config
+    if size == "core":
+        run.data.sources = ("pydoc-topics", "python-stdlib")
+        run.train.steps = 100
+        config.arms = tuple(arm | {"rates": (CHOSEN.get(str(arm["name"]), 3e-4),)} for arm in (*CONTROLS, *FEW))
+        config.rates = (3e-4,)
+        config.seeds = (0,)
         config.probe_steps = 50
         config.evaluate_every = 25
         config.validation_documents, config.test_documents = 24, 48

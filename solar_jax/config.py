@@ -131,7 +131,7 @@ class TrainConfig:
     batch_size: int = 0  # B, rows a step over all devices
     accumulation: int = 1  # microbatches that one step's batch is split into; 0: chosen by the planner
     trainable: str = "all"  # a name of training.partition.TRAINABLE
-    remat: str = "auto"  # a name of model.llama.REMAT; auto: chosen by the planner
+    remat: str = "auto"  # a name of model.remat.REMAT; auto: chosen by the planner
     attention: str = "auto"  # flash (ours), splash (jax's), cudnn, xla (no kernel); auto: what fits the machine
     precision: str = "mixed"  # a name of model.precision.PRECISIONS; mixed: float32 state, bfloat16 matmuls
     max_skipped: int = 0  # steps with a non-finite loss or gradient that a run may skip

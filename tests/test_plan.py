@@ -15,7 +15,7 @@ from solar_jax.config import MeshConfig, resolve
 from solar_jax.errors import UserError
 from solar_jax.hardware.slices import find_slice
 from solar_jax.model.flops import flops_per_token
-from solar_jax.model.llama import REMAT
+from solar_jax.model.remat import REMAT
 from tests.planning.test_memory import GIB, SOLAR
 from tests.test_config import dus_48l
 

@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="0: as many as the config's grown model has")
     parser.add_argument("--batch", type=int, default=4, help="rows a device")
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--remat", default="matmuls", help="names of model.llama.REMAT, by commas")
+    parser.add_argument("--remat", default="matmuls", help="names of model.remat.REMAT, by commas")
     parser.add_argument("--precision", default="mixed", help="of ours, names of model.precision.PRECISIONS, by commas")
     parser.add_argument("--options", default="default", help="default, none, or NAME=VALUE,... beside the defaults")
     parser.add_argument("--peer", help="python of an environment with MaxText")

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="0: as many as the config's grown model has")
     parser.add_argument("--batch", type=int, default=4, help="rows a device")
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--remat", default="matmuls", help="a name of model.llama.REMAT that fits all of them")
+    parser.add_argument("--remat", default="matmuls", help="a name of model.remat.REMAT that fits all of them")
     parser.add_argument("--hlo", type=pathlib.Path, help="folder to keep the compiled programs in")
     args = parser.parse_args()
 

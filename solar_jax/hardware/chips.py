@@ -48,7 +48,7 @@ CHIPS = {
         bandwidth=2.765e12, links=3 * 1.8e11, network=6.25e9, price=4.20, vector_memory=64, int8=2.0, fp8=1.0,
     ),
     "v6e": Chip(
-        kinds=("TPU v6 lite", "TPU v6e"), devices=1, cores=1, peak=918e12, matmul_rate=0.79, clock=1.75e9, memory=31.24,
+        kinds=("TPU v6 lite", "TPU v6e"), devices=1, cores=1, peak=918e12, matmul_rate=0.83, clock=1.75e9, memory=31.24,
         bandwidth=1.64e12, links=2 * 1.8e11, network=12.5e9, price=2.70, vector_memory=128, int8=1.37, fp8=1.0,
     ),
     "tpu7x": Chip(

@@ -19,37 +19,19 @@ from solar_jax.model.attention import Attend, attention_mask, rotated_attention
 from solar_jax.model.experts import Dispatch, Load, grouped_mlp, route
 from solar_jax.model.lora import INPUTS, norm_of
 from solar_jax.model.matmul import Einsum, down_projection, plain_einsum
-from solar_jax.model.quantised import ROW_SCALES, exact_of, gathered_weight, narrowed, products
+from solar_jax.model.quantised import exact_of, gathered_weights, narrowed, products
+from solar_jax.model.remat import rematerialised
 from solar_jax.model.rope import rope_angles
 from solar_jax.model.shapes import LAYER_AXES, Params, is_vector, layer_axes, sizes
 
 # (array, its axis letters) -> the same array, laid out on a mesh; a dot is an unsharded axis. An array with a B is an
 # activation. One without is a parameter: it is all-gathered for use, and its gradient is sharded as it is at rest.
-Constrain = Callable[[jax.Array, str], jax.Array]
-
-# Names of a layer's saveable values -> their axes, ordered by memory per recompute time saved, cheapest first.
-# "attention" holds the residuals of the attention kernel, "mid" the residual stream after attention.
-SAVEABLE = {
-    "attention": "BTNH", "q": "BTNH", "k": "BTKH", "v": "BTKH", "mid": "BTD", "gate": "BTF", "up": "BTF",
-}  # fmt: skip
-
-# Remat policy -> values saved for the backward pass; the others are recomputed, and a layer's input is always saved.
-# None saves whatever differentiation asks for.
-REMAT: dict[str, tuple[str, ...] | None] = {
-    "none": None,
-    "matmuls": ("attention", "q", "k", "v", "mid", "gate", "up"),
-    "half_mlp": ("attention", "q", "k", "v", "mid", "gate"),
-    "mid": ("attention", "q", "k", "v", "mid"),
-    "qkv": ("attention", "q", "k", "v"),
-    "attention": ("attention",),
-    "offload": ("attention",),
-    "full": (),
-}
-# Values that a `REMAT` policy also offloads to host memory, trading transfer time for HBM.
-OFFLOADED: dict[str, tuple[str, ...]] = {"offload": ("q", "k", "v", "mid")}
+# (parameters, the letters of each), tuples, -> all of them, gathered together.
+Constrain = Callable[[Any, Any], Any]
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def unconstrained(x: jax.Array, axes: str) -> jax.Array:
+def unconstrained(x: Any, axes: Any) -> Any:
     """No-op `Constrain` for a single device."""
     del axes
     return x
@@ -139,8 +121,12 @@ class Block(nnx.Module):
         Also returns how it routed the `counted` tokens; {} without experts.
         """
 
+        attention = gathered_weights({name: getattr(self, name)[...] for name in _ATTENTION}, constrain)
+
         def weight(name: str) -> Any:
-            return gathered_weight(getattr(self, name)[...], LAYER_AXES[name], constrain)
+            if name in attention:
+                return attention[name]
+            return gathered_weights({name: getattr(self, name)[...]}, constrain)[name]
 
         def adapted(y: jax.Array, h: jax.Array, name: str) -> jax.Array:
             """Adds a projection's adapter: y + (h A) B, scaled to DoRA's magnitude where there is one."""
@@ -237,14 +223,7 @@ class Llama(nnx.Module):
         def body(x: jax.Array, block: Block) -> tuple[jax.Array, Load]:
             return block.with_load(x, rope, seen, constrain, attend, plain_einsum, dispatch, counted)
 
-        if (names := REMAT[remat]) is not None:
-            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=(*names, ROW_SCALES),
-                names_which_can_be_offloaded=OFFLOADED.get(remat, ()),
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        body = rematerialised(body, remat)
 
         def turn(x: jax.Array, stacks: tuple[Any, ...]) -> tuple[jax.Array, list[Load]]:
             loads = []
@@ -339,7 +318,7 @@ def hidden_and_loads(
       positions: [B, T], each token's position in its document; counted from the row's start if None.
       segment_ids: [B, T], document index of each token within its row; one document if None.
       compute_dtype: dtype of matmuls and activations.
-      remat: a policy name in `REMAT`.
+      remat: a name of `remat.REMAT`.
       constrain: lays out activations and gathered parameters on a mesh.
       attend: attention that takes segment ids; None for plain array operations.
       projections: a key of `quantised.NARROW_KINDS` if the layers' projections multiply in 8 bits.

@@ -18,7 +18,7 @@ class Precision:
     weights: str  # trained matrices
     moments: str  # optimiser moments of those matrices
     compute: str  # matmuls and activations
-    projections: str = ""  # a key of model.quantised.NARROW_KINDS if projections take narrower operands
+    projections: str = ""  # a key of model.quantised.NARROW_KINDS if projections have narrower weights or operands
 
 
 # config.train.precision
@@ -27,6 +27,7 @@ PRECISIONS = {
     "mixed": Precision("float32", "float32", "bfloat16"),
     "bf16_moments": Precision("float32", "bfloat16", "bfloat16"),
     "bf16": Precision("bfloat16", "bfloat16", "bfloat16"),
+    "int8_weights": Precision("float32", "float32", "bfloat16", "int8_weights"),
     "int8": Precision("float32", "float32", "bfloat16", "int8"),
     "int8_wgrad": Precision("float32", "float32", "bfloat16", "int8_wgrad"),
     "fp8": Precision("float32", "float32", "bfloat16", "fp8"),

@@ -1,8 +1,8 @@
-"""Projections whose matmuls take 8-bit operands.
+"""Projections whose weights, and by choice all operands of their matmuls, have 8 bits.
 
 Weights are rounded once a step, before the scan over layers: each layer's all-gather moves 8 bits, and both passes
-multiply by the same matrix W. With a scale s for each output and a for each token, y = a ((x / a) W) s. Backward, s
-scales the gradient before that is rounded, with a scale b for each token: dx = b ((g s / b) W^T).
+multiply by the same matrix W. With a scale s for each output, y = (x W) s and dx = (g s) W^T. Where activations are
+rounded too, each token has a scale a, and backward b: y = a ((x / a) W) s and dx = b ((g s / b) W^T).
 
 The weight's gradient is the product of x and g as they are (arXiv 2304.13013) or, where a kind says so, one of 8 bits.
 It sums over tokens, whose scales cannot be taken out of the sum. So x is rounded again, with both scales a and b in it,
@@ -28,19 +28,21 @@ from solar_jax.model.shapes import LAYER_AXES, Params
 
 
 class NarrowKind(typing.NamedTuple):
-    """Dtypes of the operands of projections."""
+    """Dtypes of the operands of projections; None is the compute dtype."""
 
-    forward: Any  # dtype of activations and weights
-    backward: Any  # dtype of gradients
+    weights: Any
+    activations: Any = None
+    gradients: Any = None  # None if and only if activations are
     weight_gradients: tuple[str, ...] = ()  # projections whose weight has its gradient from 8 bits too
 
 
 # 8-bit float gradients need the wider range of e5m2.
 NARROW_KINDS = {
-    "int8": NarrowKind(jnp.int8, jnp.int8),
+    "int8_weights": NarrowKind(jnp.int8),
+    "int8": NarrowKind(jnp.int8, jnp.int8, jnp.int8),
     # Of the others, rounding and transposing an operand takes as long as the product saves.
-    "int8_wgrad": NarrowKind(jnp.int8, jnp.int8, ("gate", "up")),
-    "fp8": NarrowKind(jnp.float8_e4m3fn, jnp.float8_e5m2),
+    "int8_wgrad": NarrowKind(jnp.int8, jnp.int8, jnp.int8, ("gate", "up")),
+    "fp8": NarrowKind(jnp.float8_e4m3fn, jnp.float8_e4m3fn, jnp.float8_e5m2),
 }
 ROW_SCALES = "row_scales"  # name of a saveable value: the scales of a projection's activations, [B, T]
 
@@ -83,27 +85,31 @@ def narrowed(params: Params, kind: str, groups: int = 1) -> Params:
         first = x.ndim - len(LAYER_AXES[path[-1].key])
         axes = tuple(range(first, first + INPUTS[name]))
         fixed = jax.lax.stop_gradient(x)
-        scale = narrow_scale(fixed, axes, NARROW_KINDS[kind].forward)
-        values = narrow_values(fixed, jnp.expand_dims(scale, axes), NARROW_KINDS[kind].forward)
+        scale = narrow_scale(fixed, axes, NARROW_KINDS[kind].weights)
+        values = narrow_values(fixed, jnp.expand_dims(scale, axes), NARROW_KINDS[kind].weights)
         return NarrowWeight(values, scale, x, kind, name, groups)
 
     return params | {"layers": jax.tree.map_with_path(one, params["layers"])}
 
 
-def gathered_weight(weight: Any, letters: str, constrain: Any) -> Any:
-    """Lays out a weight for use by a `Constrain`, in 8 bits if it is narrow."""
-    if not isinstance(weight, NarrowWeight):
-        return constrain(weight, letters)
-    return dataclasses.replace(
-        weight, values=constrain(weight.values, letters), exact=constrain(weight.exact, letters),
-        scale=constrain(weight.scale, letters[-weight.scale.ndim :]),
-    )  # fmt: skip
+def gathered_weights(weights: dict[str, Any], constrain: Any) -> dict[str, Any]:
+    """Lays out weights of a layer for use by a `Constrain`, gathered together, and in 8 bits if they are narrow."""
+    letters = tuple(LAYER_AXES[name] for name in weights)
+    values = constrain(tuple(w.values if isinstance(w, NarrowWeight) else w for w in weights.values()), letters)
+
+    def one(weight: Any, values: Any, letters: str) -> Any:
+        if not isinstance(weight, NarrowWeight):
+            return values
+        exact, scale = constrain(weight.exact, letters), constrain(weight.scale, letters[-weight.scale.ndim :])
+        return dataclasses.replace(weight, values=values, exact=exact, scale=scale)
+
+    return {name: one(*its) for name, *its in zip(weights, weights.values(), values, letters, strict=True)}
 
 
 def products(einsum: Einsum, subscripts: Sequence[str], x: jax.Array, weights: Sequence[Any]) -> list[jax.Array]:
     """Multiplies activations with each of several weights, by subscripts such as "btd,dnh->btnh".
 
-    In 8 bits, the gradients of all of them share a scale for each token: they should be of like size.
+    Where gradients are rounded, those of all of them share a scale for each token: they should be of like size.
 
     Args:
       einsum: of weights that are arrays.
@@ -117,6 +123,8 @@ def products(einsum: Einsum, subscripts: Sequence[str], x: jax.Array, weights: S
     if not isinstance(weights[0], NarrowWeight):
         return [einsum(s, x, weight) for s, weight in zip(subscripts, weights, strict=True)]
     arrays = tuple((weight.values, weight.scale, weight.exact) for weight in weights)
+    if NARROW_KINDS[weights[0].kind].activations is None:
+        return [_widened(s, x, *weight) for s, weight in zip(subscripts, arrays, strict=True)]
     narrow = (weight.name in NARROW_KINDS[weight.kind].weight_gradients for weight in weights)
     ways = tuple(zip(subscripts, narrow, strict=True))
     return list(_products(ways, weights[0].kind, weights[0].groups, x, arrays))
@@ -169,9 +177,50 @@ def _features(x: jax.Array) -> tuple[int, ...]:
 
 # ---- Multiplying -----------------------------------------------------------------------------------------------------
 def _multiply(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the einsum of 8-bit operands, in int32 or float32."""
-    integers = jnp.issubdtype(x.dtype, jnp.integer)
-    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.int32 if integers else jnp.float32)
+    """Returns the einsum of two integers in int32, of two floats in float32."""
+    total = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+    return jnp.einsum(subscripts, x, y, preferred_element_type=total, precision=_precision(x))
+
+
+def _precision(x: jax.Array) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def _weight_gradient(s: str, x: jax.Array, g: jax.Array) -> jax.Array:
+    """Returns a product's gradient by its weight, added in the compute dtype, in which the sum moves between devices.
+
+    Args:
+      s: subscripts of the product.
+      x: [B, T, *inputs].
+      g: [B, T, *outputs].
+    """
+    ours, theirs, out = s.replace("->", ",").split(",")
+    return jnp.einsum(f"{ours},{out}->{theirs}", x, g, precision=_precision(x))
+
+
+def _no_gradients(values: jax.Array, scale: jax.Array) -> tuple[Any, Any]:
+    """Returns cotangents of what is rounded; the gradient of a weight is that of its `exact`."""
+    return np.zeros(values.shape, jax.dtypes.float0), jnp.zeros_like(scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _widened(s: str, x: jax.Array, values: jax.Array, scale: jax.Array, exact: jax.Array) -> jax.Array:
+    """Multiplies by a weight of 8 bits as by one of the compute dtype, which holds every 8-bit value exactly."""
+    return (_multiply(s, x, values.astype(x.dtype)) * scale).astype(x.dtype)
+
+
+def _widened_forward(s: str, x: jax.Array, values: jax.Array, scale: jax.Array, exact: jax.Array) -> Any:
+    return _widened(s, x, values, scale, exact), (x, values, scale)
+
+
+def _widened_backward(s: str, saved: tuple[jax.Array, ...], g: jax.Array) -> Any:
+    x, values, scale = saved
+    ours, theirs, out = s.replace("->", ",").split(",")
+    dx = _multiply(f"{out},{theirs}->{ours}", (g.astype(jnp.float32) * scale).astype(x.dtype), values.astype(x.dtype))
+    return dx.astype(x.dtype), *_no_gradients(values, scale), _weight_gradient(s, x, g)
+
+
+_widened.defvjp(_widened_forward, _widened_backward)
 
 
 def _tokens_last(x: jax.Array, groups: int) -> jax.Array:
@@ -196,8 +245,8 @@ def _products(ways: Ways, kind: str, groups: int, x: jax.Array, weights: Weights
 
 
 def _forward(ways: Ways, kind: str, groups: int, x: jax.Array, weights: Weights) -> Any:
-    of_row = checkpoint_name(narrow_scale(x, _features(x), NARROW_KINDS[kind].forward), ROW_SCALES)
-    rows = narrow_values(x, _rows(of_row, x), NARROW_KINDS[kind].forward)
+    of_row = checkpoint_name(narrow_scale(x, _features(x), NARROW_KINDS[kind].activations), ROW_SCALES)
+    rows = narrow_values(x, _rows(of_row, x), NARROW_KINDS[kind].activations)
     found = []
     for (s, _), (values, scale, _) in zip(ways, weights, strict=True):
         y = _multiply(s, rows, values)
@@ -208,9 +257,9 @@ def _forward(ways: Ways, kind: str, groups: int, x: jax.Array, weights: Weights)
 def _backward(ways: Ways, kind: str, groups: int, saved: Any, gradients: tuple[jax.Array, ...]) -> Any:
     x, of_row, weights = saved
     scaled = [g.astype(jnp.float32) * scale for g, (_, scale) in zip(gradients, weights, strict=True)]
-    largest = [narrow_scale(g, _features(g), NARROW_KINDS[kind].backward) for g in scaled]
+    largest = [narrow_scale(g, _features(g), NARROW_KINDS[kind].gradients) for g in scaled]
     of_gradient = functools.reduce(jnp.maximum, largest)
-    rows = [narrow_values(g, _rows(of_gradient, g), NARROW_KINDS[kind].backward) for g in scaled]
+    rows = [narrow_values(g, _rows(of_gradient, g), NARROW_KINDS[kind].gradients) for g in scaled]
 
     both = (of_row * of_gradient).reshape(groups, -1)
     most = jnp.max(both, axis=1)  # [groups]
@@ -223,15 +272,13 @@ def _backward(ways: Ways, kind: str, groups: int, saved: Any, gradients: tuple[j
         ours, theirs, out = s.replace("->", ",").split(",")
         terms.append(_multiply(f"{out},{theirs}->{ours}", row, values))
         if not in_8_bits:
-            precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-            d_weight = jnp.einsum(f"{ours},{out}->{theirs}", x, g, precision=precision)
+            d_weight = _weight_gradient(s, x, g)
         else:
             d_weight = _multiply("gim,gmo->gio", again, row.reshape(groups, -1, row[0, 0].size))
             d_weight = (d_weight.astype(jnp.float32) * most[:, None, None] / scale.reshape(-1)).astype(x.dtype)
             # Added in the compute dtype, in which the sum moves between devices.
             d_weight = jax.lax.reduce(d_weight, np.zeros((), x.dtype), jax.lax.add, (0,)).reshape(values.shape)
-        no_gradient = np.zeros(values.shape, jax.dtypes.float0), jnp.zeros_like(scale)
-        found.append((*no_gradient, d_weight.astype(x.dtype)))
+        found.append((*_no_gradients(values, scale), d_weight))
     dx = functools.reduce(jnp.add, terms).astype(jnp.float32) * _rows(of_gradient, x)
     return dx.astype(x.dtype), tuple(found)
 

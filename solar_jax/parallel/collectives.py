@@ -1,6 +1,7 @@
 """Data movement within a step, as sharding constraints and reshapes that XLA turns into collectives."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,11 @@ def _in_layers(path: Any) -> bool:
 def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> Callable[[jax.Array, str], jax.Array]:
     """Returns a `model.llama.Constrain` that lays out activations and gathered parameters on `mesh`."""
 
-    def one(x: jax.Array, letters: str) -> jax.Array:
+    def one(x: Any, letters: Any) -> Any:
+        if isinstance(letters, tuple):
+            if len(letters) > 1 and mesh.shape["tensor"] == 1 and math.prod(stages) > 1:  # heads are not sharded
+                return together(x, letters)
+            return tuple(gathered(*its) for its in zip(x, letters, strict=True))
         if "B" not in letters and "." not in letters:
             return gathered(x, letters)
         x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, activations)))
@@ -105,7 +110,33 @@ def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> 
         return (g,)
 
     gathered.defvjp(forward, backward)
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+    def together(arrays: tuple[jax.Array, ...], letters: tuple[str, ...]) -> tuple[jax.Array, ...]:
+        """Gathers attention's weights as one array; their gradients are scattered one by one.
+
+        Alone, TPUs would all-reduce the smaller ones as zero-padded shards, and reorder the gathered `o_proj` in HBM.
+        """
+        parts = [jnp.einsum(f"{its}->{_heads_first(its)}", x) for x, its in zip(arrays, letters, strict=True)]
+        whole = gathered(jnp.concatenate(parts), "NDH")
+        whole = with_layout_constraint(whole, ROW_MAJOR) if platform(mesh) == "tpu" else whole
+        found = jnp.split(whole, np.cumsum([len(x) for x in parts[:-1]]).tolist())
+        return tuple(jnp.einsum(f"{_heads_first(its)}->{its}", x) for x, its in zip(found, letters, strict=True))
+
+    def together_forward(arrays: tuple[jax.Array, ...], letters: tuple[str, ...]) -> tuple[Any, None]:
+        return together(arrays, letters), None
+
+    def together_backward(letters: tuple[str, ...], _: None, gradients: tuple[jax.Array, ...]) -> tuple[Any]:
+        return (tuple(backward(its, None, g)[0] for its, g in zip(letters, gradients, strict=True)),)
+
+    together.defvjp(together_forward, together_backward)
     return one
+
+
+def _heads_first(letters: str) -> str:
+    """Returns axes with heads in front: "DNH" or "NHD" -> "NDH"."""
+    heads, width = letters.replace("D", "")
+    return f"{heads}D{width}"
 
 
 def over_slices(mesh: Mesh, function: Callable[[Params, Arrays], Any]) -> Callable[[Params, Arrays], Any]:

@@ -11,7 +11,9 @@ loops around it run:
   host     bytes copied to and from host memory, at 16 GB/s
   network  bytes to other slices, over a chip's share of its host's DCN bandwidth; the compiler writes them as sends
 
-"overlapped" assumes that compute + kernels + grouped, comm and host run concurrently, "serial" one after the other.
+"overlapped" assumes that compute + kernels + grouped, comm and host run concurrently, "serial" one after the other. The
+program says which it is: `Program.beside` are the bytes of collectives that are started and awaited by operations of
+their own, between which others run.
 DCN time is added to both: slices exchange the sum of their gradients, which is ready after the last layer and needed
 next.
 """
@@ -36,7 +38,8 @@ _ARRAY = re.compile(r"\b(" + "|".join(_WIDTHS) + r")\[([0-9,]*)\]")
 _COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BRANCH = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)")
-_CALL = re.compile(r" (?:call|async-start)\(.*(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
+_CALL = re.compile(r" (?:call|call-start|async-start)\(.*(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
+_STARTED = re.compile(r" (?:call|async)-start\(|%async-collective-start[\w.\-]* =")
 _DONE = re.compile(r"%async-collective-done[\w.\-]* =")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
 _CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
@@ -63,6 +66,7 @@ class Program:
     kernel_flops: float = 0.0
     grouped_flops: float = 0.0
     moved: Counter[str] = dataclasses.field(default_factory=Counter)  # bytes by kind of collective
+    beside: float = 0.0  # bytes of those that are asynchronous
     host: float = 0.0  # bytes
     network: float = 0.0  # bytes
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)  # number of times that each runs
@@ -89,7 +93,8 @@ class Program:
         lines = [f"kernels without a cost, so not comparable: {', '.join(self.unknown)}"] if self.unknown else []
         lines.append("parts " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.parts().items()))
         moved = self.moved | ({"to other slices": self.network} if self.network else {})
-        lines.append("moved " + ", ".join(f"{kind} {count / 1e9:.1f} GB" for kind, count in moved.items()))
+        kinds = ", ".join(f"{kind} {count / 1e9:.1f} GB" for kind, count in moved.items())
+        lines.append(f"moved {kinds}; {self.beside / 1e9:.1f} GB of it asynchronously")
         for name, seconds in zip(("overlapped", "serial"), self.seconds(), strict=True):
             mfu = 100 * flops / seconds / self.chip.peak
             lines.append(f"{name:10} step {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s a chip, MFU {mfu:.1f} %")
@@ -113,22 +118,24 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _executed(computations: dict[str, list[str]], name: str, times: int) -> Iterator[tuple[str, int, str]]:
-    """Yields (operation, how often it runs, the enclosing computation)."""
+def _executed(
+    computations: dict[str, list[str]], name: str, times: int, beside: bool = False
+) -> Iterator[tuple[str, int, str, bool]]:
+    """Yields (operation, how often it runs, the enclosing computation, whether that is asynchronous)."""
     for line in computations[name]:
         if loop := _WHILE.search(line):
             limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(loop[1], [])))
-            yield from _executed(computations, loop[2], times * max(map(int, limits), default=1))
+            yield from _executed(computations, loop[2], times * max(map(int, limits), default=1), beside)
             continue
         for branch in _BRANCH.findall(line):
-            yield from _executed(computations, branch, times)
-        yield line, times, name
+            yield from _executed(computations, branch, times, beside)
+        yield line, times, name, beside
         inner = _FUSED.search(line) if " fusion(" in line and "kCustom" in line and not _CYCLES.search(line) else None
         if _DONE.search(line):  # its start has been counted, and both contain the collective
             inner = None
         for called in (inner, _CALL.search(line)):
             if called and called[1] in computations:
-                yield from _executed(computations, called[1], times)
+                yield from _executed(computations, called[1], times, beside or bool(_STARTED.search(line)))
 
 
 def _kernel(program: Program, line: str, times: int) -> None:
@@ -165,7 +172,7 @@ def _grouped(program: Program, line: str, times: int) -> None:
     program.grouped_flops += times * 2 * M * K * N
 
 
-def _collective(program: Program, line: str, times: int, where: str) -> None:
+def _collective(program: Program, line: str, times: int, where: str, beside: bool) -> None:
     found = _COLLECTIVE.search(line)
     if not found:
         return
@@ -175,7 +182,9 @@ def _collective(program: Program, line: str, times: int, where: str) -> None:
         size = sum(_bytes(line.split("(", 1)[1].split(")")[0])) or size
     if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
-    program.moved[kind] += size * times * (2 if kind == "all-reduce" else 1)
+    total = size * times * (2 if kind == "all-reduce" else 1)
+    program.moved[kind] += total
+    program.beside += total if beside or found[3] else 0
 
 
 def _network(program: Program, line: str, times: int) -> None:
@@ -194,12 +203,12 @@ def read_program(text: str, chip: Chip) -> Program:
     """Parses optimised HLO text into the program that one device of `chip` runs."""
     computations, entry = _computations(text)
     program = Program(chip)
-    for line, times, where in _executed(computations, entry, 1):
+    for line, times, where, beside in _executed(computations, entry, 1):
         if cycles := _CYCLES.search(line):
             program.cycles += times * int(cycles[1])
         if 'custom_call_target="tpu_custom_call"' in line:
             _kernel(program, line, times)
-        _collective(program, line, times, where)
+        _collective(program, line, times, where, beside)
         _network(program, line, times)
         if "S(5)" in line and _HOST_COPY.search(line):  # memory space 5 is the host's
             program.host += times * max(_bytes(line.split("=", 1)[1].split("(", 1)[0]), default=0)

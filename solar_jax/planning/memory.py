@@ -14,8 +14,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.model.flash import LANES
-from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.precision import compute_dtype
+from solar_jax.model.remat import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.shapes import layer_axes, size
 from solar_jax.parallel.attention import attention_choice
 from solar_jax.parallel.mesh import axis_size, platform

@@ -17,8 +17,8 @@ from solar_jax.data.chat.formats import kind_of
 from solar_jax.errors import UserError
 from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice
-from solar_jax.model.llama import REMAT
 from solar_jax.model.precision import Precision, precision
+from solar_jax.model.remat import REMAT
 from solar_jax.model.shapes import parameter_count
 from solar_jax.parallel import processes
 from solar_jax.parallel.attention import attention_choice

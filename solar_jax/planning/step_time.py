@@ -7,10 +7,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.hardware.chips import Chip
-from solar_jax.model.llama import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.lora import INPUTS
 from solar_jax.model.precision import compute_dtype, precision
-from solar_jax.model.quantised import NARROW_KINDS
+from solar_jax.model.quantised import NARROW_KINDS, NarrowKind
+from solar_jax.model.remat import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.shapes import is_vector, layer_axes, size
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, PARAMETERS, padded_rows, ways
@@ -106,15 +106,15 @@ def step_time(
     per_layer = 2 * L + 2 * behind + 2 * differentiated
     head_passes = 4 + 2 * partition.trains_head(cfg)
     matmul_flops = t / tensor * (per_layer * (weights - idle) + 2 * behind * repeated + head_passes * head)
-    narrow = 0  # weights of a layer that are multiplied in 8 bits
-    if kind := NARROW_KINDS.get(precision(train).projections):
+    narrow = 0  # weights of a layer that have 8 bits
+    kind = NARROW_KINDS.get(precision(train).projections)
+    if kind:
         of = {name: parts[f"{name}_proj"] for name in INPUTS if f"{name}_proj" in parts}
         narrow = sum(of.values())
         narrow_again = sum(of.get(_PROJECTION.get(name, name), 0) for name in again)
         gradients = sum(of.get(name, 0) for name in kind.weight_gradients)
         narrow_flops = 2 * (L + behind) * narrow + 2 * behind * narrow_again + 2 * differentiated * gradients
-        faster = chip.int8 if jnp.issubdtype(kind.forward, jnp.integer) else chip.fp8
-        matmul_flops -= t / tensor * narrow_flops * (1 - 1 / faster)
+        matmul_flops -= t / tensor * narrow_flops * (1 - 1 / _rate(kind, chip))
 
     keys = length / 2
     keys = min(keys, cfg.sliding_window or keys)
@@ -122,7 +122,7 @@ def step_time(
     kernel_flops = t / tensor * 4 * size(cfg, "NH") * keys * passes
 
     values = sum(count * each(cfg, mesh, letters) for letters, count in _VECTORS.items())
-    if kind:
+    if kind and kind.activations:
         values += sum(count * each(cfg, mesh, letters) for letters, count in _ROUNDED.items())
     state = partition.parameter_count(cfg) / ways("DF", PARAMETERS, mesh)  # of what trains
     count, times = train.accumulation, FLOAT32_PASSES if width == 4 else 1
@@ -147,6 +147,13 @@ def step_time(
         host=2 * t * behind * width * sum(each(cfg, mesh, SAVEABLE[name]) for name in offloaded) / HOST,
         network=2 * (slices - 1) / slices * 4 * state / chip.network,
     )
+
+
+def _rate(kind: NarrowKind, chip: Chip) -> float:
+    """Returns the rate of a kind's products next to the compute dtype's."""
+    if kind.activations is None:
+        return 1.0
+    return chip.int8 if jnp.issubdtype(kind.activations, jnp.integer) else chip.fp8
 
 
 def _ici_bytes(

@@ -17,6 +17,7 @@ from solar_jax.model import llama
 from solar_jax.model.attention import attention_mask, attention_of_rows
 from solar_jax.model.experts import Load
 from solar_jax.model.precision import compute_dtype, precision
+from solar_jax.model.remat import REMAT
 from solar_jax.model.shapes import Params
 from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_kernel
@@ -61,8 +62,8 @@ def make_forward(
       projections: a name of `model.quantised.NARROW_KINDS`; "" multiplies in the compute dtype.
       trains_head: whether a gradient of the output projection is wanted.
     """
-    if train.remat not in llama.REMAT:
-        raise UserError(f"config.train.remat must be one of {', '.join(llama.REMAT)}, found {train.remat!r}.")
+    if train.remat not in REMAT:
+        raise UserError(f"config.train.remat must be one of {', '.join(REMAT)}, found {train.remat!r}.")
 
     constrain, kernel = constrain_on(mesh), attention_kernel(cfg, train, length, mesh)
     experts: dict[str, Any] = {"dispatch": expert_dispatch(mesh)} if cfg.num_local_experts else {}

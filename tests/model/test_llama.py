@@ -16,6 +16,7 @@ from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.tokenizer import load_tokenizer
 from solar_jax.config import ModelConfig
 from solar_jax.model import llama
+from solar_jax.model.remat import REMAT
 from solar_jax.model.shapes import param_shapes, parameter_count
 from tests.conftest import hf_model, save_hf
 
@@ -92,7 +93,7 @@ def test_packed_documents_do_not_see_each_other(tiny):
     assert float(jnp.abs(leaking[:, 25:] - packed[:, 25:]).max()) > 1e-2
 
 
-@pytest.mark.parametrize("remat", sorted(llama.REMAT))
+@pytest.mark.parametrize("remat", sorted(REMAT))
 def test_remat_changes_no_gradient(tiny, remat):
     checkpoint = open_checkpoint(str(tiny))
     tokens = jnp.array(np.random.default_rng(1).integers(0, checkpoint.cfg.vocab_size, (2, 16)))

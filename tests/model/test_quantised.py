@@ -64,6 +64,27 @@ def test_product_and_gradients_are_those_by_hand(kind, forward, backward):
     np.testing.assert_allclose(dw, np.einsum("btnh,btd->dnh", G, X), rtol=1e-4, atol=1e-3)
 
 
+def test_with_weights_alone_in_8_bits_products_are_those_of_the_rounded_weight():
+    y, transpose = jax.vjp(
+        lambda x, w: product("btd,dnh->btnh", x, narrow(w, "q_proj", "int8_weights")), jnp.array(X), jnp.array(W)
+    )
+    held = rounded(W, 0, "int8")
+    dx, dw = transpose(jnp.array(G))
+    for found, subscripts, x, w in (
+        (y, "btd,dnh->btnh", X, held),
+        (dx, "btnh,dnh->btd", G, held),
+        (dw, "btnh,btd->dnh", G, X),
+    ):
+        expected = np.einsum(subscripts, x, w)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    assert relative(y, np.einsum("btd,dnh->btnh", X, W)) > 2e-3
+    narrow_product = product(
+        "btd,dnh->btnh", jnp.array(X, jnp.bfloat16), narrow(jnp.array(W), "q_proj", "int8_weights")
+    )
+    assert narrow_product.dtype == jnp.bfloat16
+    assert relative(narrow_product.astype(jnp.float32), np.asarray(y)) < 5e-3
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize(
     ("name", "subscripts", "x", "w"),
@@ -154,7 +175,7 @@ def test_projections_of_one_input_share_its_rounding_and_add_up_their_gradients(
 CFG = ModelConfig(64, 32, 48, 3, 4, 2, 8, 128, 1e4, 1e-5, False)
 
 
-@pytest.mark.parametrize(("kind", "remat"), [("int8", "none"), ("int8_wgrad", "full")])
+@pytest.mark.parametrize(("kind", "remat"), [("int8", "none"), ("int8_wgrad", "full"), ("int8_weights", "full")])
 def test_a_model_in_8_bits_has_nearly_the_gradients_of_float32(kind, remat):
     params, tokens = llama.initial_params(CFG, 0), jnp.arange(32).reshape(2, 16)
 

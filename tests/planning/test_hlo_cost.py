@@ -61,6 +61,22 @@ def test_each_collective_counts_once_and_an_all_reduce_twice(program):
     assert dict(program.moved) == {"all-gather": gathered, "reduce-scatter": scattered, "all-reduce": 2 * added}
 
 
+def test_collectives_that_others_run_beside_are_told_from_those_that_they_wait_for(program):
+    gathered = 3 * 4 * 8 * 2
+    assert program.beside == gathered
+    sparse = PROGRAM.replace(
+        "fusion(%a), kind=kCustom, calls=%started",
+        'call-start(), async_execution_thread="sparsecore", to_apply=%started',
+    )
+    found = read_program(sparse.replace("%async-collective", "%all-gather.call"), CHIPS["v6e"])
+    assert found.beside == gathered
+    assert found.moved["all-gather"] == 2 * gathered  # this program's end is a gather of its own
+    waiting = read_program(PROGRAM.replace("%async-collective-start", "%fusion.1"), CHIPS["v5p"])
+    assert waiting.beside == 0
+    assert waiting.moved == program.moved
+    assert "0.0 GB of it asynchronously" in waiting.report(1, 1)
+
+
 def test_what_crosses_slices_is_neither_hidden_nor_taken_for_traffic_within_one(program):
     assert program.network == 16 * 4  # of a sum over two each sends its own once
     four = PROGRAM.replace('target="{1,2}x', 'target="{1:4}x')

@@ -7,7 +7,7 @@ import pytest
 from solar_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.hardware.slices import find_slice
-from solar_jax.model.llama import REMAT
+from solar_jax.model.remat import REMAT
 from solar_jax.planning import search
 from solar_jax.planning.search import Devices, choose, fits, is_open, meshes, microbatches, need, of_slice, options
 from tests.parallel.test_rules import SMALL

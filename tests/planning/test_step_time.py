@@ -8,7 +8,7 @@ from solar_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainC
 from solar_jax.hardware.chips import CHIPS
 from solar_jax.hardware.slices import find_slice
 from solar_jax.model.flops import flops_per_token
-from solar_jax.model.llama import OFFLOADED, REMAT
+from solar_jax.model.remat import OFFLOADED, REMAT
 from solar_jax.planning.hlo_cost import HOST, KERNEL_RATE
 from solar_jax.planning.search import of_slice
 from solar_jax.planning.step_time import StepTime, step_time
@@ -51,6 +51,13 @@ def test_matmuls_of_8_bits_by_hand():
     # Weights are gathered twice, of one byte and not two; 30 values of D and of F a token and layer are moved.
     assert plain.links - narrow.links == pytest.approx(48 * 2 * weights / V5P.links)
     assert narrow.vectors - plain.vectors == pytest.approx(wide * 30 * (4096 + 14336) * 2 / V5P.bandwidth)
+
+
+def test_weights_alone_in_8_bits_move_fewer_bytes_and_change_nothing_else():
+    weights = 2 * 16_777_216 + 2 * 4_194_304 + 3 * 58_720_256
+    plain, narrow = (time_of("half_mlp", precision=p) for p in ("mixed", "int8_weights"))
+    assert plain.links - narrow.links == pytest.approx(48 * 2 * weights / V5P.links)
+    assert dataclasses.replace(narrow, links=plain.links) == plain
 
 
 def test_8_bits_that_a_chip_does_not_multiply_faster_are_not_predicted_to_be():

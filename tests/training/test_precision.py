@@ -24,14 +24,22 @@ KEPT = {
     "mixed": ("float32", "float32"),
     "bf16_moments": ("float32", "bfloat16"),
     "bf16": ("bfloat16", "bfloat16"),
+    "int8_weights": ("float32", "float32"),
     "int8": ("float32", "float32"),
     "int8_wgrad": ("float32", "float32"),
     "fp8": ("float32", "float32"),
 }
 # policy -> its products in the program by the type of the first operand. Of seven projections there are seven forward,
 # six once more before the backward pass (what the last gives is not needed there), and seven of gradients with weights.
-# int8_wgrad: two of the weights' gradients as well.
-NARROW = {"mixed": {}, "bf16": {}, "int8": {"i8": 20}, "int8_wgrad": {"i8": 22}, "fp8": {"f8E4M3FN": 13, "f8E5M2": 7}}
+# int8_wgrad: two of the weights' gradients as well. int8_weights: none.
+NARROW = {
+    "mixed": {},
+    "bf16": {},
+    "int8_weights": {},
+    "int8": {"i8": 20},
+    "int8_wgrad": {"i8": 22},
+    "fp8": {"f8E4M3FN": 13, "f8E5M2": 7},
+}
 
 
 def test_every_policy_is_tried_here():
@@ -53,7 +61,8 @@ def test_what_is_kept_is_of_the_policys_dtypes_and_vectors_are_float32(name):
 
 @pytest.mark.parametrize("name", sorted(NARROW))  # bf16 is bf16_moments and more
 def test_a_policy_trains_within_a_scan_with_recomputation_on_a_mesh(name):
-    mesh, run = mesh_of(1, 4, 2), config(precision=name)
+    mesh = mesh_of(1, 8, 1) if name == "int8_weights" else mesh_of(1, 4, 2)  # gathers attention's weights as one
+    run = config(precision=name)
     optimizer = optimizer_of(run, mesh=mesh)
     abstract = abstract_state(SMALL, precision(run.train).weights, optimizer, state_shardings(SMALL, optimizer, mesh))
     rest = jax.tree.map(lambda s: s.sharding, abstract)

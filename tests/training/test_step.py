@@ -25,6 +25,7 @@ from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.model.precision import precision
+from solar_jax.model.remat import REMAT
 from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.parallel import rules
 from solar_jax.parallel.attention import attention_choice
@@ -435,7 +436,7 @@ def test_a_row_that_cannot_be_cut_is_refused_with_what_could(shape, length, atte
 
 def test_an_unknown_remat_is_refused_with_the_known_ones():
     run = config(remat="some")
-    with pytest.raises(UserError, match=rf"config\.train\.remat must be one of {', '.join(llama.REMAT)}, found 'some'"):
+    with pytest.raises(UserError, match=rf"config\.train\.remat must be one of {', '.join(REMAT)}, found 'some'"):
         make_train_step(SMALL, run.train, run.data.sequence_length, optimizer_of(run), mesh_of(1, 1, 1))
 
 
