@@ -134,6 +134,7 @@ class TrainConfig:
     remat: str = "auto"  # a name of model.remat.REMAT; auto: chosen by the planner
     attention: str = "auto"  # flash (ours), splash (jax's), cudnn, xla (no kernel); auto: what fits the machine
     precision: str = "mixed"  # a name of model.precision.PRECISIONS; mixed: float32 state, bfloat16 matmuls
+    offload_collectives: bool = False  # to the SparseCores of v5p and v6e, beside matmuls; not yet run on a TPU
     max_skipped: int = 0  # steps with a non-finite loss or gradient that a run may skip
     spike: float = 0.0  # deviations above the running mean that make a loss a spike; 0: no spike detection
     control: bool = False  # also train the base without growth, on the same tokens

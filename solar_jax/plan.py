@@ -129,7 +129,8 @@ def save_here(config: Config, folder: pathlib.Path) -> None:
     show(f"{config.name} on {jax.device_count()} {jax.devices()[0].device_kind} device(s): {option}, {need}")
     mesh = make_mesh(option.config.mesh)
     lowered = lower_step(cfg, option.config, mesh, partition)
-    compiled = lowered.compile(compiler_options(jax.devices()[0]) or None)
+    options = compiler_options(jax.devices()[0], option.config.train.offload_collectives)
+    compiled = lowered.compile(options or None)
     show(saved_line(folder, save_program(folder, cfg, option.config, mesh, lowered, compiled)))
 
 

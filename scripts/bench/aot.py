@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--remat", default="matmuls", help="names of model.remat.REMAT, by commas")
     parser.add_argument("--precision", default="mixed", help="of ours, names of model.precision.PRECISIONS, by commas")
+    parser.add_argument("--offload", action="store_true", help="collectives run on SparseCores, of both programs")
     parser.add_argument("--options", default="default", help="default, none, or NAME=VALUE,... beside the defaults")
     parser.add_argument("--peer", help="python of an environment with MaxText")
     parser.add_argument("--peer_remat", default="minimal_with_context", help="names of its remat_policy, by commas")
@@ -150,7 +151,7 @@ def main() -> None:
         train=dataclasses.replace(config.train, batch_size=args.batch * wanted.devices),
         data=dataclasses.replace(config.data, sequence_length=args.length),
     )
-    options = {} if args.options == "none" else dict(compiler_options(described_devices(wanted)[0]))
+    options = {} if args.options == "none" else compiler_options(described_devices(wanted)[0], args.offload)
     if args.options not in ("default", "none"):
         options |= dict(o.split("=", 1) for o in args.options.split(","))
     flops = flops_per_token(cfg, args.length) * args.batch * args.length

@@ -117,7 +117,8 @@ def run_here(planned: StepCheck, cfg: ModelConfig, option: Option, partition: Pa
     config, mesh = option.config, make_mesh(option.config.mesh)
     begin = time.perf_counter()
     lowered = lower_step(cfg, config, mesh, partition)
-    step = lowered.compile(chips.compiler_options(jax.local_devices()[0]) or None)
+    options = chips.compiler_options(jax.local_devices()[0], config.train.offload_collectives)
+    step = lowered.compile(options or None)
     spent, memory = time.perf_counter() - begin, step.memory_analysis()
     state, batch = _first_state(cfg, config, mesh, partition), _random_batch(cfg, config, mesh)
     seconds, loss = [], math.nan

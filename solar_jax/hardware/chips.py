@@ -8,6 +8,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from solar_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -28,6 +30,7 @@ class Chip:
     int8: float  # rate of int8 matmuls next to bfloat16's, by the compiler (scripts/bench/matmul_rates.py)
     fp8: float  # the same of float8
     scoped_memory: bool = True  # whether `compiler_options` raises the scoped VMEM limit of fusions
+    offloaded: tuple[str, ...] = ()  # collectives that the compiler can give to SparseCores, as its options name them
 
 
 # Rates from Google's page on each chip (cloud.google.com/tpu/docs/v4 ... /tpu7x), ICI at 90 % of the stated bandwidth;
@@ -46,10 +49,12 @@ CHIPS = {
     "v5p": Chip(
         kinds=("TPU v5", "TPU v5p"), devices=1, cores=2, peak=459e12, matmul_rate=0.98, clock=1.75e9, memory=95.73,
         bandwidth=2.765e12, links=3 * 1.8e11, network=6.25e9, price=4.20, vector_memory=64, int8=2.0, fp8=1.0,
+        offloaded=("all_gather", "2d_all_gather", "3d_all_gather", "all_reduce", "reduce_scatter", "nd_reduce_scatter"),
     ),
     "v6e": Chip(
         kinds=("TPU v6 lite", "TPU v6e"), devices=1, cores=1, peak=918e12, matmul_rate=0.83, clock=1.75e9, memory=31.24,
         bandwidth=1.64e12, links=2 * 1.8e11, network=12.5e9, price=2.70, vector_memory=128, int8=1.37, fp8=1.0,
+        offloaded=("all_gather", "2d_all_gather", "all_reduce"),
     ),
     "tpu7x": Chip(
         kinds=("TPU7x",), devices=2, cores=2, peak=1153.5e12, matmul_rate=0.80, clock=2.2e9, memory=94.74,
@@ -69,6 +74,8 @@ GPU_PEAK_FLOPS = {
 # A scoped VMEM limit above the default lets matmul fusions keep full operand tiles: 98 % of peak on a v5p instead of
 # 74 to 93 %, by the compiler's estimate.
 _SCOPED = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
+_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
+_NOT_FUSED = {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false"}  # the other way to run them beside
 
 
 def chip_name(device: jax.Device | jax.sharding.AbstractDevice) -> str | None:
@@ -82,10 +89,27 @@ def vector_memory(device: jax.Device | jax.sharding.AbstractDevice | None) -> in
     return (CHIPS[name].vector_memory if name else 128) * 2**20
 
 
-def compiler_options(device: jax.Device) -> dict[str, str]:
-    """Returns the options to pass to `.compile()` for a training step on such devices."""
-    name = chip_name(device)
-    return _SCOPED if name and CHIPS[name].scoped_memory else {}
+def compiler_options(
+    device: jax.Device | jax.sharding.AbstractDevice | None, offload_collectives: bool = False
+) -> dict[str, str]:
+    """Returns the options to pass to `.compile()` for a training step on such devices.
+
+    Args:
+      device: one of them.
+      offload_collectives: give collectives to the SparseCores, so that they run beside matmuls.
+
+    Raises:
+      UserError: collectives cannot be offloaded on such a device.
+    """
+    name = chip_name(device) if device else None
+    options = dict(_SCOPED) if name and CHIPS[name].scoped_memory else {}
+    if not offload_collectives:
+        return options
+    if not name or not CHIPS[name].offloaded:
+        able = ", ".join(name for name, chip in CHIPS.items() if chip.offloaded)
+        kind = device.device_kind if device else "no device"
+        raise UserError(f"config.train.offload_collectives needs a TPU of {able}, found {kind}.")
+    return options | _NOT_FUSED | {_OFFLOAD + kind: "true" for kind in CHIPS[name].offloaded}
 
 
 def peak_flops(device: jax.Device) -> float | None:

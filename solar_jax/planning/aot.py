@@ -97,7 +97,9 @@ def compile_step(
     lowered = lower_step(cfg, config, mesh, partition)
     traced = time.perf_counter() - begin
     begin = time.perf_counter()
-    compiled = lowered.compile(dict(chips.compiler_options(devices[0]) if options is None else options) or None)
+    if options is None:
+        options = chips.compiler_options(devices[0], config.train.offload_collectives)
+    compiled = lowered.compile(dict(options) or None)
     seconds = time.perf_counter() - begin
     m, text = compiled.memory_analysis(), compiled.as_text()
     assert m is not None

@@ -11,9 +11,9 @@ loops around it run:
   host     bytes copied to and from host memory, at 16 GB/s
   network  bytes to other slices, over a chip's share of its host's DCN bandwidth; the compiler writes them as sends
 
-"overlapped" assumes that compute + kernels + grouped, comm and host run concurrently, "serial" one after the other. The
-program says which it is: `Program.beside` are the bytes of collectives that are started and awaited by operations of
-their own, between which others run.
+"overlapped" assumes that compute + kernels + grouped, comm and host run concurrently, "serial" one after the other. In
+between lies "scheduled", which follows the order of operations in the program: collectives that it starts and awaits in
+operations of their own run beside those in between, one at a time; all others wait for each other.
 DCN time is added to both: slices exchange the sum of their gradients, which is ready after the last layer and needed
 next.
 """
@@ -39,6 +39,10 @@ _COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BRANCH = re.compile(r"(?:true_computation|false_computation)=%?([\w.\-]+)")
 _CALL = re.compile(r" (?:call|call-start|async-start)\(.*(?:to_apply|calls|called_computations)=\{?%?([\w.\-]+)")
+_ASYNC = re.compile(
+    r"%([\w.\-]+) = .* (?:call|async|all-gather|all-reduce|collective-permute)-(start|update|done)\((?:%([\w.\-]+))?"
+)
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _STARTED = re.compile(r" (?:call|async)-start\(|%async-collective-start[\w.\-]* =")
 _DONE = re.compile(r"%async-collective-done[\w.\-]* =")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
@@ -67,6 +71,7 @@ class Program:
     grouped_flops: float = 0.0
     moved: Counter[str] = dataclasses.field(default_factory=Counter)  # bytes by kind of collective
     beside: float = 0.0  # bytes of those that are asynchronous
+    scheduled: float = 0.0  # seconds in the order of the program, without network
     host: float = 0.0  # bytes
     network: float = 0.0  # bytes
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)  # number of times that each runs
@@ -88,6 +93,10 @@ class Program:
         p = self.parts()
         return max(p["compute"] + p["kernels"] + p["grouped"], p["comm"], p["host"]) + p["network"], sum(p.values())
 
+    def scheduled_seconds(self) -> float:
+        """Returns the step time in the order of the program."""
+        return self.scheduled + self.parts()["network"]
+
     def report(self, tokens: float, flops: float) -> str:
         """Formats a report; `tokens` and model `flops` are per chip and step."""
         lines = [f"kernels without a cost, so not comparable: {', '.join(self.unknown)}"] if self.unknown else []
@@ -95,7 +104,10 @@ class Program:
         moved = self.moved | ({"to other slices": self.network} if self.network else {})
         kinds = ", ".join(f"{kind} {count / 1e9:.1f} GB" for kind, count in moved.items())
         lines.append(f"moved {kinds}; {self.beside / 1e9:.1f} GB of it asynchronously")
-        for name, seconds in zip(("overlapped", "serial"), self.seconds(), strict=True):
+        times = zip(
+            ("overlapped", "scheduled", "serial"), sorted((*self.seconds(), self.scheduled_seconds())), strict=True
+        )
+        for name, seconds in times:
             mfu = 100 * flops / seconds / self.chip.peak
             lines.append(f"{name:10} step {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s a chip, MFU {mfu:.1f} %")
         return "\n".join(lines)
@@ -115,7 +127,20 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             name = ""
         elif name:
             found[name].append(line)
-    return found, entry
+    return {name: _with_operands(lines) for name, lines in found.items()}, entry
+
+
+def _with_operands(lines: list[str]) -> list[str]:
+    """Writes the types of operands into reduce-scatters, whose own type is that of the smaller result."""
+    if not any(" reduce-scatter(%" in line for line in lines):
+        return lines
+    types = {found[1]: found[2] for line in lines if (found := re.search(r"%([\w.\-]+) = (\w+\[[\d,]*\])", line))}
+
+    def typed(found: re.Match[str]) -> str:
+        names = re.findall(r"%([\w.\-]+)", found[1])
+        return " reduce-scatter(" + ", ".join(f"{types.get(name, '')} %{name}" for name in names) + ")"
+
+    return [re.sub(r" reduce-scatter\((%[^)]*)\)", typed, line) for line in lines]
 
 
 def _executed(
@@ -124,18 +149,34 @@ def _executed(
     """Yields (operation, how often it runs, the enclosing computation, whether that is asynchronous)."""
     for line in computations[name]:
         if loop := _WHILE.search(line):
-            limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(loop[1], [])))
-            yield from _executed(computations, loop[2], times * max(map(int, limits), default=1), beside)
+            yield from _executed(computations, loop[2], times * _turns(computations, loop[1]), beside)
             continue
         for branch in _BRANCH.findall(line):
             yield from _executed(computations, branch, times, beside)
         yield line, times, name, beside
-        inner = _FUSED.search(line) if " fusion(" in line and "kCustom" in line and not _CYCLES.search(line) else None
         if _DONE.search(line):  # its start has been counted, and both contain the collective
-            inner = None
-        for called in (inner, _CALL.search(line)):
-            if called and called[1] in computations:
-                yield from _executed(computations, called[1], times, beside or bool(_STARTED.search(line)))
+            continue
+        for called in _called(line):
+            if called in computations:
+                yield from _executed(computations, called, times, beside or bool(_STARTED.search(line)))
+
+
+def _turns(computations: dict[str, list[str]], condition: str) -> int:
+    """Returns how often a loop runs: the largest number in its condition."""
+    limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(condition, [])))
+    return max(map(int, limits), default=1)
+
+
+def _called(line: str) -> list[str]:
+    """Returns the computations that an operation calls and that may hold what has no estimate of its own."""
+    inner = _FUSED.search(line) if " fusion(" in line and "kCustom" in line and not _CYCLES.search(line) else None
+    return [found[1] for found in (inner, _CALL.search(line)) if found]
+
+
+def _cycles(line: str) -> int:
+    """Returns an operation's estimated cycles; 0 without an estimate, as for those of a SparseCore."""
+    found = _CYCLES.search(line)
+    return int(found[1]) if found and int(found[1]) < 2**62 else 0
 
 
 def _kernel(program: Program, line: str, times: int) -> None:
@@ -179,7 +220,7 @@ def _collective(program: Program, line: str, times: int, where: str, beside: boo
     kind, sizes = found[2], _bytes(found[1])
     size = max(sizes) if kind == "all-gather" and found[3] else sum(sizes)
     if kind == "reduce-scatter":  # its operands, not its smaller result
-        size = sum(_bytes(line.split("(", 1)[1].split(")")[0])) or size
+        size = sum(_bytes(line.split(" reduce-scatter(", 1)[1].split("channel_id")[0])) or size
     if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     total = size * times * (2 if kind == "all-reduce" else 1)
@@ -204,12 +245,63 @@ def read_program(text: str, chip: Chip) -> Program:
     computations, entry = _computations(text)
     program = Program(chip)
     for line, times, where, beside in _executed(computations, entry, 1):
-        if cycles := _CYCLES.search(line):
-            program.cycles += times * int(cycles[1])
+        program.cycles += times * _cycles(line)
         if 'custom_call_target="tpu_custom_call"' in line:
             _kernel(program, line, times)
         _collective(program, line, times, where, beside)
         _network(program, line, times)
         if "S(5)" in line and _HOST_COPY.search(line):  # memory space 5 is the host's
             program.host += times * max(_bytes(line.split("=", 1)[1].split("(", 1)[0]), default=0)
+    program.scheduled = _scheduled(computations, entry, chip)
     return program
+
+
+def _scheduled(computations: dict[str, list[str]], name: str, chip: Chip) -> float:
+    """Returns the seconds of one run of a computation, its operations in order, without host and other slices."""
+    now = free = 0.0  # when the next operation starts, and when the next asynchronous collective can
+    seconds: dict[str, float] = {}  # name or channel of an asynchronous collective -> how long it takes
+    ready: dict[str, float] = {}  # the same -> when it is done
+
+    def start(key: str, operation: str) -> None:
+        nonlocal free
+        free = ready[key] = max(now, free) + seconds[operation]
+
+    for line in computations[name]:
+        if loop := _WHILE.search(line):
+            now += _turns(computations, loop[1]) * _scheduled(computations, loop[2], chip)
+            continue
+        now += sum(_scheduled(computations, branch, chip) for branch in _BRANCH.findall(line))
+        called = [c for c in _called(line) if c in computations]
+        fused = [op for c in called for op in computations[c]]
+        if step := _ASYNC.search(line):
+            operation, what, operand = step.groups()
+            if what == "start":
+                seconds[operation] = sum(_alone(op, c, chip)[1] for c in called for op in computations[c])
+                seconds[operation] += _alone(line, name, chip)[1]
+            if what == "update":
+                seconds[operation] = seconds[operand]
+            if what == "done":
+                now = max(now, ready.get(operand, now))
+            elif operand:  # without operands it begins later, with its update
+                start(operation, operation)
+            continue
+        channel = next((found[1] for op in fused if (found := _CHANNEL.search(op))), "")
+        if _STARTED.search(line):
+            seconds[channel] = sum(_alone(op, c, chip)[1] for c in called for op in computations[c])
+            start(channel, channel)
+        elif _DONE.search(line):
+            now = max(now, ready.get(channel, now))
+        else:
+            now += sum(_scheduled(computations, c, chip) for c in called)
+            now += sum(_alone(line, name, chip))
+    return now
+
+
+def _alone(line: str, where: str, chip: Chip) -> tuple[float, float]:
+    """Returns an operation's own seconds: of computing, and of moving bytes within the slice."""
+    one = Program(chip, float(_cycles(line)))
+    if 'custom_call_target="tpu_custom_call"' in line:
+        _kernel(one, line, 1)
+    _collective(one, line, 1, where, beside=False)
+    parts = one.parts()
+    return parts["compute"] + parts["kernels"] + parts["grouped"], parts["comm"]

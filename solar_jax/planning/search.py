@@ -161,6 +161,7 @@ def options(cfg: ModelConfig, config: Config, devices: Devices, partition: Parti
             mesh = devices.mesh(sizes)
             parameter_shardings(cfg, mesh)
             attention_choice(cfg, config.train, config.data.sequence_length, mesh)
+            chips.compiler_options(mesh.abstract_device, config.train.offload_collectives)
         except UserError as e:
             refused = refused or e  # the first is of the mesh that the config means
             continue

@@ -127,8 +127,8 @@ def train_arm_of_study(
 
     def compile_step() -> Any:
         step = make_train_step(arm.cfg, config.train, T, optimizer, mesh, arm.partition)
-        options = dict(chips.compiler_options(programs.devices[0])) or None
-        return step.lower(state, feed(0)).compile(options)
+        options = chips.compiler_options(programs.devices[0], config.train.offload_collectives)
+        return step.lower(state, feed(0)).compile(options or None)
 
     compiled = programs.get(("step", arm.cfg, arm.partition, arm.steps), compile_step)
     measured = _Measured(bench, arm, config, mesh, programs)

@@ -247,7 +247,8 @@ class _Session:
             if program is not None:
                 compiled = program.load(lowered, run.mesh)
             else:
-                compiled = lowered.compile(dict(chips.compiler_options(jax.devices()[0])) or None)
+                options = chips.compiler_options(jax.devices()[0], train.offload_collectives)
+                compiled = lowered.compile(options or None)
         spent = time.perf_counter() - begin
         run.ledger.add("compilation", spent)
         cached = f" (from the cache in {jax.config.jax_compilation_cache_dir})" if hits else ""

@@ -61,20 +61,58 @@ def test_each_collective_counts_once_and_an_all_reduce_twice(program):
     assert dict(program.moved) == {"all-gather": gathered, "reduce-scatter": scattered, "all-reduce": 2 * added}
 
 
+# The same gather on a SparseCore.
+SPARSE = PROGRAM.replace(
+    "  %async-collective-start = (bf16[1,8], bf16[4,8]) fusion(%a), kind=kCustom, calls=%started",
+    """  %g.call-start = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), to_apply=%started
+  %g.call-update = ((bf16[1,8]), bf16[4,8]) call-update(%g.call-start, %a)""",
+).replace(
+    "  %async-collective-done = bf16[4,8] fusion(%a), kind=kCustom, calls=%finished",
+    "  %g.call-done = bf16[4,8] call-done(%g.call-update)",
+)
+
+
 def test_collectives_that_others_run_beside_are_told_from_those_that_they_wait_for(program):
-    gathered = 3 * 4 * 8 * 2
-    assert program.beside == gathered
-    sparse = PROGRAM.replace(
-        "fusion(%a), kind=kCustom, calls=%started",
-        'call-start(), async_execution_thread="sparsecore", to_apply=%started',
-    )
-    found = read_program(sparse.replace("%async-collective", "%all-gather.call"), CHIPS["v6e"])
-    assert found.beside == gathered
-    assert found.moved["all-gather"] == 2 * gathered  # this program's end is a gather of its own
+    sparse = read_program(SPARSE, CHIPS["v5p"])
+    assert sparse.moved == program.moved
+    assert sparse.beside == program.beside == 3 * 4 * 8 * 2
     waiting = read_program(PROGRAM.replace("%async-collective-start", "%fusion.1"), CHIPS["v5p"])
-    assert waiting.beside == 0
     assert waiting.moved == program.moved
-    assert "0.0 GB of it asynchronously" in waiting.report(1, 1)
+    assert waiting.beside == 0
+    assert "; 0.0 GB of it asynchronously" in waiting.report(1, 1)
+
+
+@pytest.mark.parametrize("text", [PROGRAM, SPARSE], ids=["fused", "sparse"])
+def test_the_schedule_waits_for_what_is_not_done_when_it_is_needed(text):
+    chip = CHIPS["v5p"]
+    matmul, others = 1000 / chip.clock, (64 + 2 * 64) / chip.links  # the scattered sum and the all-reduce
+    network = 64 / chip.network
+    short = read_program(text, chip).scheduled_seconds()
+    assert short == pytest.approx(3 * (matmul + others) + network, rel=1e-9)
+    long = text.replace("bf16[4,8]{1,0} all-gather", "bf16[4000,8000]{1,0} all-gather")
+    gather = 4000 * 8000 * 2 / chip.links
+    assert gather > 2 * matmul
+    assert read_program(long, chip).scheduled_seconds() == pytest.approx(3 * (gather + others) + network, rel=1e-9)
+    serial = read_program(long, chip).seconds()[1]
+    assert serial == pytest.approx(3 * (matmul + gather + others) + network, rel=1e-9)
+
+
+def test_an_operation_without_an_estimate_takes_no_cycles():
+    unknown = PROGRAM.replace('"estimated_cycles":"1000"', f'"estimated_cycles":"{2**63 - 1}"')
+    assert read_program(unknown, CHIPS["v5p"]).cycles == 0
+
+
+def test_a_reduce_scatter_counts_its_operand_wherever_the_type_of_that_stands():
+    text = """HloModule step
+
+ENTRY %main (p: bf16[32,8]) -> bf16[2,8] {
+  %p = bf16[32,8]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %r = bf16[2,8]{1,0:T(8,128)(2,1)} reduce-scatter(OPERAND), channel_id=1, dimensions={0}
+}
+"""
+    for operand in ("%p", "bf16[32,8]{1,0:T(8,128)(2,1)} %p"):
+        found = read_program(text.replace("OPERAND", operand), CHIPS["v5p"])
+        assert dict(found.moved) == {"reduce-scatter": 32 * 8 * 2}, operand
 
 
 def test_what_crosses_slices_is_neither_hidden_nor_taken_for_traffic_within_one(program):

@@ -135,3 +135,11 @@ def test_a_little_memory_stays_free():
     assert not fits(wanted, host(wanted.total))
     assert fits(wanted, host(wanted.total * 1.06))
     assert wanted.total > 10 * GIB
+
+
+def test_collectives_that_a_machine_cannot_offload_are_refused_before_anything_is_allocated():
+    asked = run()
+    asked = dataclasses.replace(asked, train=dataclasses.replace(asked.train, offload_collectives=True))
+    assert choose(SMALL, asked, slice_of("v6e-8"))[0].config.train.offload_collectives
+    with pytest.raises(UserError, match="offload_collectives needs a TPU of v5p, v6e, found cpu"):
+        choose(SMALL, asked, host(1e12))
