@@ -5,11 +5,11 @@
 
 v5e_8 (the default)
   trains    250 M tokens, 8 rows of 4,096 a step, weights and Lion's one moment in bfloat16: AdamW's two do not fit
-  needs     14.6 GiB of a chip's 15.8 GiB; predicted 4.3 hours and 42 dollars
+  needs     14.6 GiB of a chip's 15.8 GiB; predicted 5.0 hours and 48 dollars
 
 v5p_128
   trains    1 B tokens, 256 rows of 4,096 a step, AdamW with float32 state
-  needs     77.7 GiB of a chip's 95.7 GiB; predicted 0.8 hours and 204 dollars
+  needs     77.7 GiB of a chip's 95.7 GiB; predicted 0.8 hours and 213 dollars
 
 Predictions are the planner's: python -m solar_jax.plan --config configs/mistral_7b.py:v5e_8 --slice v5e-8
 Which layers to repeat can be searched first: --config.growth.operator=search --config.growth.add=16

@@ -5,11 +5,11 @@
 
 v5e_8 (the default)
   trains    1 B tokens, 64 rows of 2,048 a step, AdamW with float32 state
-  needs     11.2 GiB of a chip's 15.8 GiB; predicted 2.6 hours and 25 dollars
+  needs     14.9 GiB of a chip's 15.8 GiB; predicted 2.9 hours and 28 dollars
 
 v5p_128
   trains    10 B tokens, 512 rows of 2,048 a step
-  needs     28.3 GiB of a chip's 95.7 GiB; predicted 1.3 hours and 337 dollars
+  needs     28.3 GiB of a chip's 95.7 GiB; predicted 1.3 hours and 350 dollars
 
 Predictions are the planner's: python -m solar_jax.plan --config configs/tinyllama.py:v5e_8 --slice v5e-8
 Which layers to repeat can be searched first: --config.growth.operator=search --config.growth.add=12

@@ -348,17 +348,17 @@ def checked(
             show(f"does not fit according to the compiler: {str(e).splitlines()[0]}")
             smallest = need.total
             continue
-        overlapped, serial = compiled.program.seconds()
+        seconds, (hidden, _) = compiled.program.scheduled_seconds(), compiled.program.seconds()
         if unknown := compiled.program.unknown:
             show(f"kernels without a cost, so the step takes longer: {', '.join(sorted(unknown))}")
         show(
             f"compiled in {duration(time.monotonic() - begin)}: {compiled.total / GIB:.2f} GiB, estimated "
-            f"{need.total / GIB:.2f}, step {overlapped:.3f} s ({serial:.3f} s with nothing overlapped)"
+            f"{need.total / GIB:.2f}, step {seconds:.3f} s ({hidden:.3f} s if all communication were hidden)"
         )
         if save:
             size = save_program(save, cfg, option.config, compiled.mesh, compiled.lowered, compiled.executable)
             show(saved_line(save, size))
-        return Result(option, compiled.total, overlapped, compiled=True)
+        return Result(option, compiled.total, seconds, compiled=True)
     show("no option fits according to the compiler")
     return None
 

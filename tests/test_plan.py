@@ -36,7 +36,9 @@ def compiler(monkeypatch):
         seen.tried.append(plan.search.need(cfg, option).total / GIB)
         if seen.tried[-1] > seen.limit:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM.\nSee elsewhere.")
-        program = types.SimpleNamespace(seconds=lambda: (3.0, 4.0), unknown={"odd_kernel"})
+        program = types.SimpleNamespace(
+            scheduled_seconds=lambda: 3.0, seconds=lambda: (2.5, 4.0), unknown={"odd_kernel"}
+        )
         return types.SimpleNamespace(total=GIB, program=program)
 
     monkeypatch.setattr(plan, "compile_step", compile_step)
@@ -91,6 +93,7 @@ def test_the_compilers_figures_stand_in_place_of_estimates(compiler, capsys):
     said = capsys.readouterr().out
     assert "compiling fsdp 64, remat matmuls for v5p-128" in said
     assert "kernels without a cost, so the step takes longer: odd_kernel" in said
+    assert "step 3.000 s (2.500 s if all communication were hidden)" in said
 
 
 def test_what_the_compiler_refuses_gives_way_to_the_next_best_that_needs_less(compiler):

@@ -108,7 +108,7 @@ def compile_for(
         return dataclasses.replace(planned, problem=f"does not compile: {str(e).splitlines()[0]}"[:200])
     return dataclasses.replace(
         planned, compile_seconds=compiled.compiled_seconds, compiled_bytes=compiled.total,
-        compiled_seconds=compiled.program.seconds()[0],
+        compiled_seconds=compiled.program.scheduled_seconds(),
     )  # fmt: skip
 
 
