@@ -107,5 +107,5 @@ def test_the_full_study_has_every_control_and_refuses_an_operator_that_does_not_
 
 
 def test_a_size_that_is_none_is_refused():
-    with pytest.raises(UserError, match="has the sizes full, quick, tiny, found 'huge'"):
+    with pytest.raises(UserError, match="has the sizes full, core, quick, tiny, found 'huge'"):
         runpy.run_path(str(CONFIG))["get_config"]("huge")

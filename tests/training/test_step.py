@@ -216,7 +216,7 @@ def crossing_bytes(hlo: str, slice_of: Callable[[int], int]) -> int:
     """Bytes of results of collectives between devices of several slices, each as often as the loops around it turn."""
     computations, entry = hlo_cost._computations(hlo)
     total = 0
-    for line, times, _ in hlo_cost._executed(computations, entry, 1):
+    for line, times, *_ in hlo_cost._executed(computations, entry, 1):
         if not (found := hlo_cost._COLLECTIVE.search(line)):
             continue
         if any(len({slice_of(d) for d in group}) > 1 for group in device_groups(line)):
