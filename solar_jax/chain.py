@@ -50,8 +50,10 @@ if __name__ == "__main__":
 from solar_jax import merge, train
 from solar_jax.chaining.record import Measured, Record
 from solar_jax.chaining.report import plan_text, stage_markdown, stage_table
+from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.convert import Target
 from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.scratch import open_source
 from solar_jax.cli.config_files import load_config
 from solar_jax.merging.candidates import make_candidates
 from solar_jax.monitoring.profiling import listen_for_profiles
@@ -156,16 +158,16 @@ class _Meter:
             return
         first = self._chain.stages[0]
         if not self._is_known(BASE) and not isinstance(first, MergeStage):
-            self._measure(BASE, first.resolved(self._record.workdir).source)
-        self._measure(name, source)
+            config = first.resolved(self._record.workdir)
+            self._measure(BASE, open_source(config.source, config.model, config.seed))  # which may be from scratch
+        self._measure(name, open_checkpoint(source))
 
     def _is_known(self, name: str) -> bool:
         return self._record.measured(name) is not None and (
             self._suite is None or self._record.scores(name) is not None
         )
 
-    def _measure(self, name: str, source: str) -> None:
-        c = open_checkpoint(source)
+    def _measure(self, name: str, c: Checkpoint) -> None:
         if self._record.measured(name) is None:
             for config_name in self._chain.measures:
                 if config_name not in self._heldout:

@@ -65,6 +65,7 @@ from solar_jax.checkpoints.checkpoint import Checkpoint
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
 from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.push import push
+from solar_jax.checkpoints.scratch import open_source
 from solar_jax.merging.candidates import Candidate, best_of, make_candidates
 from solar_jax.merging.recipe import Recipe, read_recipe, short_recipe
 from solar_jax.merging.view import merged, open_model
@@ -166,7 +167,8 @@ def _measure(configs: Sequence[str], reference: str | None) -> Callable[[Checkpo
     heldout = {}
     for name in configs:
         config = load_config(name)
-        heldout[name] = planned_heldout(config, open_checkpoint(reference or config.source))
+        start = open_checkpoint(reference) if reference else open_source(config.source, config.model, config.seed)
+        heldout[name] = planned_heldout(config, start)
     return lambda c: {name: rows.of(c) for name, rows in heldout.items()}
 
 

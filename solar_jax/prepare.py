@@ -62,7 +62,7 @@ if __name__ == "__main__":
 
 import tokenizers
 
-from solar_jax.checkpoints.open import open_checkpoint
+from solar_jax.checkpoints.scratch import open_source
 from solar_jax.checkpoints.tokenizer import eos_id, load_tokenizer
 from solar_jax.cli.progress import byte_bar, duration
 from solar_jax.data.chat.encoding import Rules, load_rules
@@ -114,7 +114,7 @@ def prepare(config: Config, out: pathlib.Path, options: Options) -> dict[str, An
     sources = sources_of(config.data)
     expected = sum(_expected_bytes(source) for source in sources)
     check_space(out, int(_DISK * expected))
-    checkpoint = open_checkpoint(config.source)
+    checkpoint = open_source(config.source, config.model, config.seed)
     tokenizer, eos = load_tokenizer(checkpoint), eos_id(checkpoint)
     index = make_index(read_evaluations(find_evaluations(list(options.decontaminate))), options.ngram) \
         if options.decontaminate else None  # fmt: skip

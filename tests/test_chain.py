@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -97,6 +98,20 @@ def ran(configs, tmp_path_factory) -> pathlib.Path:
     data = h6_data.write(tmp_path_factory.mktemp("h6"))
     command.run_chain(made(configs, tasks=("winogrande",), task_data=str(data)), folder)
     return folder
+
+
+def test_a_first_stage_from_scratch_is_measured_against_its_new_model(tiny, configs, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1}  # fmt: skip
+    changes = {"source": f"scratch:{tiny}", "growth.operator": "identity", "growth.m": 0}
+    changes |= {f"model.{key}": value for key, value in sizes.items()}
+    stage = {"name": "grow", "config": configs["grow"], "changes": changes}
+    command.run_chain(made(configs, stages=(stage,), measures=(configs["grow"],)), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "chain.json").read_text())["stages"]
+    (base,) = record["base"]["measured"].values()
+    config = json.loads((tmp_path / "run" / "grow" / "hf" / "config.json").read_text())
+    assert config["hidden_size"] == 16
+    assert base["loss"] == pytest.approx(math.log(config["vocab_size"]), rel=0.02)  # it knows nothing
 
 
 @pytest.mark.slow  # five stages

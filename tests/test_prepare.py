@@ -1,5 +1,6 @@
 """The command as a user meets it: killed, on a Ray cluster, with bad flags."""
 
+import dataclasses
 import operator
 import os
 import pathlib
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from solar_jax import train
+from solar_jax.config import ShapeConfig
 from solar_jax.data.prepared import engines
 from solar_jax.errors import UserError
 from solar_jax.prepare import Options, prepare
@@ -100,6 +102,23 @@ def test_ray_makes_the_same_bytes(tiny, tmp_path, monkeypatch):
     prepare(cfg, tmp_path / "ray", Options(2, engine="ray", dedup=True))
     assert content(tmp_path / "ray") == content(tmp_path / "local")
     assert not ray.is_initialized()
+
+
+def test_rows_for_a_model_from_scratch_are_those_of_the_model_whose_tokenizer_it_takes(tiny, tmp_path):
+    texts = jsonl(tmp_path / "texts.jsonl", random_texts(0, 200))
+    shape = ShapeConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
+    own = config(tiny, texts)
+    new = dataclasses.replace(own, source=f"scratch:{tiny}", model=shape)
+    for name, its in (("own", own), ("new", new)):
+        prepare(its, tmp_path / name, Options(workers=1))
+    own_rows, new_rows = (
+        {name: x for name, x in content(tmp_path / folder).items() if not name.endswith(".json")}
+        for folder in ("own", "new")
+    )
+    assert own_rows
+    assert own_rows == new_rows
 
 
 def test_results_come_in_order_and_no_further_than_asked():
