@@ -62,6 +62,10 @@ def find_checkpoint(source: str) -> pathlib.Path:
         return path
     if _is_hub_id(source):
         return _from_hub(source)
+    if is_scratch(source):
+        raise UserError(
+            f"{source}: stands for a new model, which train, chain and prepare take; expected a checkpoint."
+        )
     raise UserError(
         f"{source}: no such checkpoint; expected a Hugging Face folder or hub id, a .gguf file, a run's folder "
         "or smollm2."

@@ -30,7 +30,7 @@ class Chip:
     int8: float  # rate of int8 matmuls next to bfloat16's, by the compiler (scripts/bench/matmul_rates.py)
     fp8: float  # the same of float8
     exposed: float = 1.0  # share of a step's ICI time that nothing hides, in the order of compiled programs
-    summed: float = 1.0  # bytes moved to add up gradients that rest in shards, next to theirs; 2 is an all-reduce
+    reduce_factor: float = 1.0  # bytes moved to add up sharded gradients, next to their size; 2 is an all-reduce
     scoped_memory: bool = True  # whether `compiler_options` raises the scoped VMEM limit of fusions
     offloaded: tuple[str, ...] = ()  # collectives that the compiler can give to SparseCores, as its options name them
 
@@ -47,7 +47,7 @@ CHIPS = {
     "v5e": Chip(
         kinds=("TPU v5 lite", "TPU v5e"), devices=1, cores=1, peak=197e12, matmul_rate=0.95, clock=1.5e9, memory=15.75,
         bandwidth=8.19e11, links=2 * 9e10, network=3.125e9, price=1.20, vector_memory=128, int8=2.0, fp8=1.0,
-        exposed=0.62, summed=2.0,
+        exposed=0.62, reduce_factor=2.0,
     ),
     "v5p": Chip(
         kinds=("TPU v5", "TPU v5p"), devices=1, cores=2, peak=459e12, matmul_rate=0.98, clock=1.75e9, memory=95.73,
@@ -57,7 +57,7 @@ CHIPS = {
     "v6e": Chip(
         kinds=("TPU v6 lite", "TPU v6e"), devices=1, cores=1, peak=918e12, matmul_rate=0.83, clock=1.75e9, memory=31.24,
         bandwidth=1.64e12, links=2 * 1.8e11, network=12.5e9, price=2.70, vector_memory=128, int8=1.37, fp8=1.0,
-        summed=2.0, offloaded=("all_gather", "2d_all_gather", "all_reduce"),
+        reduce_factor=2.0, offloaded=("all_gather", "2d_all_gather", "all_reduce"),
     ),
     "tpu7x": Chip(
         kinds=("TPU7x",), devices=2, cores=2, peak=1153.5e12, matmul_rate=0.80, clock=2.2e9, memory=94.74,

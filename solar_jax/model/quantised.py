@@ -124,7 +124,7 @@ def products(einsum: Einsum, subscripts: Sequence[str], x: jax.Array, weights: S
         return [einsum(s, x, weight) for s, weight in zip(subscripts, weights, strict=True)]
     arrays = tuple((weight.values, weight.scale, weight.exact) for weight in weights)
     if NARROW_KINDS[weights[0].kind].activations is None:
-        return [_widened(s, x, *weight) for s, weight in zip(subscripts, arrays, strict=True)]
+        return [_weight_only(s, x, *weight) for s, weight in zip(subscripts, arrays, strict=True)]
     narrow = (weight.name in NARROW_KINDS[weight.kind].weight_gradients for weight in weights)
     ways = tuple(zip(subscripts, narrow, strict=True))
     return list(_products(ways, weights[0].kind, weights[0].groups, x, arrays))
@@ -204,23 +204,23 @@ def _no_gradients(values: jax.Array, scale: jax.Array) -> tuple[Any, Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _widened(s: str, x: jax.Array, values: jax.Array, scale: jax.Array, exact: jax.Array) -> jax.Array:
+def _weight_only(s: str, x: jax.Array, values: jax.Array, scale: jax.Array, exact: jax.Array) -> jax.Array:
     """Multiplies by a weight of 8 bits as by one of the compute dtype, which holds every 8-bit value exactly."""
     return (_multiply(s, x, values.astype(x.dtype)) * scale).astype(x.dtype)
 
 
-def _widened_forward(s: str, x: jax.Array, values: jax.Array, scale: jax.Array, exact: jax.Array) -> Any:
-    return _widened(s, x, values, scale, exact), (x, values, scale)
+def _weight_only_forward(s: str, x: jax.Array, values: jax.Array, scale: jax.Array, exact: jax.Array) -> Any:
+    return _weight_only(s, x, values, scale, exact), (x, values, scale)
 
 
-def _widened_backward(s: str, saved: tuple[jax.Array, ...], g: jax.Array) -> Any:
+def _weight_only_backward(s: str, saved: tuple[jax.Array, ...], g: jax.Array) -> Any:
     x, values, scale = saved
     ours, theirs, out = s.replace("->", ",").split(",")
     dx = _multiply(f"{out},{theirs}->{ours}", (g.astype(jnp.float32) * scale).astype(x.dtype), values.astype(x.dtype))
     return dx.astype(x.dtype), *_no_gradients(values, scale), _weight_gradient(s, x, g)
 
 
-_widened.defvjp(_widened_forward, _widened_backward)
+_weight_only.defvjp(_weight_only_forward, _weight_only_backward)
 
 
 def _tokens_last(x: jax.Array, groups: int) -> jax.Array:

@@ -70,7 +70,7 @@ def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> 
     def one(x: Any, letters: Any) -> Any:
         if isinstance(letters, tuple):
             if len(letters) > 1 and mesh.shape["tensor"] == 1 and math.prod(stages) > 1:  # heads are not sharded
-                return together(x, letters)
+                return gathered_as_one(x, letters)
             return tuple(gathered(*its) for its in zip(x, letters, strict=True))
         if "B" not in letters and "." not in letters:
             return gathered(x, letters)
@@ -112,7 +112,7 @@ def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> 
     gathered.defvjp(forward, backward)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-    def together(arrays: tuple[jax.Array, ...], letters: tuple[str, ...]) -> tuple[jax.Array, ...]:
+    def gathered_as_one(arrays: tuple[jax.Array, ...], letters: tuple[str, ...]) -> tuple[jax.Array, ...]:
         """Gathers attention's weights as one array; their gradients are scattered one by one.
 
         Alone, TPUs would all-reduce the smaller ones as zero-padded shards, and reorder the gathered `o_proj` in HBM.
@@ -123,13 +123,13 @@ def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> 
         found = jnp.split(whole, np.cumsum([len(x) for x in parts[:-1]]).tolist())
         return tuple(jnp.einsum(f"{_heads_first(its)}->{its}", x) for x, its in zip(found, letters, strict=True))
 
-    def together_forward(arrays: tuple[jax.Array, ...], letters: tuple[str, ...]) -> tuple[Any, None]:
-        return together(arrays, letters), None
+    def joint_forward(arrays: tuple[jax.Array, ...], letters: tuple[str, ...]) -> tuple[Any, None]:
+        return gathered_as_one(arrays, letters), None
 
-    def together_backward(letters: tuple[str, ...], _: None, gradients: tuple[jax.Array, ...]) -> tuple[Any]:
+    def joint_backward(letters: tuple[str, ...], _: None, gradients: tuple[jax.Array, ...]) -> tuple[Any]:
         return (tuple(backward(its, None, g)[0] for its, g in zip(letters, gradients, strict=True)),)
 
-    together.defvjp(together_forward, together_backward)
+    gathered_as_one.defvjp(joint_forward, joint_backward)
     return one
 
 

@@ -70,7 +70,7 @@ class Program:
     kernel_flops: float = 0.0
     grouped_flops: float = 0.0
     moved: Counter[str] = dataclasses.field(default_factory=Counter)  # bytes by kind of collective
-    beside: float = 0.0  # bytes of those that are asynchronous
+    asynchronous: float = 0.0  # bytes of those that other operations run beside
     scheduled: float = 0.0  # seconds in the order of the program, without network
     host: float = 0.0  # bytes
     network: float = 0.0  # bytes
@@ -103,11 +103,10 @@ class Program:
         lines.append("parts " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.parts().items()))
         moved = self.moved | ({"to other slices": self.network} if self.network else {})
         kinds = ", ".join(f"{kind} {count / 1e9:.1f} GB" for kind, count in moved.items())
-        lines.append(f"moved {kinds}; {self.beside / 1e9:.1f} GB of it asynchronously")
-        times = zip(
-            ("overlapped", "scheduled", "serial"), sorted((*self.seconds(), self.scheduled_seconds())), strict=True
-        )
-        for name, seconds in times:
+        lines.append(f"moved {kinds}; {self.asynchronous / 1e9:.1f} GB of it asynchronously")
+        overlapped, serial = self.seconds()
+        times = {"overlapped": overlapped, "scheduled": self.scheduled_seconds(), "serial": serial}
+        for name, seconds in times.items():
             mfu = 100 * flops / seconds / self.chip.peak
             lines.append(f"{name:10} step {seconds:.3f} s, {tokens / seconds:,.0f} tokens/s a chip, MFU {mfu:.1f} %")
         return "\n".join(lines)
@@ -144,21 +143,21 @@ def _with_operands(lines: list[str]) -> list[str]:
 
 
 def _executed(
-    computations: dict[str, list[str]], name: str, times: int, beside: bool = False
+    computations: dict[str, list[str]], name: str, times: int, asynchronous: bool = False
 ) -> Iterator[tuple[str, int, str, bool]]:
     """Yields (operation, how often it runs, the enclosing computation, whether that is asynchronous)."""
     for line in computations[name]:
         if loop := _WHILE.search(line):
-            yield from _executed(computations, loop[2], times * _turns(computations, loop[1]), beside)
+            yield from _executed(computations, loop[2], times * _turns(computations, loop[1]), asynchronous)
             continue
         for branch in _BRANCH.findall(line):
-            yield from _executed(computations, branch, times, beside)
-        yield line, times, name, beside
+            yield from _executed(computations, branch, times, asynchronous)
+        yield line, times, name, asynchronous
         if _DONE.search(line):  # its start has been counted, and both contain the collective
             continue
         for called in _called(line):
             if called in computations:
-                yield from _executed(computations, called, times, beside or bool(_STARTED.search(line)))
+                yield from _executed(computations, called, times, asynchronous or bool(_STARTED.search(line)))
 
 
 def _turns(computations: dict[str, list[str]], condition: str) -> int:
@@ -213,7 +212,7 @@ def _grouped(program: Program, line: str, times: int) -> None:
     program.grouped_flops += times * 2 * M * K * N
 
 
-def _collective(program: Program, line: str, times: int, where: str, beside: bool) -> None:
+def _collective(program: Program, line: str, times: int, where: str, asynchronous: bool) -> None:
     found = _COLLECTIVE.search(line)
     if not found:
         return
@@ -225,7 +224,7 @@ def _collective(program: Program, line: str, times: int, where: str, beside: boo
         kind = "reduce-scatter"
     total = size * times * (2 if kind == "all-reduce" else 1)
     program.moved[kind] += total
-    program.beside += total if beside or found[3] else 0
+    program.asynchronous += total if asynchronous or found[3] else 0
 
 
 def _network(program: Program, line: str, times: int) -> None:
@@ -244,11 +243,11 @@ def read_program(text: str, chip: Chip) -> Program:
     """Parses optimised HLO text into the program that one device of `chip` runs."""
     computations, entry = _computations(text)
     program = Program(chip)
-    for line, times, where, beside in _executed(computations, entry, 1):
+    for line, times, where, asynchronous in _executed(computations, entry, 1):
         program.cycles += times * _cycles(line)
         if 'custom_call_target="tpu_custom_call"' in line:
             _kernel(program, line, times)
-        _collective(program, line, times, where, beside)
+        _collective(program, line, times, where, asynchronous)
         _network(program, line, times)
         if "S(5)" in line and _HOST_COPY.search(line):  # memory space 5 is the host's
             program.host += times * max(_bytes(line.split("=", 1)[1].split("(", 1)[0]), default=0)
@@ -279,7 +278,7 @@ def _scheduled(computations: dict[str, list[str]], name: str, chip: Chip) -> flo
                 seconds[operation] = sum(_alone(op, c, chip)[1] for c in called for op in computations[c])
                 seconds[operation] += _alone(line, name, chip)[1]
             if what == "update":
-                seconds[operation] = seconds[operand]
+                seconds[operation] = seconds.get(operand, 0.0)  # 0 if begun in another computation
             if what == "done":
                 now = max(now, ready.get(operand, now))
             elif operand:  # without operands it begins later, with its update
@@ -302,6 +301,6 @@ def _alone(line: str, where: str, chip: Chip) -> tuple[float, float]:
     one = Program(chip, float(_cycles(line)))
     if 'custom_call_target="tpu_custom_call"' in line:
         _kernel(one, line, 1)
-    _collective(one, line, 1, where, beside=False)
+    _collective(one, line, 1, where, asynchronous=False)
     parts = one.parts()
     return parts["compute"] + parts["kernels"] + parts["grouped"], parts["comm"]

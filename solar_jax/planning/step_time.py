@@ -78,7 +78,7 @@ def step_time(
       vectors  `_VECTORS` per token and layer, and `_ROUNDED` in 8 bits; parameters, moments and gradients that the
                optimiser reads and writes; with microbatches, their sum read and written; at HBM bandwidth
       links    per microbatch, a layer's weights gathered twice, those of 8 bits in one byte, and their gradients
-               scattered once, in the compute dtype, or all-reduced by `Chip.summed`; the embedding and the output
+               scattered once, in the compute dtype, or all-reduced: `Chip.reduce_factor`; the embedding and the output
                projection the same, once; over tensor, four all-reduces of [t, D] per layer, a fifth if `mid` is not
                saved; over context, keys and values gathered and their gradients scattered; over data, an all-reduce
                of the gradients. An all-reduce moves its bytes twice. `Chip.exposed` of all that is not hidden.
@@ -150,7 +150,7 @@ def step_time(
             width,
             "mid" in again,
             partition,
-            chip.summed,
+            chip.reduce_factor,
         )
         / chip.links,
         host=2 * t * behind * width * sum(each(cfg, mesh, SAVEABLE[name]) for name in offloaded) / HOST,
@@ -176,7 +176,7 @@ def _ici_bytes(
     width: int,
     mid_again: bool,
     partition: Partition,
-    summed: float,
+    reduce_factor: float,
 ) -> float:
     """Returns the bytes of a device's collectives over ICI, within a slice."""
     L, D = cfg.num_hidden_layers, cfg.hidden_size
@@ -187,7 +187,7 @@ def _ici_bytes(
     if shards > 1:
         gathered = width * weights - (width - 1) * narrow  # bytes of a layer; 8-bit weights have one each
         moved += microbatches * (L + behind) * gathered / tensor
-        moved += summed * microbatches * (0 if partition.lora else partition.count) * width * weights / tensor
+        moved += reduce_factor * microbatches * (0 if partition.lora else partition.count) * width * weights / tensor
         outside = ("embed" in partition.others) + partition.trains_head(cfg)  # embedding and output projection
         moved += microbatches * (2 * 2 * width + 4 * outside) * size(cfg, "DV") / tensor
     if tensor > 1:

@@ -7,6 +7,7 @@ import transformers
 from solar_jax.checkpoints.convert import Target, convert_checkpoint
 from solar_jax.checkpoints.find import check_source
 from solar_jax.checkpoints.load import load_params
+from solar_jax.checkpoints.open import open_checkpoint
 from solar_jax.checkpoints.scratch import open_source
 from solar_jax.config import ShapeConfig
 from solar_jax.errors import UserError
@@ -44,3 +45,10 @@ def test_what_a_new_model_lacks_is_named(tiny):
         open_source(f"scratch:{tiny}", ShapeConfig(**vars(SHAPE) | {"vocab_size": 100}), 0)
     with pytest.raises(UserError, match="no/where: no such"):
         check_source("scratch:./no/where")
+
+
+def test_where_a_checkpoint_is_needed_a_new_model_is_refused_as_such(tiny):
+    with pytest.raises(UserError, match=r"scratch: stands for a new model, which train, chain and prepare take"):
+        open_checkpoint("scratch")
+    with pytest.raises(UserError, match=f"scratch:{tiny}: stands for a new model"):
+        open_checkpoint(f"scratch:{tiny}")

@@ -75,10 +75,10 @@ SPARSE = PROGRAM.replace(
 def test_collectives_that_others_run_beside_are_told_from_those_that_they_wait_for(program):
     sparse = read_program(SPARSE, CHIPS["v5p"])
     assert sparse.moved == program.moved
-    assert sparse.beside == program.beside == 3 * 4 * 8 * 2
+    assert sparse.asynchronous == program.asynchronous == 3 * 4 * 8 * 2
     waiting = read_program(PROGRAM.replace("%async-collective-start", "%fusion.1"), CHIPS["v5p"])
     assert waiting.moved == program.moved
-    assert waiting.beside == 0
+    assert waiting.asynchronous == 0
     assert "; 0.0 GB of it asynchronously" in waiting.report(1, 1)
 
 
