@@ -132,7 +132,7 @@ class TrainConfig:
     accumulation: int = 1  # microbatches that one step's batch is split into; 0: chosen by the planner
     trainable: str = "all"  # a name of training.partition.TRAINABLE
     remat: str = "auto"  # a name of model.remat.REMAT; auto: chosen by the planner
-    attention: str = "auto"  # flash (ours), splash (jax's), cudnn, xla (no kernel); auto: what fits the machine
+    attention: str = "auto"  # flash, streamed (ours), splash (jax's), cudnn, xla (no kernel); auto: what fits
     precision: str = "mixed"  # a name of model.precision.PRECISIONS; mixed: float32 state, bfloat16 matmuls
     offload_collectives: bool = False  # to the SparseCores of v5p and v6e, beside matmuls; not yet run on a TPU
     max_skipped: int = 0  # steps with a non-finite loss or gradient that a run may skip

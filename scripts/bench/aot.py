@@ -87,7 +87,9 @@ def peers(python: str, cfg: ModelConfig, args: argparse.Namespace, wanted: Slice
         settings = {
             "compile_topology": wanted.name, "base_num_decoder_layers": cfg.num_hidden_layers, "remat_policy": remat,
             "per_device_batch_size": args.batch, "max_target_length": args.length,
+            "ici_context_parallelism": args.context,
         }  # fmt: skip
+        settings |= dict(pair.split("=", 1) for pair in args.peer_settings.split(",") if pair)
         command = [python, str(pathlib.Path(__file__).parent / "maxtext_step.py"), str(out)]
         command += [f"{key}={value}" for key, value in settings.items()]
         command += [f"compile_xla_flags={flags}"] if flags else []
@@ -130,14 +132,16 @@ def main() -> None:
     parser.add_argument("--config", default="configs/dus_48l.py")
     parser.add_argument("--slice", default="v5p-128", help="as Google names it, e.g. v6e-256 or 2xv5p-2048")
     parser.add_argument("--layers", type=int, default=0, help="0: as many as the config's grown model has")
-    parser.add_argument("--batch", type=int, default=4, help="rows a device")
+    parser.add_argument("--batch", type=float, default=4, help="rows a device; a fraction with --context")
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--context", type=int, default=1, help="devices that share a row, of both programs")
     parser.add_argument("--remat", default="matmuls", help="names of model.remat.REMAT, by commas")
     parser.add_argument("--precision", default="mixed", help="of ours, names of model.precision.PRECISIONS, by commas")
     parser.add_argument("--offload", action="store_true", help="collectives run on SparseCores, of both programs")
     parser.add_argument("--options", default="default", help="default, none, or NAME=VALUE,... beside the defaults")
     parser.add_argument("--peer", help="python of an environment with MaxText")
     parser.add_argument("--peer_remat", default="minimal_with_context", help="names of its remat_policy, by commas")
+    parser.add_argument("--peer_settings", default="", help="NAME=VALUE,... of its config")
     parser.add_argument("--peer_options", default="same", help="same, or none: as it comes")
     parser.add_argument("--budgets", default="16,32,64,90", help="of temporaries, GiB a chip, for ratios")
     parser.add_argument("--hlo", type=pathlib.Path, help="folder to keep the compiled programs in")
@@ -148,14 +152,15 @@ def main() -> None:
     wanted = find_slice(args.slice)
     config = dataclasses.replace(
         config,
-        train=dataclasses.replace(config.train, batch_size=args.batch * wanted.devices),
+        train=dataclasses.replace(config.train, batch_size=round(args.batch * wanted.devices)),
+        mesh=dataclasses.replace(config.mesh, context=args.context),
         data=dataclasses.replace(config.data, sequence_length=args.length),
     )
     options = {} if args.options == "none" else compiler_options(described_devices(wanted)[0], args.offload)
     if args.options not in ("default", "none"):
         options |= dict(o.split("=", 1) for o in args.options.split(","))
     flops = flops_per_token(cfg, args.length) * args.batch * args.length
-    print(f"{wanted.name}: {cfg.num_hidden_layers} layers, {args.batch} x {args.length} tokens a device")
+    print(f"{wanted.name}: {cfg.num_hidden_layers} layers, {args.batch:g} x {args.length} tokens a device")
     print(f"options {options}")
     print(f"{'':50} {'GiB a device':>13} {'MFU %':>16} {'compiled':>9}")
     print(f"{'':50} {'args':>6} {'temp':>6} {'overlap.':>8} {'serial':>7} {'CPU s':>9}", flush=True)

@@ -1,11 +1,11 @@
-"""Compares the planner's HBM estimate, from shapes, with what the TPU compiler allocates.
+"""Compares the planner's HBM and step time, from shapes, with what the TPU compiler allocates and schedules.
 
     python scripts/bench/plan_memory.py [--only v5p] [--full]
 
 Needs the extra `tpu` (libtpu) and no TPU. For every combination of model, slice, rows and remat policy, the step is
 compiled for all of the slice's devices until the compiler has assigned buffers: the total that it checks against the
-chip's HBM is compared with the prediction. With `--full` it compiles to the end, for many minutes, and the table also
-has the sum of arguments and temporaries that jax reports for the program, which exceeds the allocation.
+chip's HBM is compared with the prediction. With `--full` it compiles to the end, for minutes each, and step times are
+compared too: the planner's with the compiled program's, in its own order.
 """
 
 import argparse
@@ -33,6 +33,7 @@ MODELS = {
     "mistral": ModelConfig(32000, 4096, 14336, 32, 32, 8, 128),
     "qwen2.5-7b": ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, attention_bias="qkv"),
     "llama3.2-1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),
+    "llama3-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128),
     "small": ModelConfig(32000, 1024, 4096, 8, 8, 8, 128),
 }
 MODELS["solar-new"] = MODELS["solar"]  # with train.trainable=new: the 16 layers that dus(m=8) adds to Mistral's 32
@@ -58,6 +59,11 @@ COMBINATIONS = (
     ("qwen2.5-7b", "v5p-64", 2, 4096, "mid", PLAIN, 1),
     ("llama3.2-1b", "v5e-16", 1, 4096, "mid", PLAIN, 1),
     ("small", "v5p-8", 4, 4096, "mid", PLAIN, 1),
+    ("solar", "tpu7x-128", 4, 4096, "matmuls", PLAIN, 1),
+    ("solar", "2xv5p-128", 4, 4096, "matmuls", PLAIN, 1),
+    ("llama3-70b", "v5p-1024", 2, 4096, "mid", PLAIN, 1),
+    ("solar", "v5p-128", 1, 32768, "mid", PLAIN, 1),
+    ("solar", "v5p-256", 1, 131072, "mid", (1, -1, 1, 4), 1),
 )
 
 
@@ -74,10 +80,12 @@ def run_of(combination: tuple) -> tuple[ModelConfig, Config, Slice]:
     return MODELS[name], config, wanted
 
 
-def predicted(cfg: ModelConfig, config: Config, wanted: Slice) -> float:
-    """Returns the planner's estimate in bytes per device."""
+def planned(cfg: ModelConfig, config: Config, wanted: Slice) -> tuple[float, float]:
+    """Returns the planner's estimates: bytes per device, and seconds of a step."""
     partition = PARTITIONS.get(config.name)
-    return search.need(cfg, search.options(cfg, config, search.of_slice(wanted), partition)[0], partition).total
+    option = search.options(cfg, config, search.of_slice(wanted), partition)[0]
+    assert option.time
+    return search.need(cfg, option, partition).total, option.time.total
 
 
 def allotted(index: int) -> float:
@@ -101,7 +109,7 @@ def allotted(index: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="part of a model's, a slice's or a policy's name")
+    parser.add_argument("--only", default="", help="part of a row's name, as printed")
     parser.add_argument("--full", action="store_true", help="compile to the end")
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)  # what `allotted` starts
     args = parser.parse_args()
@@ -109,24 +117,30 @@ def main() -> None:
         combination = COMBINATIONS[args.compile]
         aot.compile_step(*run_of(combination), partition=PARTITIONS.get(combination[0]))
         return
-    print(f"{'model, slice, rows x length, remat, mesh':72}{'predicted':>10}{'compiler':>10}{'error':>8}  GiB a device")
-    worst = 0.0
+    print(f"{'model, slice, rows x length, remat, mesh':60}{'GiB: planned':>14}{'compiled':>10}{'error':>8}", end="")
+    print(f"{'s: planned':>12}{'hidden':>8}{'scheduled':>10}{'serial':>8}{'error':>8}" if args.full else "")
+    errors: dict[str, list[float]] = {"memory": [], "time": []}
     for index, combination in enumerate(COMBINATIONS):
         name, where, rows, length, remat, mesh, microbatches = combination
-        if not any(args.only in part for part in (name, where, remat)):
-            continue
         cfg, config, wanted = run_of(combination)
-        need = predicted(cfg, config, wanted)
+        split = "".join(f", {axis} {n}" for axis, n in (("tensor", mesh[2]), ("context", mesh[3])) if n > 1)
+        split += f", {microbatches} microbatches" if microbatches > 1 else ""
+        what = f"{name}, {where}, {rows} x {length}, {remat}{split}"
+        if args.only not in what:
+            continue
+        need, seconds = planned(cfg, config, wanted)
         if args.full:
             step = aot.compile_step(cfg, config, wanted, partition=PARTITIONS.get(name))
-            total, more = step.total, f"  {(step.arguments + step.temporaries) / GIB:.2f}"
+            total, (hidden, serial), scheduled = step.total, step.program.seconds(), step.program.scheduled_seconds()
+            errors["time"].append(seconds / scheduled - 1)
+            more = f"{seconds:12.3f}{hidden:8.3f}{scheduled:10.3f}{serial:8.3f}{errors['time'][-1]:+8.1%}"
         else:
             total, more = allotted(index), ""
-        split = f"tensor {mesh[2]}" if mesh[2] > 1 else f"{microbatches} microbatches" if microbatches > 1 else ""
-        what = f"{name}, {where}, {rows} x {length}, {remat} {split}"
-        print(f"{what:72}{need / GIB:10.2f}{total / GIB:10.2f}{need / total - 1:+8.1%}{more}", flush=True)
-        worst = max(worst, abs(need / total - 1))
-    print(f"largest error {worst:.1%}")
+        errors["memory"].append(need / total - 1)
+        print(f"{what:60}{need / GIB:14.2f}{total / GIB:10.2f}{errors['memory'][-1]:+8.1%}{more}", flush=True)
+    for kind, found in errors.items():
+        if found:
+            print(f"largest error of {kind} {max(map(abs, found)):.1%}")
 
 
 if __name__ == "__main__":

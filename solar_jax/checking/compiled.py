@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from solar_jax.checking.kernels import Case, both_ways, first_line, make_arrays, planned_flops
+from solar_jax.checking.kernels import KERNELS, Case, both_ways, first_line, make_arrays, planned_flops
 from solar_jax.hardware import chips
 from solar_jax.hardware.slices import Slice, described_devices
-from solar_jax.model.flash import needed_memory
+from solar_jax.model import flash, flash_streamed
 from solar_jax.parallel.attention import local_kernel
 from solar_jax.planning.hlo_cost import KERNEL_RATE, read_program
 
-KERNELS_OF_TPUS = ("flash", "splash")
+NEEDED_MEMORY = {
+    "flash": flash.needed_memory,
+    "streamed": flash_streamed.streamed_memory,
+}  # splash streams small blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ def kernel_compilations(wanted: Slice) -> Iterator[KernelCompilation]:
       UserError: no TPU compiler is installed.
     """
     device = described_devices(wanted)[0]
-    for kernel in KERNELS_OF_TPUS:
+    for kernel in KERNELS["tpu"]:
         for case in cases_to_compile():
             yield compile_kernel(kernel, case, device, wanted)
 
@@ -65,7 +68,7 @@ def kernel_compilations(wanted: Slice) -> Iterator[KernelCompilation]:
 def compile_kernel(kernel: str, case: Case, device: Any, wanted: Slice) -> KernelCompilation:
     """Compiles a kernel for a described device of a slice; one that does not compile is a problem, no exception."""
     width = jnp.dtype(case.dtype).itemsize
-    needed = needed_memory(case.length, case.width, width) if kernel == "flash" else 0
+    needed = NEEDED_MEMORY[kernel](case.length, case.width, width) if kernel in NEEDED_MEMORY else 0
     found = KernelCompilation(kernel, case, needed, chips.vector_memory(device))
     if found.foreseen:
         return dataclasses.replace(found, problem="does not fit in VMEM, by the planner; not compiled")

@@ -20,7 +20,12 @@ from solar_jax.planning.search import Option
 from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.paths import is_local, path
 
-NEXT = {"flash": "splash", "splash": "xla", "cudnn": "xla"}  # kernel -> the one that is taken if it is wrong
+NEXT = {
+    "flash": "splash",
+    "streamed": "splash",
+    "splash": "xla",
+    "cudnn": "xla",
+}  # kernel -> the one that is taken if it is wrong
 LONG = 8192  # tokens; of longer rows one key head is compared, of shorter ones two
 
 Say = Callable[[str], None]
@@ -57,7 +62,7 @@ def attention_for_run(cfg: ModelConfig, option: Option, platform: str, say: Say,
     config = option.config
     if platform not in ("tpu", "gpu"):
         return config.train.attention
-    case = case_of_run(cfg, config, axis_size(option.mesh, "tensor"))
+    case = case_of_run(cfg, config, axis_size(option.mesh, "tensor"), axis_size(option.mesh, "context"))
 
     def choose(name: str) -> str:
         train = dataclasses.replace(config.train, attention=name)
@@ -70,17 +75,18 @@ def attention_for_run(cfg: ModelConfig, option: Option, platform: str, say: Say,
     return sound_attention(config.train.attention, choose, probe, warn)
 
 
-def case_of_run(cfg: ModelConfig, config: Config, tensor: int) -> Case:
+def case_of_run(cfg: ModelConfig, config: Config, tensor: int, context: int) -> Case:
     """Returns one row of a run as a device sees it, with one or two of its key heads.
 
-    Where rows are split over devices, the kernel is compared on a whole one.
+    Where rows are split over devices, the kernel is compared on a whole one as long as a device's share.
 
     Args:
       cfg: the model.
       config: the run.
       tensor: devices that share the heads.
+      context: devices that share a row.
     """
-    length = config.data.sequence_length
+    length = config.data.sequence_length // context
     kv_heads = 1 if length > LONG else min(2, max(1, cfg.num_key_value_heads // tensor))
     return Case(
         str(compute_dtype(config.train)), cfg.head_dim, kv_heads * cfg.num_attention_heads // cfg.num_key_value_heads,

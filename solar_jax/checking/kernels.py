@@ -17,7 +17,8 @@ from solar_jax.parallel.attention import local_kernel
 from solar_jax.planning.hlo_cost import FLOAT32_PASSES
 from solar_jax.planning.step_time import BACKWARD_KERNEL
 
-KERNELS = {"tpu": ("flash", "splash"), "gpu": ("cudnn",), "cpu": ("flash", "splash")}  # by platform
+_OF_TPUS = ("flash", "streamed", "splash")
+KERNELS = {"tpu": _OF_TPUS, "gpu": ("cudnn",), "cpu": _OF_TPUS}  # by platform
 # Largest distance of a token's vector in a head from that of plain attention in float32 over the same inputs, over the
 # sum of that vector's norm, the root mean square of the norms and a tenth of the largest. The largest alone would not
 # do: the first tokens, which see few others, have such long vectors that wrong ones of later tokens would pass. Without

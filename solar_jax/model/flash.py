@@ -20,12 +20,12 @@ BLOCK = 512  # queries and keys per step, at most: 512 x 512 x H matmuls amortis
 MASKED = -1e30  # finite, so that a masked score gives 0 rather than NaN
 SCORES = 16 * 2**20  # bytes of VMEM for score blocks and the values derived from them
 
-_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
-_ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))  # a b
-_COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # a^T b
+ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # a b^T
+ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))  # a b
+COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # a^T b
 
 
-def _dot(a: Any, b: Any, dimensions: Any) -> jax.Array:
+def block_dot(a: Any, b: Any, dimensions: Any) -> jax.Array:
     """Multiplies matrices into float32; float32 ones in full, where a kernel's default is one pass in bfloat16."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
@@ -61,7 +61,7 @@ def first_blocks(segment_ids: jax.Array, block: int, sliding_window: int) -> jax
     return (first // block).astype(jnp.int32)
 
 
-def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Applies RoPE to float32 [T, H]; `sin` carries the sign of each half, and -sin rotates back."""
     from jax.experimental.pallas import tpu as pltpu
 
@@ -77,7 +77,7 @@ def _rotate(source: Any, cos: Any, sin: Any, way: int, target: Any, block: int) 
 
     def one(i, _):
         at = pl.ds(i * block, block)
-        target[at, :] = _rotated(source[at, :].astype(jnp.float32), cos[at, :], way * sin[at, :]).astype(target.dtype)
+        target[at, :] = rotated(source[at, :].astype(jnp.float32), cos[at, :], way * sin[at, :]).astype(target.dtype)
 
     jax.lax.fori_loop(0, source.shape[0] // block, one, None)
 
@@ -111,7 +111,7 @@ def _forward_kernel(
 
     def queries(i, _):
         at = pl.ds(i * block, block)
-        q = _rotated(q_ref[at, :].astype(jnp.float32), cos_ref[at, :], sin_ref[at, :])
+        q = rotated(q_ref[at, :].astype(jnp.float32), cos_ref[at, :], sin_ref[at, :])
         q = (q * scale).astype(q_ref.dtype)
         q_segment = q_segment_ref[:, at]
         out_sum[...] = jnp.zeros_like(out_sum)
@@ -119,12 +119,12 @@ def _forward_kernel(
         def keys(j, carried):
             largest, total = carried
             of = pl.ds(j * block, block)
-            scores = _dot(k_rotated[of, :], q, _ROWS_BY_ROWS)
+            scores = block_dot(k_rotated[of, :], q, ROWS_BY_ROWS)
             seen = _seen(i, j, block, q_segment, k_segment_ref[of, :1], sliding_window)
             scores = jnp.where(seen, scores, MASKED)
             larger = jnp.maximum(largest, jnp.max(scores, axis=0, keepdims=True))
             p, shrink = jnp.exp(scores - larger), jnp.exp(largest - larger)
-            out_sum[...] = out_sum[...] * shrink + _dot(v_ref[of, :], p.astype(v_ref.dtype), _COLUMNS_BY_COLUMNS)
+            out_sum[...] = out_sum[...] * shrink + block_dot(v_ref[of, :], p.astype(v_ref.dtype), COLUMNS_BY_COLUMNS)
             return larger, total * shrink + jnp.sum(p, axis=0, keepdims=True)
 
         start = jnp.full((1, block), MASKED, jnp.float32), jnp.zeros((1, block), jnp.float32)
@@ -156,7 +156,7 @@ def _backward_kernel(
     def queries(i, _):
         at = pl.ds(i * block, block)
         cos, sin = cos_ref[at, :], sin_ref[at, :]
-        q = (_rotated(q_ref[at, :].astype(jnp.float32), cos, sin) * scale).astype(q_ref.dtype)
+        q = (rotated(q_ref[at, :].astype(jnp.float32), cos, sin) * scale).astype(q_ref.dtype)
         do, lse, di, q_segment = do_ref[at, :], lse_ref[:, at], di_ref[:, at], q_segment_ref[:, at]
         dq_sum[...] = jnp.zeros_like(dq_sum)
 
@@ -164,14 +164,14 @@ def _backward_kernel(
             of = pl.ds(j * block, block)
             k, v = k_rotated[of, :], v_ref[of, :]
             seen = _seen(i, j, block, q_segment, k_segment_ref[of, :1], sliding_window)
-            p = jnp.exp(jnp.where(seen, _dot(k, q, _ROWS_BY_ROWS), MASKED) - lse)
-            dv_sum[of, :] += _dot(p.astype(do.dtype), do, _ROWS_BY_COLUMNS)
-            ds = ((_dot(v, do, _ROWS_BY_ROWS) - di) * p).astype(q.dtype)
-            dk_sum[of, :] += _dot(ds, q, _ROWS_BY_COLUMNS)
-            dq_sum[...] += _dot(ds, k, _COLUMNS_BY_COLUMNS)
+            p = jnp.exp(jnp.where(seen, block_dot(k, q, ROWS_BY_ROWS), MASKED) - lse)
+            dv_sum[of, :] += block_dot(p.astype(do.dtype), do, ROWS_BY_COLUMNS)
+            ds = ((block_dot(v, do, ROWS_BY_ROWS) - di) * p).astype(q.dtype)
+            dk_sum[of, :] += block_dot(ds, q, ROWS_BY_COLUMNS)
+            dq_sum[...] += block_dot(ds, k, COLUMNS_BY_COLUMNS)
 
         jax.lax.fori_loop(first_ref[row, i], i + 1, keys, None)
-        dq_ref[at, :] = _rotated(dq_sum[...] * scale, cos, -sin).astype(dq_ref.dtype)
+        dq_ref[at, :] = rotated(dq_sum[...] * scale, cos, -sin).astype(dq_ref.dtype)
 
     jax.lax.fori_loop(0, q_ref.shape[0] // block, queries, None)
 

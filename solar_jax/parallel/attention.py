@@ -9,14 +9,16 @@ from jax.sharding import AbstractMesh, Mesh
 from solar_jax.config import ModelConfig, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.hardware import chips
+from solar_jax.model import flash, flash_streamed
 from solar_jax.model.attention import Attend, Shard, library_attention, sharded_attention
-from solar_jax.model.flash import LANES, flash_attention, needed_memory
+from solar_jax.model.flash import LANES, flash_attention
+from solar_jax.model.flash_streamed import streamed_attention
 from solar_jax.model.precision import compute_dtype
 from solar_jax.model.splash import splash_attention
 from solar_jax.parallel.mesh import platform
 from solar_jax.parallel.rules import ACTIVATIONS, spec
 
-ATTENTION = ("auto", "flash", "splash", "cudnn", "xla")  # train.attention
+ATTENTION = ("auto", "flash", "streamed", "splash", "cudnn", "xla")  # train.attention
 
 
 def attention_choice(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Mesh | AbstractMesh) -> str:
@@ -29,7 +31,8 @@ def attention_choice(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Me
       mesh: of devices that need not exist.
 
     Returns:
-      "flash", our TPU kernels; "splash", jax's; "cudnn", GPU kernels; or "xla", array operations.
+      "flash" or "streamed", our TPU kernels for rows that fit in VMEM and for others; "splash", jax's; "cudnn", GPU
+      kernels; or "xla", array operations.
 
     Raises:
       UserError: unknown choice, requested kernels do not support the shapes, or context does not divide a row.
@@ -45,19 +48,25 @@ def attention_choice(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Me
         )
     if wanted == "flash" and context > 1:
         raise UserError(
-            f"config.train.attention='flash' needs whole rows, config.mesh.context=1, found {context}; 'splash' takes "
-            "split ones."
+            f"config.train.attention='flash' needs whole rows, config.mesh.context=1, found {context}; 'streamed' and "
+            "'splash' take split ones."
         )
     multiple = chunks * LANES
-    if wanted in ("flash", "splash") and length % multiple:
+    if wanted in ("flash", "streamed", "splash") and length % multiple:
         raise UserError(
             f"config.train.attention={wanted!r} needs a config.data.sequence_length that is a multiple of {multiple}, "
             f"found {length}."
         )
-    needed, has = needed_memory(length, cfg.head_dim, compute_dtype(train).itemsize), _vector_memory(mesh)
-    if wanted == "flash" and needed > has:
+    needed, has = {}, _vector_memory(mesh)
+    if length % multiple == 0:
+        width, itemsize = cfg.head_dim, compute_dtype(train).itemsize
+        needed["flash"] = flash.needed_memory(length, width, itemsize)
+        needed["streamed"] = flash_streamed.streamed_memory(
+            length // context, width, itemsize, max(1, chunks // context)
+        )
+    if needed.get(wanted, 0) > has:
         raise UserError(
-            f"config.train.attention='flash' needs {needed / 2**20:.0f} MiB of VMEM for a "
+            f"config.train.attention={wanted!r} needs {needed[wanted] / 2**20:.0f} MiB of VMEM for a "
             f"config.data.sequence_length of {length}, found {has / 2**20:.0f} MiB; 'splash' takes rows of any length."
         )
     narrow = compute_dtype(train).itemsize == 2
@@ -70,8 +79,9 @@ def attention_choice(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Me
         )
     if wanted != "auto":
         return wanted
-    if platform(mesh) == "tpu" and length % multiple == 0:
-        return "flash" if context == 1 and needed <= has else "splash"
+    if platform(mesh) == "tpu" and needed:
+        ours = [name for name in (("flash", "streamed") if context == 1 else ("streamed",)) if needed[name] <= has]
+        return next(iter(ours), "splash")
     return "cudnn" if platform(mesh) == "gpu" and taken else "xla"
 
 
@@ -81,16 +91,16 @@ def _vector_memory(mesh: Mesh | AbstractMesh) -> int:
 
 
 def local_kernel(choice: str, sliding_window: int, *, interpret: bool) -> Callable[..., jax.Array]:
-    """Returns the kernel for the arrays of one device; an `Attend` that also takes a `shard` if it is "splash".
+    """Returns the kernel for the arrays of one device; an `Attend`; "streamed" and "splash" also take a `shard`.
 
     Args:
-      choice: "flash", "splash" or "cudnn".
+      choice: "flash", "streamed", "splash" or "cudnn".
       sliding_window: keys each query sees, including itself; 0 for all earlier ones.
       interpret: run Pallas kernels in interpret mode, for machines without a TPU.
     """
     if choice == "cudnn":
         return functools.partial(library_attention, sliding_window=sliding_window, implementation="cudnn")
-    kernel = {"flash": flash_attention, "splash": splash_attention}[choice]
+    kernel = {"flash": flash_attention, "streamed": streamed_attention, "splash": splash_attention}[choice]
     return functools.partial(kernel, sliding_window=sliding_window, interpret=interpret)
 
 

@@ -194,7 +194,9 @@ def _kernel(program: Program, line: str, times: int) -> None:
     shapes = [shape for t, shape in arrays if t == ("f32" if wide else "bf16")]
     *rows, length, width = max(shapes, key=lambda s: math.prod(s[:-2]))
     keys = max(s[-2] for s in shapes)  # more than queries if a row is sharded over chips
-    factor = next(f for pattern, f in KERNELS if re.search(pattern, name))
+    results = [shape for _, shape in _arrays(line.split(" custom-call(")[0]) if len(shape) >= 3]
+    fused = "_fused" if "dkv" in name and len(results) >= 3 else ""  # dq too, whatever its name says
+    factor = next(f for pattern, f in KERNELS if re.search(pattern, name + fused))
     passes = FLOAT32_PASSES if wide else 1
     program.kernel_flops += passes * times * factor * 2 * math.prod(rows) * length * keys * width
     program.kernels[name] += times

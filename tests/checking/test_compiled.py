@@ -13,7 +13,7 @@ SMALL = Case("float32", 64, heads=2, kv_heads=1, segmented=True, window=200, len
 
 @pytest.mark.slow  # the compiler
 @pytest.mark.parametrize("name", ["v5e-1", "v6e-1", "v5p-8"])
-@pytest.mark.parametrize("kernel", ["flash", "splash"])
+@pytest.mark.parametrize("kernel", ["flash", "streamed", "splash"])
 def test_kernels_compile_for_one_chip_of_each_kind(name, kernel):
     wanted = find_slice(name)
     found = compile_kernel(kernel, SMALL, described_devices(wanted)[0], wanted)

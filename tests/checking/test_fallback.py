@@ -127,10 +127,11 @@ def option_of(wanted: str = "auto"):
 
 def test_a_row_is_compared_as_a_device_sees_it():
     cfg = dataclasses.replace(SMALL, num_attention_heads=8, num_key_value_heads=4, head_dim=128, sliding_window=1024)
-    case = case_of_run(cfg, option_of().config, tensor=2)
+    case = case_of_run(cfg, option_of().config, tensor=2, context=1)
     assert (case.heads, case.kv_heads, case.width, case.length, case.rows) == (4, 2, 128, 4096, 1)
     assert (case.dtype, case.window, case.segmented) == ("bfloat16", 1024, True)
-    assert case_of_run(cfg, option_of().config, tensor=4).kv_heads == 1
+    assert case_of_run(cfg, option_of().config, tensor=4, context=1).kv_heads == 1
+    assert case_of_run(cfg, option_of().config, tensor=2, context=4).length == 1024
 
 
 def test_a_run_on_a_tpu_probes_what_it_would_take(monkeypatch, tmp_path):

@@ -34,7 +34,7 @@ def test_plain_attention_by_blocks_is_plain_attention_in_both_directions(monkeyp
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["flash", "splash"])
+@pytest.mark.parametrize("kernel", ["flash", "streamed", "splash"])
 @pytest.mark.parametrize("case", [CASE, NARROW], ids=str)
 def test_a_right_kernel_passes(kernel, case):
     found = compared(kernel, local_kernel(kernel, case.window, interpret=True), case)

@@ -9,8 +9,9 @@ import pytest
 from solar_jax.config import Config, MeshConfig, TrainConfig
 from solar_jax.errors import UserError
 from solar_jax.hardware.slices import find_slice
-from solar_jax.model import flash, splash
+from solar_jax.model import flash, flash_streamed, splash
 from solar_jax.model.flash import flash_attention, needed_memory
+from solar_jax.model.flash_streamed import streamed_attention
 from solar_jax.model.splash import splash_attention
 from solar_jax.parallel import attention
 from solar_jax.parallel.attention import attention_choice, attention_kernel, local_kernel
@@ -32,23 +33,27 @@ def choice(name: str, length: int, wanted: str = "auto", mesh: MeshConfig = WHOL
     [
         ("v5e-8", 4096, "flash"),
         ("v5e-8", 16384, "flash"),  # 111 of 128 MiB
-        ("v5e-8", 32768, "splash"),
+        ("v5e-8", 32768, "streamed"),
+        ("v5e-8", 131072, "streamed"),  # 126 of 128 MiB, most of it the sum of dq
         ("v5p-8", 8192, "flash"),  # 63.5 of 64 MiB
-        ("v5p-8", 16384, "splash"),
+        ("v5p-8", 32768, "streamed"),
+        ("v5p-8", 65536, "splash"),
         ("v4-8", 1024, "splash"),  # 16 MiB hold no row
         ("v5e-8", 4000, "xla"),  # not a multiple of 128
     ],
 )
-def test_auto_takes_our_kernel_where_a_row_fits_and_jaxs_where_not(name, length, expected):
+def test_auto_takes_our_kernels_where_they_fit_and_jaxs_where_not(name, length, expected):
     assert choice(name, length) == expected
 
 
-def test_auto_takes_jaxs_kernel_for_rows_that_are_split():
-    assert choice("v5e-8", 4096, mesh=MeshConfig(1, 2, 1, 4)) == "splash"
+def test_auto_streams_rows_that_are_split_where_a_devices_share_fits():
+    assert choice("v5e-8", 4096, mesh=MeshConfig(1, 2, 1, 4)) == "streamed"
+    assert choice("v5p-8", 131072, mesh=MeshConfig(1, 1, 1, 4)) == "streamed"
+    assert choice("v5p-8", 131072, mesh=MeshConfig(1, 2, 1, 2)) == "splash"  # shares of 65,536
 
 
 def test_float32_rows_take_twice_the_memory():
-    assert choice("v5p-8", 8192, precision="float32") == "splash"
+    assert choice("v5p-8", 8192, precision="float32") == "streamed"
     assert needed_memory(8192, 128, 4) > 64 * 2**20 > needed_memory(8192, 128, 2)
 
 
@@ -69,6 +74,11 @@ def test_flash_is_refused_where_it_does_not_fit(name, length, mesh, words):
         choice(name, length, "flash", mesh)
 
 
+def test_streamed_is_refused_where_the_sum_of_dq_does_not_fit():
+    with pytest.raises(UserError, match=r"'streamed' needs 77 MiB of VMEM .* of 65536, found 64 MiB; 'splash' takes"):
+        choice("v5p-8", 65536, "streamed")
+
+
 def test_the_planner_splits_no_row_where_flash_is_asked_for():
     run = Config(train=TrainConfig(1, 8, remat="none", attention="flash"))
     found = options(WIDE, run, of_slice(find_slice("v5e-8")))
@@ -77,9 +87,10 @@ def test_the_planner_splits_no_row_where_flash_is_asked_for():
 
 def test_each_name_runs_its_own_kernel(monkeypatch):
     assert local_kernel("flash", 0, interpret=True).func is flash_attention
+    assert local_kernel("streamed", 0, interpret=True).func is streamed_attention
     assert local_kernel("splash", 0, interpret=True).func is splash_attention
     ran = []
-    for name, module in (("flash", flash), ("splash", splash)):
+    for name, module in (("flash", flash), ("streamed", flash_streamed), ("splash", splash)):
         kernel = getattr(module, f"{name}_attention")
 
         def watched(*args, name=name, kernel=kernel, **kwargs):
@@ -91,4 +102,4 @@ def test_each_name_runs_its_own_kernel(monkeypatch):
         q = jax.ShapeDtypeStruct((1, 128, 4, 128), jnp.float32)
         angles = jax.ShapeDtypeStruct((1, 128, 64), jnp.float32)
         jax.eval_shape(lambda q, a, attend=attend: attend(q, q, q, (a, a), None), q, angles)
-    assert ran == ["flash", "splash"]
+    assert ran == ["flash", "streamed", "splash"]

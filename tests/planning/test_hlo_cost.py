@@ -139,6 +139,14 @@ def test_queries_of_a_split_row_are_counted_against_all_its_keys():
     assert read_program(KERNEL, CHIPS["v5p"]).kernel_flops == 4 * 512 * 1024 * 128 * 2
 
 
+@pytest.mark.parametrize(("results", "units"), [(2, 2.0), (3, 2.5)])
+def test_a_backward_kernel_that_also_gives_dq_is_counted_as_fused_whatever_its_name(results, units):
+    # splash names both ways alike
+    arrays = ", ".join(["bf16[16,4,512,128]", "bf16[2,1024,128]", "bf16[2,1024,128]"][-results:])
+    backward = KERNEL.replace("splash_mha_fwd.1 = bf16[4,512,128]", f"splash_mha_dkv_no_residuals.1 = ({arrays})")
+    assert read_program(backward, CHIPS["v5p"]).kernel_flops == units * 4 * 512 * 1024 * 128 * 2
+
+
 def test_a_float32_kernel_is_counted_by_its_own_arrays_and_six_times():
     wide = KERNEL.replace("bf16[", "f32[")
     assert read_program(wide, CHIPS["v5p"]).kernel_flops == 6 * 4 * 512 * 1024 * 128 * 2

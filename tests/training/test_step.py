@@ -192,6 +192,28 @@ def assert_close(found: State, expected: State):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=where)
 
 
+def test_kernels_of_streamed_rows_split_over_devices_give_the_loss_of_plain_attention_on_one(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.LENGTH", 512)
+    monkeypatch.setattr(f"{__name__}.ROWS", 2)
+
+    def losses(shape: tuple[int, ...], attention: str) -> list[float]:
+        run, mesh = config(attention=attention), mesh_of(*shape)
+        optimizer = optimizer_of(run)
+        shardings = state_shardings(SMALL, optimizer, mesh)
+        params = jax.device_put(initial(False), shardings["params"])
+        state = {"params": params, "opt_state": jax.jit(optimizer.init)(params)}
+        batches = [jax.device_put(make_batch(i), rules.batch_sharding(mesh)) for i in range(STEPS)]
+        step = make_train_step(SMALL, run.train, run.data.sequence_length, optimizer, mesh)
+        step = step.lower(state, batches[0]).compile(FAST_COMPILE)
+        found = []
+        for batch in batches:
+            state, measured = step(state, batch)
+            found.append(float(measured["loss"]))
+        return found
+
+    assert losses((1, 1, 1, 2), "streamed") == pytest.approx(losses((1, 1, 1), "xla"), rel=1e-5)
+
+
 @pytest.mark.parametrize("shape", MESHES[1:])
 def test_every_mesh_gives_the_loss_of_one_device(shape):
     expected, found = trained((1, 1, 1)), trained(shape)
@@ -419,6 +441,7 @@ def test_the_evaluation_is_the_mean_over_all_targets():
     [
         ((1, 1, 1, 4), 20, "auto", "config.mesh.context=4 needs a config.data.sequence_length that is a multiple of 8"),
         ((1, 1, 1, 2), 256, "splash", "'splash' needs a config.data.sequence_length that is a multiple of 512"),
+        ((1, 1, 1, 2), 256, "streamed", "'streamed' needs a config.data.sequence_length that is a multiple of 512"),
         ((1, 1, 1, 1), 192, "splash", "'splash' needs a config.data.sequence_length that is a multiple of 128"),
         ((1, 1, 1, 1), 192, "flash", "'flash' needs a config.data.sequence_length that is a multiple of 128"),
     ],
