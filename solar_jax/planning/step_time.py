@@ -18,6 +18,7 @@ from solar_jax.parallel.rules import ACTIVATIONS, PARAMETERS, padded_rows, ways
 from solar_jax.planning.hlo_cost import FLOAT32_PASSES, HOST, KERNEL_RATE
 from solar_jax.planning.memory import each
 from solar_jax.training.partition import Partition, everything
+from solar_jax.training.step import loss_chunks
 
 BACKWARD_KERNEL = 2.5  # FLOPs of the attention kernel's backward pass, in units of its forward pass
 # Axes of the weight whose matmul gives a value of `SAVEABLE`: recomputed if a policy does not save the value.
@@ -29,6 +30,9 @@ _TENSOR = 0.15
 # Values per token and layer that move between a device and its HBM outside of matmuls and kernels, by last axes: norms,
 # residual sums, rotary embeddings, transposes, SwiGLU and what gathers them. Fitted to what the TPU compiler reports.
 _VECTORS = {"D": 22.0, "NH": 14.0, "KH": 14.0, "F": 8.0}
+# Bytes per value of the embedding, where it or the output projection trains: XLA copies them between layouts and adds
+# up the embedding's gradient, at an eighth of the bandwidth. Fitted to Llama-3.2-1B on v5e-16 and SOLAR on v5p-128.
+_EMBEDDING = 48.0
 # What 8-bit matmuls add to that: scales, rounding, and fusions that they prevent. Fitted likewise, to v5p, v5e and v6e.
 _ROUNDED = {"D": 30.0, "F": 30.0}
 
@@ -76,7 +80,9 @@ def step_time(
                keys are T / 2, at most the sliding window; six times as long in float32. Without kernels the same,
                as matmuls.
       vectors  `_VECTORS` per token and layer, and `_ROUNDED` in 8 bits; parameters, moments and gradients that the
-               optimiser reads and writes; with microbatches, their sum read and written; at HBM bandwidth
+               optimiser reads and writes; with microbatches, their sum read and written; at HBM bandwidth;
+               `_EMBEDDING`; and what the sum of the output projection's gradient, read and written once a chunk of the
+               loss, takes longer than that chunk's matmul
       links    per microbatch, a layer's weights gathered twice, those of 8 bits in one byte, and their gradients
                scattered once, in the compute dtype, or all-reduced: `Chip.reduce_factor`; the embedding and the output
                projection the same, once; over tensor, four all-reduces of [t, D] per layer, a fifth if `mid` is not
@@ -136,10 +142,18 @@ def step_time(
     count, times = train.accumulation, FLOAT32_PASSES if width == 4 else 1
     vector_bytes = t * L * values * width + 4 * (8 + (3 * count if count > 1 else 0)) * state
 
+    outside = "embed" in partition.others or partition.trains_head(cfg)
+    vector_bytes += _EMBEDDING * head / tensor if outside else 0
+    summed = 0.0  # seconds
+    if partition.trains_head(cfg):
+        chunks = loss_chunks(round(t / count * each(cfg, mesh, "V")), length)
+        product = 2 * t / count / chunks / (chip.matmul_rate * chip.peak)
+        summed = count * chunks * head / tensor * max(0.0, 8 / chip.bandwidth - product)
+
     return StepTime(
         matmuls=times * matmul_flops * (1 + _TENSOR * math.log2(tensor)) / (chip.matmul_rate * chip.peak),
         kernels=times * kernel_flops / (KERNEL_RATE * chip.peak),
-        vectors=vector_bytes / chip.bandwidth,
+        vectors=vector_bytes / chip.bandwidth + summed,
         links=_ici_bytes(
             cfg,
             train.accumulation,
