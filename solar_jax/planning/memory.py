@@ -178,8 +178,6 @@ def _layer(
     values = sum(count * each(cfg, mesh, letters) for letters, count in (LAYER if trains else FROZEN).items())
     values += sum(each(cfg, mesh, letters) for letters in again if "F" in letters)
     values += EXPERT_ROWS * expert_rows(cfg, mesh) * cfg.hidden_size if cfg.num_local_experts else 0
-    if attention_choice(cfg, train, length, mesh) == "streamed":  # keys and values of whole rows, and their gradients
-        values += 2 * axis_size(mesh, "context") * (each(cfg, mesh, "NH") + each(cfg, mesh, "KH"))
     return tokens * (values * width + SCORES * _scores(cfg, train, length, mesh)) + _gathered(cfg, mesh) * width
 
 
