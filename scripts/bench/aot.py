@@ -150,6 +150,8 @@ def main() -> None:
     # What is compiled: the recipe on the slice's devices.
     cfg, config = recipe(args.config, args.layers)
     wanted = find_slice(args.slice)
+    if not (args.batch * wanted.devices).is_integer():
+        parser.error(f"--batch {args.batch:g} on {wanted.devices} devices is {args.batch * wanted.devices:g} rows")
     config = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, batch_size=round(args.batch * wanted.devices)),
