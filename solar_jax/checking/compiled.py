@@ -16,10 +16,8 @@ from solar_jax.model import flash, flash_streamed
 from solar_jax.parallel.attention import local_kernel
 from solar_jax.planning.hlo_cost import KERNEL_RATE, read_program
 
-NEEDED_MEMORY = {
-    "flash": flash.needed_memory,
-    "streamed": flash_streamed.streamed_memory,
-}  # splash streams small blocks
+# VMEM by kernel; splash streams blocks that fit everywhere.
+NEEDED_MEMORY = {"flash": flash.needed_memory, "streamed": flash_streamed.streamed_memory}
 
 
 @dataclasses.dataclass(frozen=True)

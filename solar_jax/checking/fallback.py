@@ -20,12 +20,8 @@ from solar_jax.planning.search import Option
 from solar_jax.storage.json_files import read_json, write_json
 from solar_jax.storage.paths import is_local, path
 
-NEXT = {
-    "flash": "splash",
-    "streamed": "splash",
-    "splash": "xla",
-    "cudnn": "xla",
-}  # kernel -> the one that is taken if it is wrong
+# Kernel -> the one that is taken if it is wrong.
+NEXT = {"flash": "splash", "streamed": "splash", "splash": "xla", "cudnn": "xla"}
 LONG = 8192  # tokens; of longer rows one key head is compared, of shorter ones two
 
 Say = Callable[[str], None]

@@ -48,17 +48,20 @@ def needed_memory(length: int, width: int, itemsize: int) -> int:
     return (2 * 5 + 3) * row * itemsize + 2 * row * 4 + lanes + 2 * row * 4 + 2 * 3 * 8 * length * 4 + SCORES
 
 
-def first_blocks(segment_ids: jax.Array, block: int, sliding_window: int) -> jax.Array:
-    """Returns the first key block that any query of each block sees; [B, T] -> int32 [B, T / block].
+def first_keys(segment_ids: jax.Array, sliding_window: int) -> jax.Array:
+    """Returns the position of the first key that each query sees; [B, S] -> int32 [B, S], non-decreasing along a row.
 
-    Segment ids are non-decreasing along a row, so the first query's first key is the earliest one.
+    Segment ids must be non-decreasing too.
     """
-    T = segment_ids.shape[1]
-    starts = segment_ids[:, ::block]  # segment id of each block's first query
-    first = jnp.sum(segment_ids[:, None, :] < starts[:, :, None], axis=-1)  # keys of earlier documents
-    if sliding_window:
-        first = jnp.maximum(first, jnp.arange(0, T, block)[None] - sliding_window + 1)
-    return (first // block).astype(jnp.int32)
+    position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    first = jax.lax.cummax(jnp.where(begins, position, 0), axis=1)
+    return jnp.maximum(first, position - sliding_window + 1) if sliding_window else first
+
+
+def first_blocks(segment_ids: jax.Array, block: int, sliding_window: int) -> jax.Array:
+    """Returns the first key block that any query of each block sees, as its first does; int32 [B, T / block]."""
+    return first_keys(segment_ids, sliding_window)[:, ::block] // block
 
 
 def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -71,15 +74,31 @@ def rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return x * cos + pltpu.roll(x, half, 1) * sin
 
 
-def _rotate(source: Any, cos: Any, sin: Any, way: int, target: Any, block: int) -> None:
-    """Rotates all rows from one ref into another, block by block to keep the program small."""
+def rotate(
+    source: Any, cos: Any, sin: Any, target: Any, block: int, *, way: int = 1, scale: float = 1.0, read: Any = 0,
+    write: Any = 0,
+) -> None:  # fmt: skip
+    """Rotates rows from one ref into another and scales them, block by block to keep the program small.
+
+    Args:
+      source: [T, H] or more rows.
+      cos: float32 [T, H], of as many rows as are rotated.
+      sin: the same.
+      target: [T, H] or more rows.
+      block: rows at a time.
+      way: 1, or -1 to rotate back.
+      scale: factor of the result.
+      read: first row of `source`.
+      write: first row of `target`.
+    """
     from jax.experimental import pallas as pl
 
     def one(i, _):
         at = pl.ds(i * block, block)
-        target[at, :] = rotated(source[at, :].astype(jnp.float32), cos[at, :], way * sin[at, :]).astype(target.dtype)
+        x = rotated(source[pl.ds(read + i * block, block), :].astype(jnp.float32), cos[at, :], way * sin[at, :])
+        target[pl.ds(write + i * block, block), :] = (x * scale).astype(target.dtype)
 
-    jax.lax.fori_loop(0, source.shape[0] // block, one, None)
+    jax.lax.fori_loop(0, cos.shape[0] // block, one, None)
 
 
 def _seen(i: Any, j: Any, block: int, q_segment: jax.Array, k_segment: jax.Array, sliding_window: int) -> jax.Array:
@@ -107,7 +126,7 @@ def _forward_kernel(
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        _rotate(k_ref, cos_ref, sin_ref, 1, k_rotated, block)
+        rotate(k_ref, cos_ref, sin_ref, k_rotated, block)
 
     def queries(i, _):
         at = pl.ds(i * block, block)
@@ -149,7 +168,7 @@ def _backward_kernel(
 
     @pl.when(head == 0)
     def _():
-        _rotate(k_ref, cos_ref, sin_ref, 1, k_rotated, block)
+        rotate(k_ref, cos_ref, sin_ref, k_rotated, block)
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
@@ -177,7 +196,7 @@ def _backward_kernel(
 
     @pl.when(head == pl.num_programs(2) - 1)
     def _():
-        _rotate(dk_sum, cos_ref, sin_ref, -1, dk_ref, block)
+        rotate(dk_sum, cos_ref, sin_ref, dk_ref, block, way=-1)
         dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
 
 

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from solar_jax.model import flash
 from solar_jax.model.attention import SAVED, WHOLE, Shard
-from solar_jax.model.flash import LANES, MASKED, SCORES, block_size
+from solar_jax.model.flash import LANES, MASKED, SCORES, block_size, first_keys
 from solar_jax.model.rope import apply_rope
 
 TILE = 2048  # queries and keys per grid step, at most
@@ -36,14 +36,6 @@ def streamed_memory(length: int, width: int, itemsize: int, chunks: int = 1) -> 
     row = -(-width // LANES) * LANES
     tile = block_size(length // chunks, TILE)
     return length * row * (4 + itemsize) + tile * (row * (14 * itemsize + 24) + 2 * 3 * 8 * 4) + SCORES
-
-
-def first_keys(segment_ids: jax.Array, sliding_window: int) -> jax.Array:
-    """Returns the position of the first key that each query sees; [B, S] -> int32 [B, S], non-decreasing."""
-    position = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    first = jax.lax.cummax(jnp.where(begins, position, 0), axis=1)
-    return jnp.maximum(first, position - sliding_window + 1) if sliding_window else first
 
 
 def visible_tables(first: jax.Array, starts: jax.Array, tile: int, block: int, length: int) -> tuple[jax.Array, ...]:
@@ -109,7 +101,7 @@ def _forward_kernel(
 
     @pl.when(j == 0)
     def _():
-        _rotate_scaled(q_ref, cos_ref, sin_ref, q_rotated, 0, block, scale)
+        flash.rotate(q_ref, cos_ref, sin_ref, q_rotated, block, scale=scale)
         out_sum[...] = jnp.zeros_like(out_sum)
         largest_ref[...] = jnp.full_like(largest_ref, MASKED)
         total_ref[...] = jnp.zeros_like(total_ref)
@@ -148,18 +140,6 @@ def _forward_kernel(
         jax.lax.fori_loop(0, per, finish, None)
 
 
-def _rotate_scaled(q_ref: Any, cos_ref: Any, sin_ref: Any, target: Any, offset: Any, block: int, scale: float) -> None:
-    """Rotates a tile of queries into `target`, from row `offset` on, block by block to keep the program small."""
-    from jax.experimental import pallas as pl
-
-    def one(u, _):
-        at = pl.ds(u * block, block)
-        q = flash.rotated(q_ref[at, :].astype(jnp.float32), cos_ref[at, :], sin_ref[at, :])
-        target[pl.ds(offset + u * block, block), :] = (q * scale).astype(target.dtype)
-
-    jax.lax.fori_loop(0, q_ref.shape[0] // block, one, None)
-
-
 def _backward_kernel(
     starts, earliest, whole, low, high, q_ref, k_ref, v_ref, cos_ref, sin_ref, first_ref, do_ref, lse_ref, di_ref,
     dq_ref, dk_ref, dv_ref, q_rotated, dq_sum, dk_sum, dv_sum, *, block: int, scale: float,
@@ -177,7 +157,7 @@ def _backward_kernel(
 
     @pl.when(j == 0)
     def _():
-        _rotate_scaled(q_ref, cos_ref, sin_ref, q_rotated, i * tile, block, scale)
+        flash.rotate(q_ref, cos_ref, sin_ref, q_rotated, block, scale=scale, write=i * tile)
         dq_sum[pl.ds(i * tile, tile), :] = jnp.zeros((tile, dq_sum.shape[1]), jnp.float32)
 
     @pl.when(i == 0)
@@ -216,12 +196,7 @@ def _backward_kernel(
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
-        def finish(u, _):
-            at = pl.ds(u * block, block)
-            dq = dq_sum[pl.ds(i * tile + u * block, block), :] * scale
-            dq_ref[at, :] = flash.rotated(dq, cos_ref[at, :], -sin_ref[at, :]).astype(dq_ref.dtype)
-
-        jax.lax.fori_loop(0, per, finish, None)
+        flash.rotate(dq_sum, cos_ref, sin_ref, dq_ref, block, way=-1, scale=scale, read=i * tile)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -353,19 +328,7 @@ def streamed_attention(
 ) -> jax.Array:  # fmt: skip
     """Attention fused with RoPE of queries, without materialising [T, S] scores; angles get no gradient.
 
-    Args:
-      q: [B, T, N, H] before RoPE, on one device; T, or T / 2 with a shard, must be a multiple of `flash.LANES`.
-      k: [B, T, K, H] before RoPE.
-      v: [B, T, K, H].
-      rope: cosines and sines, float32 [B, T, H/2], from `model.rope.rope_angles`.
-      segment_ids: [B, S], document index of each token of the full row, non-decreasing; None if every row is one
-        document.
-      sliding_window: keys each query sees, including itself; 0 for all earlier ones.
-      interpret: run the kernels in interpret mode, for machines without a TPU.
-      shard: selects the queries and gathers all keys and values.
-
-    Returns:
-      [B, T, N, H] in q's dtype.
+    Args and result are those of `splash.splash_attention`; segment ids must be non-decreasing along a row.
     """
     B, T = q.shape[:2]
     S = T * shard.count

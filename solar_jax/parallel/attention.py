@@ -80,8 +80,8 @@ def attention_choice(cfg: ModelConfig, train: TrainConfig, length: int, mesh: Me
     if wanted != "auto":
         return wanted
     if platform(mesh) == "tpu" and needed:
-        ours = [name for name in (("flash", "streamed") if context == 1 else ("streamed",)) if needed[name] <= has]
-        return next(iter(ours), "splash")
+        ours = ("flash", "streamed") if context == 1 else ("streamed",)
+        return next((name for name in ours if needed[name] <= has), "splash")
     return "cudnn" if platform(mesh) == "gpu" and taken else "xla"
 
 

@@ -2,7 +2,7 @@
 
 Parameters and optimiser state are exact. The rest follows what XLA allocates: activations saved layer by layer for the
 backward pass, and the larger of the working memory of the loss and of one layer's backward pass. Its few constants were
-fitted to what the TPU compiler reports; `scripts/bench/plan_memory.py` shows their error.
+fitted to what the TPU compiler reports; `scripts/bench/planner.py` shows their error.
 """
 
 import dataclasses

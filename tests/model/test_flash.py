@@ -1,6 +1,5 @@
 """The kernels of whole rows, interpreted on a CPU, against plain attention: same result, same gradients."""
 
-import contextlib
 import functools
 import re
 
@@ -12,43 +11,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from solar_jax.model import flash
-from solar_jax.model.attention import SAVED, attention_mask, rotated_attention
+from solar_jax.model.attention import SAVED
 from solar_jax.parallel.attention import per_device
+from tests.model.plain_attention import (
+    TOLERANCE,
+    H,
+    angles,
+    arrays,
+    assert_plain,
+    gradients,
+    plain,
+    product_precisions,
+    segments,
+    simulated,
+)  # fmt: skip
 from tests.parallel.test_mesh import mesh_of
-
-B, T, N, K, H = 2, 256, 4, 2, 128
-TOLERANCE = 2e-5  # absolute, float32: sums of the same terms in blocks
-
-
-def arrays(kv_heads: int = K, width: int = H) -> tuple[jax.Array, ...]:
-    rng = np.random.default_rng(0)
-    return tuple(jnp.array(rng.standard_normal((B, T, n, width)), jnp.float32) for n in (N, kv_heads, kv_heads))
-
-
-def segments() -> jax.Array:
-    """Another border in each row, neither at a block's edge."""
-    place = np.arange(T)[None]
-    return jnp.array((place >= 100) + (place >= np.array([[190], [131]])), jnp.int32)
-
-
-def angles(width: int = H) -> tuple[jax.Array, jax.Array]:
-    """Angles of any size, others in each row, place and pair."""
-    a = np.random.default_rng(1).uniform(0, 6.28, (B, T, width // 2))
-    return jnp.array(np.cos(a), jnp.float32), jnp.array(np.sin(a), jnp.float32)
-
-
-def plain(q, k, v, segment_ids, window):
-    return rotated_attention(q, k, v, angles(q.shape[-1]), attention_mask(T, segment_ids, window))
 
 
 def kernels(q, k, v, segment_ids, window):
     return flash.flash_attention(q, k, v, angles(q.shape[-1]), segment_ids, sliding_window=window, interpret=True)
-
-
-def gradients(attend, q, k, v, segment_ids, window):
-    """Gradients of a sum in which every output counts differently."""
-    weights = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
-    return jax.grad(lambda *x: jnp.sum(weights * attend(*x, segment_ids, window)), argnums=(0, 1, 2))(q, k, v)
 
 
 @pytest.fixture
@@ -65,10 +46,13 @@ def small_blocks(monkeypatch):
 )  # fmt: skip
 def test_kernels_are_plain_attention_forward_and_backward(window, segmented, kv_heads, width):
     inputs, ids = arrays(kv_heads, width), segments() if segmented else None
-    np.testing.assert_allclose(kernels(*inputs, ids, window), plain(*inputs, ids, window), atol=TOLERANCE)
-    found, expected = (gradients(f, *inputs, ids, window) for f in (kernels, plain))
-    for name, a, b in zip("qkv", found, expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=10 * TOLERANCE, err_msg=f"d{name}")
+    assert_plain(kernels, inputs, ids, window)
+
+
+def test_first_keys_are_the_starts_of_documents_or_of_the_window():
+    ids = jnp.array([[0, 0, 0, 1, 1, 1, 1, 2]])
+    assert flash.first_keys(ids, 0).tolist() == [[0, 0, 0, 3, 3, 3, 3, 7]]
+    assert flash.first_keys(ids, 2).tolist() == [[0, 0, 1, 3, 3, 4, 5, 7]]
 
 
 def test_blocks_of_keys_that_no_query_of_a_block_sees_are_passed_over():
@@ -113,33 +97,10 @@ def test_a_policy_that_saves_attention_runs_its_forward_kernel_once(names, runs)
     assert len(re.findall(r"\bname=flash_attention_fwd", text)) == runs
 
 
-def product_precisions(attend, dtype) -> set[str]:
-    """The precisions of all matrix products of a kernel, forward and backward."""
-    inputs = tuple(x.astype(dtype) for x in arrays())
-    text = str(jax.make_jaxpr(lambda *x: gradients(attend, *x, segments(), 0))(*inputs))
-    products = re.findall(r"dot_general\[(.*?)\n *\]", text, re.DOTALL)
-    assert len(products) >= 7  # two forward, five backward
-    return {"HIGHEST" if "Precision.HIGHEST, Precision.HIGHEST" in p else "default" for p in products}
-
-
 @pytest.mark.parametrize(("dtype", "found"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "default")])
 def test_float32_is_multiplied_in_full(dtype, found):
     # On a TPU a kernel's default is one pass in bfloat16, which no interpreter shows.
     assert product_precisions(kernels, dtype) == {found}
-
-
-@contextlib.contextmanager
-def simulated(cores: int):
-    """A TPU's memories simulated: buffers begin as NaN, reads outside of one and races between cores or DMAs raise."""
-    state = pltpu.InterpretParams(
-        detect_races=True, on_race="raise", out_of_bounds_reads="raise", uninitialized_memory="nan",
-        dma_execution_mode="on_wait", num_cores_or_threads=cores, random_seed=0,
-    )  # fmt: skip
-    try:
-        with pltpu.force_tpu_interpret_mode(state):
-            yield
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()
 
 
 @pytest.mark.slow  # every access of memory is a call of Python

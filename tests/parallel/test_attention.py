@@ -79,6 +79,17 @@ def test_streamed_is_refused_where_the_sum_of_dq_does_not_fit():
         choice("v5p-8", 65536, "streamed")
 
 
+def test_cudnn_is_refused_where_it_could_not_run_and_chosen_on_gpus_alone():
+    def on_cpu(wanted: str, precision: str) -> str:
+        train = TrainConfig(1, 8, attention=wanted, precision=precision)
+        return attention_choice(SMALL, train, 16, mesh_of(1, 1, 1))
+
+    with pytest.raises(UserError, match=r"'cudnn' needs 16-bit matmuls .* found 'float32'"):
+        on_cpu("cudnn", "float32")
+    assert on_cpu("cudnn", "mixed") == "cudnn"
+    assert on_cpu("auto", "mixed") == "xla"
+
+
 def test_the_planner_splits_no_row_where_flash_is_asked_for():
     run = Config(train=TrainConfig(1, 8, remat="none", attention="flash"))
     found = options(WIDE, run, of_slice(find_slice("v5e-8")))

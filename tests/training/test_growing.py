@@ -25,7 +25,7 @@ from solar_jax.training.step import make_train_step
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.test_train import make_config, metrics
-from tests.training.test_step import FAST_COMPILE, config, initial, make_batch
+from tests.training.small_run import FAST_COMPILE, config, initial, make_batch
 
 F32 = PRECISIONS["float32"]
 

@@ -20,7 +20,7 @@ from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.test_train import make_config
-from tests.training.test_step import FAST_COMPILE, config, initial, make_batch
+from tests.training.small_run import FAST_COMPILE, config, initial, make_batch
 
 
 def record(step: int, loss: float, norm: float = 1.0) -> dict:

@@ -27,7 +27,7 @@ from tests.monitoring.test_trackers import events
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
 from tests.test_train import make_config
-from tests.training.test_step import FAST_COMPILE, config, initial, make_batch
+from tests.training.small_run import FAST_COMPILE, config, initial, make_batch
 
 
 @pytest.mark.parametrize(("name", "layers"), [("new", [2]), ("seam", [1, 2])])

@@ -22,7 +22,7 @@ from solar_jax.training.optimizer import (
 from solar_jax.training.state import state_shardings
 from tests.conftest import optimizer_of
 from tests.parallel.test_mesh import mesh_of
-from tests.training.test_step import FAST_COMPILE
+from tests.training.small_run import FAST_COMPILE
 
 PEAK, LAST = 1e-3, 1e-4  # final_fraction 0.1
 

@@ -24,7 +24,7 @@ from solar_jax.training.step import make_train_step
 from tests.conftest import optimizer_of, weights_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
-from tests.training.test_step import config, make_batch
+from tests.training.small_run import config, make_batch
 
 SMALL_TOKENS = make_batch(0)["tokens"].size
 LAYER_MAP = make_layer_map(4, GrowthConfig("dus", m=1))  # 0 1 2 | 1 2 3: layers 3 and 4 are new

@@ -16,7 +16,7 @@ from solar_jax.training.step import make_eval_step, make_train_step, mean_loss
 from tests.conftest import optimizer_of, step_args
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
-from tests.training.test_step import FAST_COMPILE, config, initial, make_batch
+from tests.training.small_run import FAST_COMPILE, config, initial, make_batch
 
 # policy -> weights, moments
 KEPT = {

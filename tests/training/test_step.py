@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import math
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -20,21 +18,29 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from solar_jax.checkpoints.load import load_params
 from solar_jax.checkpoints.open import open_checkpoint
-from solar_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from solar_jax.data.pipeline import Batch
 from solar_jax.errors import UserError
 from solar_jax.model import llama
 from solar_jax.model.precision import precision
 from solar_jax.model.remat import REMAT
-from solar_jax.model.shapes import Params, param_shapes
 from solar_jax.parallel import rules
-from solar_jax.parallel.attention import attention_choice
-from solar_jax.planning import hlo_cost
 from solar_jax.training.state import State, abstract_state, state_shardings
 from solar_jax.training.step import make_eval_step, make_train_step, mean_loss
 from tests.conftest import hf_model, optimizer_of, save_hf, step_args
+from tests.hlo import crossing_bytes
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
+from tests.training.small_run import (
+    FAST_COMPILE,
+    LEARNING_RATE,
+    LENGTH,
+    ROWS,
+    STEPS,
+    config,
+    initial,
+    make_batch,
+    model,
+)
 
 MESHES = [
     (1, 1, 1),
@@ -44,55 +50,8 @@ MESHES = [
     (1, 1, 1, 4), (2, 1, 2, 2), (1, 4, 1, 2), (1, 4, 1, 1, 2), (1, 2, 1, 2, 2),
 ]  # fmt: skip
 SHARDED = [(1, 4, 2), (1, 8, 1), (1, 4, 1, 2), (1, 2, 1, 2, 2), (2, 1, 2, 2)]  # data, fsdp, tensor, context, slice
-STEPS, ROWS, LENGTH = 3, 8, 16
-# (conftest's cache of compiled programs is new in each session, so XLA really compiles here and says what it says.)
-# LLVM may leave the CPU's code as it is, which halves the time; XLA partitions and schedules the same program.
-LEARNING_RATE = 1e-2
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
+# conftest's cache of compiled programs is new in each session, so XLA really compiles here and says what it says.
 REMATERIALISED = "Involuntary full rematerialization"
-
-
-def config(accumulation: int = 1, remat: str = "full", precision: str = "float32", attention: str = "auto") -> Config:
-    return Config(
-        data=DataConfig(sequence_length=LENGTH),
-        train=TrainConfig(
-            steps=STEPS, batch_size=ROWS, accumulation=accumulation, remat=remat, precision=precision,
-            attention=attention,
-        ),
-        # A rate that moves the loss, so that a wrong update shows in the next step's. Adam divides a gradient by its
-        # own size plus eps: with a tiny eps, rounding in a gradient near 0 would decide which way its weight goes.
-        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", clip_norm=1.0, eps=1e-3),
-    )  # fmt: skip
-
-
-def model(tied: bool) -> ModelConfig:
-    return dataclasses.replace(SMALL, tie_word_embeddings=tied)
-
-
-@functools.cache
-def initial(tied: bool) -> Params:
-    """Random weights on the host, norm scales near one."""
-    rng = np.random.default_rng(0)
-
-    def one(path, s):
-        x = 0.2 * rng.standard_normal(s.shape) + path[-1].key.endswith("norm")
-        return x.astype(np.float32)
-
-    return jax.tree.map_with_path(one, param_shapes(model(tied)))
-
-
-def make_batch(step: int, vocab_size: int = SMALL.vocab_size) -> dict[str, np.ndarray]:
-    """Rows of two documents, with weights so uneven that a mean of the rows' means is not the mean."""
-    rng = np.random.default_rng(100 + step)
-    tokens = rng.integers(0, vocab_size, (ROWS, LENGTH + 1), dtype=np.int32)
-    place, border = np.arange(LENGTH)[None], rng.integers(4, LENGTH - 4, (ROWS, 1))
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": np.where(place < border, place, place - border).astype(np.int32),
-        "segment_ids": (place >= border).astype(np.int32),
-        "weights": (rng.random((ROWS, LENGTH)) < np.linspace(0.1, 1, ROWS)[:, None]).astype(np.float32),
-    }
 
 
 @contextlib.contextmanager
@@ -192,17 +151,16 @@ def assert_close(found: State, expected: State):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=where)
 
 
-def test_kernels_of_streamed_rows_split_over_devices_give_the_loss_of_plain_attention_on_one(monkeypatch):
-    monkeypatch.setattr(f"{__name__}.LENGTH", 512)
-    monkeypatch.setattr(f"{__name__}.ROWS", 2)
+def test_kernels_of_streamed_rows_split_over_devices_give_the_loss_of_plain_attention_on_one():
+    size = {"rows": 2, "length": 512}
 
     def losses(shape: tuple[int, ...], attention: str) -> list[float]:
-        run, mesh = config(attention=attention), mesh_of(*shape)
+        run, mesh = config(attention=attention, **size), mesh_of(*shape)
         optimizer = optimizer_of(run)
         shardings = state_shardings(SMALL, optimizer, mesh)
         params = jax.device_put(initial(False), shardings["params"])
         state = {"params": params, "opt_state": jax.jit(optimizer.init)(params)}
-        batches = [jax.device_put(make_batch(i), rules.batch_sharding(mesh)) for i in range(STEPS)]
+        batches = [jax.device_put(make_batch(i, **size), rules.batch_sharding(mesh)) for i in range(STEPS)]
         step = make_train_step(SMALL, run.train, run.data.sequence_length, optimizer, mesh)
         step = step.lower(state, batches[0]).compile(FAST_COMPILE)
         found = []
@@ -232,38 +190,6 @@ def test_a_window_over_a_split_row_gives_the_loss_of_one_device(shape):
         found.append(mean_loss(make_eval_step(cfg, run.train, run.data.sequence_length, mesh), params, [batch]))
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert found[0] != pytest.approx(trained((1, 1, 1)).losses[0], rel=1e-4)  # the window matters
-
-
-def crossing_bytes(hlo: str, slice_of: Callable[[int], int]) -> int:
-    """Bytes of results of collectives between devices of several slices, each as often as the loops around it turn."""
-    computations, entry = hlo_cost._computations(hlo)
-    total = 0
-    for line, times, *_ in hlo_cost._executed(computations, entry, 1):
-        if not (found := hlo_cost._COLLECTIVE.search(line)):
-            continue
-        if any(len({slice_of(d) for d in group}) > 1 for group in device_groups(line)):
-            total += times * sum(hlo_cost._bytes(found[1]))
-    return total
-
-
-def device_groups(line: str) -> list[list[int]]:
-    """Device groups of a collective, in each of the four ways in which HLO writes them."""
-    if found := re.search(r"mesh\[(.*?)\] \{(.*?)\}", line):  # mesh['slice'=2,'fsdp'=4] {'fsdp'}: devices in order
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        over = re.findall(r"'(\w+)'", found[2])
-        ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
-        ids = np.moveaxis(ids, [list(sizes).index(name) for name in over], range(-len(over), 0))
-        return ids.reshape(-1, math.prod(sizes[name] for name in over)).tolist()
-    if found := re.search(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):  # [4,2]<=[2,4]T(1,0)
-        ids = np.arange(np.prod(ints(found[2]))).reshape(ints(found[2]))
-        return (ids.transpose(ints(found[3])) if found[3] else ids).reshape(ints(found[1])).tolist()
-    found = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line)  # {{0,1},{2,3}}
-    assert found, line
-    return [ints(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
-
-
-def ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -461,13 +387,3 @@ def test_an_unknown_remat_is_refused_with_the_known_ones():
     run = config(remat="some")
     with pytest.raises(UserError, match=rf"config\.train\.remat must be one of {', '.join(REMAT)}, found 'some'"):
         make_train_step(SMALL, run.train, run.data.sequence_length, optimizer_of(run), mesh_of(1, 1, 1))
-
-
-def test_cudnn_is_refused_where_it_could_not_run_and_chosen_on_gpus_alone():
-    run = config(attention="cudnn", precision="float32")
-    with pytest.raises(UserError, match=r"'cudnn' needs 16-bit matmuls .* found 'float32'"):
-        attention_choice(SMALL, run.train, run.data.sequence_length, mesh_of(1, 1, 1))
-    assert (
-        attention_choice(SMALL, *step_args(config(attention="cudnn", precision="mixed")), mesh_of(1, 1, 1)) == "cudnn"
-    )
-    assert attention_choice(SMALL, *step_args(config(precision="mixed")), mesh_of(1, 1, 1)) == "xla"

@@ -18,7 +18,7 @@ from solar_jax.training.stochastic_rounding import narrow, stochastic_round
 from tests.conftest import optimizer_of, weights_of
 from tests.parallel.test_mesh import mesh_of
 from tests.parallel.test_rules import SMALL
-from tests.training.test_step import FAST_COMPILE
+from tests.training.small_run import FAST_COMPILE
 
 # Both signs, a mantissa full of ones (which carries into the exponent), the smallest normal and a subnormal number.
 AWKWARD = [1.0, 1.003, -1.003, 1.9999, -0.3333, 3.1415927, 1e-38, 1e-40, -2.5e30, 255.99]

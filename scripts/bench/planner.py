@@ -1,6 +1,6 @@
 """Compares the planner's HBM and step time, from shapes, with what the TPU compiler allocates and schedules.
 
-    python scripts/bench/plan_memory.py [--only v5p] [--full]
+    python scripts/bench/planner.py [--only v5p] [--full]
 
 Needs the extra `tpu` (libtpu) and no TPU. For every combination of model, slice, rows and remat policy, the step is
 compiled for all of the slice's devices until the compiler has assigned buffers: the total that it checks against the

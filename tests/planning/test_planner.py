@@ -5,11 +5,11 @@ import pathlib
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "bench" / "plan_memory.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "bench" / "planner.py"
 
 
-def plan_memory():
-    module_spec = importlib.util.spec_from_file_location("plan_memory", SCRIPT)
+def planner():
+    module_spec = importlib.util.spec_from_file_location("planner", SCRIPT)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     return module
@@ -26,7 +26,7 @@ def plan_memory():
     ],
 )
 def test_the_planners_hbm_is_within_a_tenth_of_the_compilers(model, slice_name, remat):
-    bench = plan_memory()
+    bench = planner()
     (index,) = (i for i, c in enumerate(bench.COMBINATIONS) if (c[0], c[1], c[4]) == (model, slice_name, remat))
     cfg, config, wanted = bench.run_of(bench.COMBINATIONS[index])
     assert bench.planned(cfg, config, wanted)[0] == pytest.approx(bench.allotted(index), rel=0.1)
