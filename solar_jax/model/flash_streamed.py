@@ -66,10 +66,8 @@ def _loops(tables: Any, row: Any, i: Any, j: Any, u: Any, per: int) -> tuple[tup
     Masked ones lie at the edge of a document or window, or on the diagonal.
     """
     starts, earliest, whole, *_ = tables
-    at, query = (
-        i * per + u,
-        (starts[i] - j) * per + u,
-    )  # of the tables; position relative to the tile of keys, in blocks
+    at = i * per + u  # column of the tables
+    query = (starts[i] - j) * per + u  # block of the row, counted from the tile of keys
     begin = jnp.clip(earliest[row, at] - j * per, 0, per)
     diagonal, end = jnp.clip(query, 0, per), jnp.clip(query + 1, 0, per)
     inner = jnp.clip(whole[row, at] - j * per, begin, diagonal)
