@@ -11,7 +11,7 @@ import numpy as np
 
 from solar_jax.hardware import chips
 from solar_jax.model.attention import Attend, attention
-from solar_jax.model.flash import block_size
+from solar_jax.model.flash_blocks import block_size
 from solar_jax.model.rope import apply_rope
 from solar_jax.parallel.attention import local_kernel
 from solar_jax.planning.hlo_cost import FLOAT32_PASSES
@@ -116,7 +116,7 @@ def plain_by_blocks(
     """`rotated_attention` of long rows: it holds the scores of `BLOCK` queries at a time, also in its backward pass.
 
     Args:
-      q, k, v, rope: as in `Attend`; T a multiple of `flash.LANES`.
+      q, k, v, rope: as in `Attend`; T a multiple of `flash_blocks.LANES`.
       segment_ids: [B, T]; None if every row is one document.
       sliding_window: keys each query sees, including itself; 0 for all earlier ones.
     """

@@ -6,15 +6,14 @@ attention writes a partial dq for each block of keys instead, 16 times q for a r
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from solar_jax.model import flash
+from solar_jax.model import flash_blocks
 from solar_jax.model.attention import SAVED, WHOLE, Shard
-from solar_jax.model.flash import LANES, MASKED, SCORES, block_size, first_keys
+from solar_jax.model.flash_blocks import LANES, MASKED, SCORES, block_size, first_keys, rotate
 from solar_jax.model.rope import apply_rope
 
 TILE = 2048  # queries and keys per grid step, at most
@@ -49,10 +48,10 @@ def visible_tables(first: jax.Array, starts: jax.Array, tile: int, block: int, l
       length: S.
 
     Returns:
-      starts; [B, T / block], first block of keys that any query of a block sees; the same, that all of its queries see,
-      if it is earlier than they are; and [B, S / tile] twice, first and last tile of queries that see a tile of keys.
+      starts; the two [B, T / block] of `flash_blocks.visible_blocks`; and [B, S / tile] twice, first and last tile of
+      queries that see a tile of keys.
     """
-    earliest, whole = first[:, ::block] // block, -(-first[:, block - 1 :: block] // block)
+    earliest, whole = flash_blocks.visible_blocks(first, block)
     key_tiles = jnp.arange(length // tile)[None, :, None]
     begins = earliest[:, None, :: tile // block] // (tile // block)
     seen = (starts >= key_tiles) & (begins <= key_tiles)  # [B, S / tile, T / tile]
@@ -60,71 +59,62 @@ def visible_tables(first: jax.Array, starts: jax.Array, tile: int, block: int, l
     return tuple(x.astype(jnp.int32) for x in (starts, earliest, whole, low, high))
 
 
-def _loops(tables: Any, row: Any, i: Any, j: Any, u: Any, per: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """Returns the blocks of key tile j that block u of query tile i sees: (count, index) masked, (begin, end) whole.
-
-    Masked ones lie at the edge of a document or window, or on the diagonal.
-    """
-    starts, earliest, whole, *_ = tables
-    at = i * per + u  # column of the tables
-    query = (starts[i] - j) * per + u  # block of the row, counted from the tile of keys
-    begin = jnp.clip(earliest[row, at] - j * per, 0, per)
-    diagonal, end = jnp.clip(query, 0, per), jnp.clip(query + 1, 0, per)
-    inner = jnp.clip(whole[row, at] - j * per, begin, diagonal)
-    edge = inner - begin
-    return (edge + end - diagonal, lambda n: jnp.where(n < edge, begin + n, diagonal + n - edge)), (inner, diagonal)
-
-
-def _attends(starts: Any, first: jax.Array, i: Any, j: Any, u: Any, v: Any, per: int, block: int) -> jax.Array:
-    """Mask [keys of block v of tile j, queries of block u of tile i] from the queries' first keys, [1, block]."""
-    shape = (block, block)
-    key = (j * per + v) * block + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    query = (starts[i] * per + u) * block + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    return (key <= query) & (key >= first)
-
-
 def _forward_kernel(
     starts, earliest, whole, low, high, q_ref, k_ref, v_ref, cos_ref, sin_ref, first_ref, out_ref, lse_ref,
     q_rotated, out_sum, largest_ref, total_ref, *, block: int, scale: float,
 ):  # fmt: skip
-    """Forward kernel, grid (B, T / tile, N, S / tile). Refs: [tile, H], but for first and lse, [1, tile].
+    """Forward kernel, grid (B, N, T / tile, S / tile). Refs: [tile, H], but for lse, [1, tile], first [tile, LANES].
 
-    Scores are [keys, queries], so that per-query values run along the lanes; out_sum is float32 [tile / block, H,
-    block] for the same reason, largest and total are [tile / block, 1, block].
+    out_sum is float32 [tile, H], largest and total are [tile, LANES].
     """
     from jax.experimental import pallas as pl
 
-    row, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(3)
-    tables, per = (starts, earliest, whole, low, high), q_ref.shape[0] // block
+    row, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    tile = q_ref.shape[0]
+    per = tile // block
 
     @pl.when(j == 0)
     def _():
-        flash.rotate(q_ref, cos_ref, sin_ref, q_rotated, block, scale=scale)
+        rotate(q_ref, cos_ref, sin_ref, q_rotated, block, scale=scale)
         out_sum[...] = jnp.zeros_like(out_sum)
         largest_ref[...] = jnp.full_like(largest_ref, MASKED)
         total_ref[...] = jnp.zeros_like(total_ref)
 
+    def attend(u, v, sums, masked):
+        at, of = pl.ds(u * block, block), pl.ds(v * block, block)
+        query = (starts[i] - j) * per + u
+        seen = flash_blocks.attends(first_ref[at, :1] - j * tile, query, v, block, 0) if masked else None
+        return flash_blocks.forward_block(q_rotated[at, :], k_ref[of, :], v_ref[of, :], seen, out_sum.at[at, :], sums)
+
+    def whole_tile(u, _):
+        at = pl.ds(u * block, block)
+        sums = largest_ref[at, :], total_ref[at, :]
+        for v in range(per):  # unrolled: the softmax of one block of keys runs beside the products of the next
+            sums = attend(u, v, sums, False)
+        largest_ref[at, :], total_ref[at, :] = sums
+
     def queries(u, _):
-        q, first = q_rotated[pl.ds(u * block, block), :], first_ref[:, pl.ds(u * block, block)]
-        (masked, index), (begin, end) = _loops(tables, row, i, j, u, per)
+        at, in_row, query = pl.ds(u * block, block), i * per + u, (starts[i] - j) * per + u
+        edge, inner, diagonal = flash_blocks.edge_and_whole(
+            earliest[row, in_row] - j * per, whole[row, in_row] - j * per, query, per
+        )
+        sums = largest_ref[at, :], total_ref[at, :]
+        sums = jax.lax.fori_loop(edge, inner, lambda v, sums: attend(u, v, sums, True), sums)
+        sums = jax.lax.fori_loop(inner, diagonal, lambda v, sums: attend(u, v, sums, False), sums)
+        largest_ref[at, :], total_ref[at, :] = sums
 
-        def keys(v, carried, is_masked):
-            largest, total = carried
-            of = pl.ds(v * block, block)
-            scores = flash.block_dot(k_ref[of, :], q, flash.ROWS_BY_ROWS)
-            if is_masked:
-                scores = jnp.where(_attends(starts, first, i, j, u, v, per, block), scores, MASKED)
-            larger = jnp.maximum(largest, jnp.max(scores, axis=0, keepdims=True))
-            p, shrink = jnp.exp(scores - larger), jnp.exp(largest - larger)
-            value = flash.block_dot(v_ref[of, :], p.astype(v_ref.dtype), flash.COLUMNS_BY_COLUMNS)
-            out_sum[u] = out_sum[u] * shrink + value
-            return larger, total * shrink + jnp.sum(p, axis=0, keepdims=True)
+        @pl.when(query < per)
+        def _():
+            largest_ref[at, :], total_ref[at, :] = attend(u, query, (largest_ref[at, :], total_ref[at, :]), True)
 
-        carried = largest_ref[u], total_ref[u]
-        carried = jax.lax.fori_loop(0, masked, lambda n, c: keys(index(n), c, True), carried)
-        largest_ref[u], total_ref[u] = jax.lax.fori_loop(begin, end, lambda v, c: keys(v, c, False), carried)
+    is_seen = (j <= starts[i]) & (j >= jax.lax.div(earliest[row, i * per], per))
+    is_whole = (j < starts[i]) & (whole[row, i * per + per - 1] <= j * per)
 
-    @pl.when((j <= starts[i]) & (j >= jax.lax.div(earliest[row, i * per], per)))
+    @pl.when(is_whole)
+    def _():
+        jax.lax.fori_loop(0, per, whole_tile, None)
+
+    @pl.when(is_seen & ~is_whole)
     def _():
         jax.lax.fori_loop(0, per, queries, None)
 
@@ -132,8 +122,8 @@ def _forward_kernel(
     def _():
         def finish(u, _):
             at = pl.ds(u * block, block)
-            out_ref[at, :] = (out_sum[u] / total_ref[u]).T.astype(out_ref.dtype)
-            lse_ref[:, at] = largest_ref[u] + jnp.log(total_ref[u])
+            out, lse_ref[:, at] = flash_blocks.finish_forward(out_sum[at, :], largest_ref[at, :], total_ref[at, :])
+            out_ref[at, :] = out.astype(out_ref.dtype)
 
         jax.lax.fori_loop(0, per, finish, None)
 
@@ -150,12 +140,12 @@ def _backward_kernel(
     from jax.experimental import pallas as pl
 
     row, j, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    tables, tile = (starts, earliest, whole, low, high), q_ref.shape[0]
+    tile = q_ref.shape[0]
     per = tile // block
 
     @pl.when(j == 0)
     def _():
-        flash.rotate(q_ref, cos_ref, sin_ref, q_rotated, block, scale=scale, write=i * tile)
+        rotate(q_ref, cos_ref, sin_ref, q_rotated, block, scale=scale, write=i * tile)
         dq_sum[pl.ds(i * tile, tile), :] = jnp.zeros((tile, dq_sum.shape[1]), jnp.float32)
 
     @pl.when(i == 0)
@@ -164,24 +154,24 @@ def _backward_kernel(
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
     def queries(u, _):
-        at, in_row = pl.ds(u * block, block), pl.ds(i * tile + u * block, block)
-        q, do, lse, di, first = q_rotated[in_row, :], do_ref[at, :], lse_ref[:, at], di_ref[:, at], first_ref[:, at]
-        (masked, index), (begin, end) = _loops(tables, row, i, j, u, per)
+        at, in_row, of_row = pl.ds(u * block, block), i * per + u, pl.ds(i * tile + u * block, block)
+        q, do, lse, di, first = q_rotated[of_row, :], do_ref[at, :], lse_ref[:, at], di_ref[:, at], first_ref[:, at]
+        query = (starts[i] - j) * per + u
 
-        def keys(v, is_masked):
+        def keys(v, masked):
             of = pl.ds(v * block, block)
-            key, value = k_ref[of, :], v_ref[of, :]
-            scores = flash.block_dot(key, q, flash.ROWS_BY_ROWS)
-            if is_masked:
-                scores = jnp.where(_attends(starts, first, i, j, u, v, per, block), scores, MASKED)
-            p = jnp.exp(scores - lse)
-            dv_sum[of, :] += flash.block_dot(p.astype(do.dtype), do, flash.ROWS_BY_COLUMNS)
-            ds = ((flash.block_dot(value, do, flash.ROWS_BY_ROWS) - di) * p).astype(q.dtype)
-            dk_sum[of, :] += flash.block_dot(ds, q, flash.ROWS_BY_COLUMNS)
-            dq_sum[in_row, :] += flash.block_dot(ds, key, flash.COLUMNS_BY_COLUMNS)
+            seen = flash_blocks.attends(first - j * tile, query, v, block, 1) if masked else None
+            flash_blocks.backward_block(
+                q, do, lse, di, k_ref[of, :], v_ref[of, :], seen,
+                dq_sum.at[of_row, :], dk_sum.at[of, :], dv_sum.at[of, :],
+            )  # fmt: skip
 
-        jax.lax.fori_loop(0, masked, lambda n, _: keys(index(n), True), None)
-        jax.lax.fori_loop(begin, end, lambda v, _: keys(v, False), None)
+        edge, inner, diagonal = flash_blocks.edge_and_whole(
+            earliest[row, in_row] - j * per, whole[row, in_row] - j * per, query, per
+        )
+        jax.lax.fori_loop(edge, inner, lambda v, _: keys(v, True), None)
+        jax.lax.fori_loop(inner, diagonal, lambda v, _: keys(v, False), None)
+        pl.when(query < per)(lambda: keys(query, True))
 
     @pl.when((j <= starts[i]) & (j >= jax.lax.div(earliest[row, i * per], per)))
     def _():
@@ -194,7 +184,7 @@ def _backward_kernel(
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _():
-        flash.rotate(dq_sum, cos_ref, sin_ref, dq_ref, block, way=-1, scale=scale, read=i * tile)
+        rotate(dq_sum, cos_ref, sin_ref, dq_ref, block, way=-1, scale=scale, read=i * tile)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -218,39 +208,40 @@ def _forward(
     from jax.experimental.pallas import tpu as pltpu
 
     (B, N, T, H), (K, S) = q.shape, k.shape[1:3]
-    block = block_size(tile, flash.BLOCK)
+    block = block_size(tile, flash_blocks.BLOCK)
     per = tile // block
 
-    def keys(b, i, n, j, starts, earliest, *_):
+    def keys(b, n, i, j, starts, earliest, *_):
         # Tiles that no query sees are not copied: their index is that of the nearest one that is.
         return b, jax.lax.div(n, N // K), jnp.clip(j, jax.lax.div(earliest[b, i * per], per), starts[i]), 0
 
-    by_query = pl.BlockSpec((None, None, tile, H), lambda b, i, n, *_: (b, n, i, 0))
+    by_query = pl.BlockSpec((None, None, tile, H), lambda b, n, i, *_: (b, n, i, 0))
     by_key = pl.BlockSpec((None, None, tile, H), keys)
-    angles = pl.BlockSpec((None, tile, H), lambda b, i, *_: (b, i, 0))
+    angles = pl.BlockSpec((None, tile, H), lambda b, n, i, *_: (b, i, 0))
     out, lse = pl.pallas_call(
         functools.partial(_forward_kernel, block=block, scale=H**-0.5),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
-            grid=(B, T // tile, N, S // tile),
+            grid=(B, N, T // tile, S // tile),
             in_specs=[
                 by_query, by_key, by_key, angles, angles,
-                pl.BlockSpec((None, 1, tile), lambda b, i, *_: (b, 0, i)),
+                pl.BlockSpec((None, tile, LANES), lambda b, n, i, *_: (b, i, 0)),
             ],
-            out_specs=[by_query, pl.BlockSpec((None, None, 1, tile), lambda b, i, n, *_: (b, n, 0, i))],
+            out_specs=[by_query, pl.BlockSpec((None, None, 1, tile), lambda b, n, i, *_: (b, n, 0, i))],
             scratch_shapes=[
-                pltpu.VMEM((tile, H), q.dtype), pltpu.VMEM((per, H, block), jnp.float32),
-                pltpu.VMEM((per, 1, block), jnp.float32), pltpu.VMEM((per, 1, block), jnp.float32),
+                pltpu.VMEM((tile, H), q.dtype), pltpu.VMEM((tile, H), jnp.float32),
+                pltpu.VMEM((tile, LANES), jnp.float32), pltpu.VMEM((tile, LANES), jnp.float32),
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            # Where a chip has two cores they share heads: tiles of queries see unequal numbers of keys.
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=streamed_memory(T, H, q.dtype.itemsize, T // tile),
         ),
         name="flash_attention_streamed_fwd",
         interpret=interpret,
-    )(*visible_tables(first, starts, tile, block, S), q, k, v, cos, sin, first[:, None])  # fmt: skip
+    )(*visible_tables(first, starts, tile, block, S), q, k, v, cos, sin, flash_blocks.in_lanes(first))  # fmt: skip
     out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
     return out, (q, k, v, cos, sin, first, starts, out, lse)
 
@@ -261,7 +252,7 @@ def _backward(tile: int, interpret: bool, saved: tuple[jax.Array, ...], do: jax.
 
     q, k, v, cos, sin, first, starts, out, lse = saved
     (B, N, T, H), (K, S) = q.shape, k.shape[1:3]
-    block, last = block_size(tile, flash.BLOCK), S // tile - 1
+    block, last = block_size(tile, flash_blocks.BLOCK), S // tile - 1
     di = jnp.sum(out.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)[:, :, None]
 
     # An index that stays the same between steps copies nothing, in or out.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from solar_jax.model.attention import SAVED, WHOLE, Shard, chunk_order
-from solar_jax.model.flash import LANES, block_size
+from solar_jax.model.flash_blocks import LANES, block_size
 from solar_jax.model.rope import apply_rope
 
 # Queries and keys per block. Larger blocks mean fewer partial sums of dq and fewer passes over k and v; the bound is
@@ -24,7 +24,7 @@ def splash_attention(
     """Causal attention without materialising [T, S] scores, with a fused backward kernel.
 
     Args:
-      q: [B, T, N, H] before RoPE, on one device; T, or T / 2 with a shard, must be a multiple of `flash.LANES`.
+      q: [B, T, N, H] before RoPE, on one device; T, or T / 2 with a shard, must be a multiple of `flash_blocks.LANES`.
       k: [B, T, K, H] before RoPE.
       v: [B, T, K, H].
       rope: cosines and sines, float32 [B, T, H/2], from `model.rope.rope_angles`.

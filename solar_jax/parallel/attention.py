@@ -11,7 +11,8 @@ from solar_jax.errors import UserError
 from solar_jax.hardware import chips
 from solar_jax.model import flash, flash_streamed
 from solar_jax.model.attention import Attend, Shard, library_attention, sharded_attention
-from solar_jax.model.flash import LANES, flash_attention
+from solar_jax.model.flash import flash_attention
+from solar_jax.model.flash_blocks import LANES
 from solar_jax.model.flash_streamed import streamed_attention
 from solar_jax.model.precision import compute_dtype
 from solar_jax.model.splash import splash_attention

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from solar_jax.config import ModelConfig, TrainConfig
-from solar_jax.model.flash import LANES
+from solar_jax.model.flash_blocks import LANES
 from solar_jax.model.precision import compute_dtype
 from solar_jax.model.remat import OFFLOADED, REMAT, SAVEABLE
 from solar_jax.model.shapes import layer_axes, size

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from solar_jax.model import flash
+from solar_jax.model import flash, flash_blocks
 from solar_jax.model.attention import SAVED
 from solar_jax.parallel.attention import per_device
 from tests.model.plain_attention import (
@@ -35,7 +35,7 @@ def kernels(q, k, v, segment_ids, window):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Two blocks of queries and keys, so that one of four pairs is passed over, and more with documents or a window."""
-    monkeypatch.setattr(flash, "BLOCK", 128)
+    monkeypatch.setattr(flash_blocks, "BLOCK", 128)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -47,24 +47,6 @@ def small_blocks(monkeypatch):
 def test_kernels_are_plain_attention_forward_and_backward(window, segmented, kv_heads, width):
     inputs, ids = arrays(kv_heads, width), segments() if segmented else None
     assert_plain(kernels, inputs, ids, window)
-
-
-def test_first_keys_are_the_starts_of_documents_or_of_the_window():
-    ids = jnp.array([[0, 0, 0, 1, 1, 1, 1, 2]])
-    assert flash.first_keys(ids, 0).tolist() == [[0, 0, 0, 3, 3, 3, 3, 7]]
-    assert flash.first_keys(ids, 2).tolist() == [[0, 0, 1, 3, 3, 4, 5, 7]]
-
-
-def test_blocks_of_keys_that_no_query_of_a_block_sees_are_passed_over():
-    ids = jnp.repeat(
-        jnp.array([[0, 1, 1, 2], [0, 0, 0, 0]]), jnp.array([130, 100, 150, 132]), axis=1, total_repeat_length=512
-    )
-    # row 0: documents begin at 0, 130 and 380; blocks of 128 queries at 0, 128, 256, 384
-    assert flash.first_blocks(ids, 128, 0).tolist() == [[0, 0, 1, 2], [0, 0, 0, 0]]
-    assert flash.first_blocks(ids, 128, 129).tolist() == [
-        [0, 0, 1, 2],
-        [0, 0, 1, 2],
-    ]  # query 128 sees key 0, 256 key 128
 
 
 @pytest.mark.parametrize(("ids", "window"), [(None, 70), (segments(), 71)], ids=["documents leak", "window one longer"])
@@ -79,11 +61,6 @@ def test_every_device_attends_within_its_rows_and_heads(shape):
     attend = per_device(mesh_of(*shape), kernel)
     found = jax.jit(lambda *x: attend(*x, angles(), segments()))(*arrays())
     np.testing.assert_allclose(found, plain(*arrays(), segments(), 0), atol=TOLERANCE)
-
-
-@pytest.mark.parametrize(("length", "largest", "expected"), [(4096, 1024, 1024), (384, 1024, 384), (640, 512, 128)])
-def test_a_block_divides_the_row(length, largest, expected):
-    assert flash.block_size(length, largest) == expected
 
 
 @pytest.mark.parametrize(("names", "runs"), [((SAVED,), 1), ((), 2)], ids=["saved", "not saved"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solar_jax.model import flash, flash_streamed
+from solar_jax.model import flash_blocks, flash_streamed
 from solar_jax.model.flash_streamed import streamed_attention, visible_tables
 from tests.model.plain_attention import (
     TOLERANCE,
@@ -52,7 +52,7 @@ def test_rows_of_many_blocks_and_tiles_are_attended_whole_also_split_over_device
     # Four tiles of 3 blocks, each a chunk. Pairs of blocks of all kinds: unseen, at the edge of a document or window,
     # on the diagonal, seen in full.
     monkeypatch.setattr(flash_streamed, "TILE", 384)
-    monkeypatch.setattr(flash, "BLOCK", 128)
+    monkeypatch.setattr(flash_blocks, "BLOCK", 128)
     kernel = functools.partial(streamed_attention, sliding_window=window, interpret=True)
     borders = np.array([[200, 201], [641, 1300]])
     assert_plain_on_devices(kernel, shape, window, length=1536, width=32, borders=borders)
@@ -61,7 +61,7 @@ def test_rows_of_many_blocks_and_tiles_are_attended_whole_also_split_over_device
 def test_tables_name_the_blocks_and_tiles_that_are_seen_so_that_others_are_skipped():
     # Two blocks of 128 a tile; one device has the row's tiles 0 and 3. Documents begin at 0, 300 and 800.
     ids = jnp.array((np.arange(1024)[None] >= np.array([[300], [800]])).sum(0)[None], jnp.int32)
-    first = flash.first_keys(ids, 0)
+    first = flash_blocks.first_keys(ids, 0)
     own = jnp.concatenate((first[:, :256], first[:, 768:]), 1)
     starts, earliest, whole, low, high = visible_tables(own, jnp.array([0, 3]), 256, 128, 1024)
     assert starts.tolist() == [0, 3]
