@@ -57,9 +57,7 @@ def _forward_kernel(
             return flash_blocks.forward_block(q, k_rotated[of, :], v_ref[of, :], seen, out_sum, sums)
 
         sums = jnp.full((block, LANES), MASKED, jnp.float32), jnp.zeros((block, LANES), jnp.float32)
-        edge, inner, diagonal = flash_blocks.edge_and_whole(begin[row, i], whole[row, i], i, blocks)
-        sums = jax.lax.fori_loop(edge, inner, lambda j, sums: keys(j, sums, True), sums)
-        sums = jax.lax.fori_loop(inner, diagonal, lambda j, sums: keys(j, sums, False), sums)
+        sums = flash_blocks.for_earlier_blocks(keys, begin[row, i], whole[row, i], i, blocks, sums)
         sums = keys(i, sums, True)
         out, lse_ref[:, at] = flash_blocks.finish_forward(out_sum[...], *sums)
         out_ref[at, :] = out.astype(out_ref.dtype)
@@ -92,17 +90,15 @@ def _backward_kernel(
         do, lse, di, first = do_ref[at, :], lse_ref[:, at], di_ref[:, at], first_ref[:, at]
         dq_sum[...] = jnp.zeros_like(dq_sum)
 
-        def keys(j, masked):
+        def keys(j, _, masked):
             of = pl.ds(j * block, block)
             seen = flash_blocks.attends(first, i, j, block, 1) if masked else None
             flash_blocks.backward_block(
                 q, do, lse, di, k_rotated[of, :], v_ref[of, :], seen, dq_sum, dk_sum.at[of, :], dv_sum.at[of, :]
             )
 
-        edge, inner, diagonal = flash_blocks.edge_and_whole(begin[row, i], whole[row, i], i, blocks)
-        jax.lax.fori_loop(edge, inner, lambda j, _: keys(j, True), None)
-        jax.lax.fori_loop(inner, diagonal, lambda j, _: keys(j, False), None)
-        keys(i, True)
+        flash_blocks.for_earlier_blocks(keys, begin[row, i], whole[row, i], i, blocks)
+        keys(i, None, True)
         dq_ref[at, :] = rotated(dq_sum[...] * scale, cos, -sin).astype(dq_ref.dtype)
 
     jax.lax.fori_loop(0, blocks, queries, None)

@@ -5,6 +5,7 @@ its queries see are not masked. The forward pass computes scores as [queries, ke
 many rows by few weights, and the backward pass as [keys, queries], so that one product of five, not two, transposes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,13 +103,22 @@ def edge_and_whole(begin: Any, whole: Any, query: Any, count: Any) -> tuple[Any,
     return begin, jnp.clip(whole, begin, end), end
 
 
+def for_earlier_blocks(
+    step: Callable[..., Any], begin: Any, whole: Any, query: Any, count: Any, carried: Any = None
+) -> Any:
+    """Calls step(index, carried, masked) for each block of keys of `edge_and_whole`; returns the last value carried."""
+    edge, inner, end = edge_and_whole(begin, whole, query, count)
+    carried = jax.lax.fori_loop(edge, inner, lambda j, carried: step(j, carried, True), carried)
+    return jax.lax.fori_loop(inner, end, lambda j, carried: step(j, carried, False), carried)
+
+
 def attends(first: jax.Array, query: Any, key: Any, block: int, axis: int) -> jax.Array:
     """Mask [block, block] of the keys that each query sees; queries lie along `axis`, keys along the other one.
 
     Args:
       first: `first_keys` of the queries, [block, 1] or [1, block].
-      query: index in the row of the block of queries.
-      key: index in the row of the block of keys.
+      query: index of the block of queries, counted from where `first` is.
+      key: index of the block of keys, counted likewise.
       block: queries and keys.
       axis: of queries.
     """

@@ -95,13 +95,10 @@ def _forward_kernel(
 
     def queries(u, _):
         at, in_row, query = pl.ds(u * block, block), i * per + u, (starts[i] - j) * per + u
-        edge, inner, diagonal = flash_blocks.edge_and_whole(
-            earliest[row, in_row] - j * per, whole[row, in_row] - j * per, query, per
-        )
-        sums = largest_ref[at, :], total_ref[at, :]
-        sums = jax.lax.fori_loop(edge, inner, lambda v, sums: attend(u, v, sums, True), sums)
-        sums = jax.lax.fori_loop(inner, diagonal, lambda v, sums: attend(u, v, sums, False), sums)
-        largest_ref[at, :], total_ref[at, :] = sums
+        largest_ref[at, :], total_ref[at, :] = flash_blocks.for_earlier_blocks(
+            functools.partial(attend, u), earliest[row, in_row] - j * per, whole[row, in_row] - j * per, query, per,
+            (largest_ref[at, :], total_ref[at, :]),
+        )  # fmt: skip
 
         @pl.when(query < per)
         def _():
@@ -158,7 +155,7 @@ def _backward_kernel(
         q, do, lse, di, first = q_rotated[of_row, :], do_ref[at, :], lse_ref[:, at], di_ref[:, at], first_ref[:, at]
         query = (starts[i] - j) * per + u
 
-        def keys(v, masked):
+        def keys(v, _, masked):
             of = pl.ds(v * block, block)
             seen = flash_blocks.attends(first - j * tile, query, v, block, 1) if masked else None
             flash_blocks.backward_block(
@@ -166,12 +163,8 @@ def _backward_kernel(
                 dq_sum.at[of_row, :], dk_sum.at[of, :], dv_sum.at[of, :],
             )  # fmt: skip
 
-        edge, inner, diagonal = flash_blocks.edge_and_whole(
-            earliest[row, in_row] - j * per, whole[row, in_row] - j * per, query, per
-        )
-        jax.lax.fori_loop(edge, inner, lambda v, _: keys(v, True), None)
-        jax.lax.fori_loop(inner, diagonal, lambda v, _: keys(v, False), None)
-        pl.when(query < per)(lambda: keys(query, True))
+        flash_blocks.for_earlier_blocks(keys, earliest[row, in_row] - j * per, whole[row, in_row] - j * per, query, per)
+        pl.when(query < per)(lambda: keys(query, None, True))
 
     @pl.when((j <= starts[i]) & (j >= jax.lax.div(earliest[row, i * per], per)))
     def _():
