@@ -87,9 +87,8 @@ def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> 
 
     def split(x: jax.Array, letters: str, over: int) -> jax.Array:
         """Shards a parameter over the outermost `over` FSDP stages; other axes as at rest."""
-        if table_of(letters) is EXPERTS:  # in one stage: experts stay on their devices
-            table = EXPERTS if over else EXPERTS | {"D": None}
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, table)))
+        if table_of(letters) is EXPERTS:  # gathered by `expert_dispatch`
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, EXPERTS)))
         entries = ((names[:over] or None) if PARAMETERS[a] == FSDP else PARAMETERS[a] for a in letters)
         return jax.lax.with_sharding_constraint(x, NamedSharding(staged, PartitionSpec(*entries)))
 

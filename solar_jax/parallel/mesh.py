@@ -79,7 +79,24 @@ def fsdp_stages(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
     Over all three dimensions of a TPU torus at once, XLA lowers every all-gather to an all-reduce of zero-padded
     shards: twice the bytes. So where the axes span all three, the innermost dimension is a stage of its own.
     """
-    line = mesh.devices[0, 0, :, :, :, 0].reshape(-1)
+    return _stages(mesh.devices[0, 0, :, :, :, 0].reshape(-1))
+
+
+def fsdp_groups(mesh: jax.sharding.Mesh) -> list[list[list[int]]]:
+    """Returns the stages of an all-gather over the axis fsdp alone, innermost first, each as groups of its indices.
+
+    Gathering within each group, stage after stage, leaves the shards in their order on every device.
+    """
+    found, size, together = [], mesh.shape["fsdp"], 1
+    for stage in reversed(_stages(mesh.devices[0, 0, :, 0, 0, 0])):
+        span = together * stage
+        found.append([list(range(i, i + span, together)) for j in range(0, size, span) for i in range(j, j + together)])
+        together = span
+    return found
+
+
+def _stages(line: np.ndarray) -> tuple[int, ...]:
+    """Returns the stages of an all-gather over a line of devices, outermost first."""
     if not hasattr(line[0], "coords"):
         return (len(line),)
     coords = np.array([d.coords for d in line])
