@@ -4,6 +4,7 @@ A token goes to the k experts whose router logits are highest; nothing is droppe
 letter E is the number of experts.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -59,20 +60,52 @@ def grouped_mlp(
 
     Tokens are sorted by expert, so that each expert multiplies a run of rows (`jax.lax.ragged_dot`). A chosen expert
     that is not one of [0, E) adds nothing: it is another device's.
+
+    A choice's weight multiplies what its expert's last matrix takes, not what that gives: the weight's gradient is then
+    a product of values that the backward pass has.
     """
     B, T, D = h.shape
     E, k = gate.shape[0], chosen.shape[-1]
-    expert = jnp.where((chosen >= 0) & (chosen < E), chosen, E).reshape(-1)
+    # All first choices, then all second ones, so that a token's sum is over an outer axis.
+    chosen, weights = (x.reshape(-1, k).T.reshape(-1) for x in (chosen, weights))
+    ours = (chosen >= 0) & (chosen < E)
+    expert = jnp.where(ours, chosen, E)
     order = jnp.argsort(expert, stable=True)
+    place = jnp.where(ours, jnp.argsort(order), -1)
     sizes = jnp.bincount(expert, length=E + 1)[:E].astype(jnp.int32)
-    x = h.reshape(-1, D)[order // k]
+    x = _spread(h.reshape(-1, D), order, place, k)
     g = checkpoint_name(_grouped(x, gate, sizes), "gate")
     u = checkpoint_name(_grouped(x, up, sizes), "up")
-    y = _grouped_in_parts(jax.nn.silu(g) * u, down, sizes)
-    share = jnp.where(expert < E, weights.reshape(-1), 0.0)[order]
-    # Rows of no group are whatever the kernel leaves there.
-    y = jnp.where(share[:, None] != 0, y.astype(jnp.float32) * share[:, None], 0.0)
-    return jnp.sum(y[jnp.argsort(order)].reshape(B, T, k, D), axis=2).astype(h.dtype)
+    share = _spread(weights[:, None], order, place, 1)
+    a = ((jax.nn.silu(g) * u).astype(jnp.float32) * share).astype(h.dtype)
+    return _summed(_grouped_in_parts(a, down, sizes), order, place, k).reshape(B, T, D)
+
+
+# Each is the other's gradient; left to jax, those would be scatters, one row after the other on a TPU.
+# Rows [Mk, D] are choices sorted by expert: row i is choice order[i], choice j is row place[j], -1 if it is not ours.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(h: jax.Array, order: jax.Array, place: jax.Array, k: int) -> jax.Array:
+    """Returns each row's token, [M, D] -> [Mk, D]."""
+    del place, k
+    return h[order % len(h)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summed(y: jax.Array, order: jax.Array, place: jax.Array, k: int) -> jax.Array:
+    """Returns each token's sum of its rows, [Mk, D] -> [M, D]; rows that are not ours hold anything."""
+    del order
+    found = jnp.where(place[:, None] < 0, 0.0, y[place].astype(jnp.float32))
+    return jnp.sum(found.reshape(k, -1, y.shape[1]), axis=0).astype(y.dtype)
+
+
+_spread.defvjp(
+    lambda h, order, place, k: (_spread(h, order, place, k), (order, place)),
+    lambda k, saved, g: (_summed(g, *saved, k), None, None),
+)
+_summed.defvjp(
+    lambda y, order, place, k: (_summed(y, order, place, k), (order, place)),
+    lambda k, saved, g: (_spread(g, *saved, k), None, None),
+)
 
 
 def _grouped(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
