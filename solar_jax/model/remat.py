@@ -18,6 +18,7 @@ SAVEABLE = {
 REMAT: dict[str, tuple[str, ...] | None] = {
     "none": None,
     "matmuls": ("attention", "q", "k", "v", "mid", "gate", "up"),
+    "mlp": ("attention", "k", "v", "gate", "up"),
     "half_mlp": ("attention", "q", "k", "v", "mid", "gate"),
     "mid": ("attention", "q", "k", "v", "mid"),
     "qkv": ("attention", "q", "k", "v"),
