@@ -31,7 +31,6 @@ EVERYTHING = {"D": 9.0, "NH": 4.0, "KH": 6.0, "F": 5.0}
 # Values per token that are live at once in the backward pass of a layer, besides what it reads; what the mlp
 # recomputes comes on top.
 LAYER = {"D": 6.5, "F": 3.0}
-EXPERT_ROWS = 4.0  # further values of D live there for each row of an expert: sorted tokens, results, gradients
 FROZEN = {"D": 3.0, "F": 1.0}  # of a frozen layer, which has no gradients of weights
 SCORES = 8.5  # bytes that plain attention keeps per score in the current layer
 HOLES = 0.05  # fragmentation, as a fraction of all but parameters and optimiser state
@@ -177,7 +176,6 @@ def _layer(
     again = [letters for name, letters in SAVEABLE.items() if kept is not None and name not in kept]
     values = sum(count * each(cfg, mesh, letters) for letters, count in (LAYER if trains else FROZEN).items())
     values += sum(each(cfg, mesh, letters) for letters in again if "F" in letters)
-    values += EXPERT_ROWS * expert_rows(cfg, mesh) * cfg.hidden_size if cfg.num_local_experts else 0
     return tokens * (values * width + SCORES * _scores(cfg, train, length, mesh)) + _gathered(cfg, mesh) * width
 
 

@@ -16,7 +16,7 @@ from solar_jax.model.shapes import is_vector, layer_axes, size
 from solar_jax.parallel.mesh import axis_size
 from solar_jax.parallel.rules import ACTIVATIONS, PARAMETERS, padded_rows, ways
 from solar_jax.planning.hlo_cost import FLOAT32_PASSES, HOST, KERNEL_RATE
-from solar_jax.planning.memory import each
+from solar_jax.planning.memory import each, expert_rows
 from solar_jax.training.partition import Partition, everything
 from solar_jax.training.step import loss_chunks
 
@@ -30,6 +30,9 @@ _TENSOR = 0.15
 # Values per token and layer that move between a device and its HBM outside of matmuls and kernels, by last axes: norms,
 # residual sums, rotary embeddings, transposes, SwiGLU and what gathers them. Fitted to what the TPU compiler reports.
 _VECTORS = {"D": 22.0, "NH": 14.0, "KH": 14.0, "F": 8.0}
+# What each row of the experts' matmuls adds to that: nothing is fused into their kernels, neither SwiGLU nor the
+# writing of saved values. Fitted likewise, to Mistral 7B as 8 experts on v5p-128.
+_EXPERT_ROW = {"D": 60.0, "F": 28.0}
 # Bytes per value of the embedding, where it or the output projection trains: XLA copies them between layouts and adds
 # up the embedding's gradient, at an eighth of the bandwidth. Fitted to Llama-3.2-1B on v5e-16 and SOLAR on v5p-128.
 _EMBEDDING = 48.0
@@ -79,10 +82,10 @@ def step_time(
       kernels  4 N H keys t / tensor per layer, times 1 + 2.5, plus 1 if attention is not saved, at half the peak;
                keys are T / 2, at most the sliding window; six times as long in float32. Without kernels the same,
                as matmuls.
-      vectors  `_VECTORS` per token and layer, and `_ROUNDED` in 8 bits; parameters, moments and gradients that the
-               optimiser reads and writes; with microbatches, their sum read and written; at HBM bandwidth;
-               `_EMBEDDING`; and what the sum of the output projection's gradient, read and written once a chunk of the
-               loss, takes longer than that chunk's matmul
+      vectors  `_VECTORS` per token and layer, `_EXPERT_ROW` for each of its experts, and `_ROUNDED` in 8 bits;
+               parameters, moments and gradients that the optimiser reads and writes; with microbatches, their sum read
+               and written; at HBM bandwidth; `_EMBEDDING`; and what the sum of the output projection's gradient, read
+               and written once a chunk of the loss, takes longer than that chunk's matmul
       links    per microbatch, a layer's weights gathered twice, those of 8 bits in one byte, and their gradients
                scattered once, in the compute dtype, or all-reduced: `Chip.reduce_factor`; the embedding and the output
                projection the same, once; over tensor, four all-reduces of [t, D] per layer, a fifth if `mid` is not
@@ -136,6 +139,10 @@ def step_time(
     kernel_flops = t / tensor * 4 * size(cfg, "NH") * keys * passes
 
     values = sum(count * each(cfg, mesh, letters) for letters, count in _VECTORS.items())
+    if experts:
+        values += expert_rows(cfg, mesh) * sum(
+            n * size(cfg, x) / ways(x, ACTIVATIONS, mesh) for x, n in _EXPERT_ROW.items()
+        )
     if kind and kind.activations:
         values += sum(count * each(cfg, mesh, letters) for letters, count in _ROUNDED.items())
     state = partition.parameter_count(cfg) / ways("DF", PARAMETERS, mesh)  # of what trains

@@ -10,6 +10,7 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from solar_jax.config import ModelConfig
+from solar_jax.model import experts
 from solar_jax.model.experts import grouped_mlp, route, router_losses
 
 B, T, D, F, E, k = 2, 9, 16, 24, 5, 2
@@ -59,6 +60,41 @@ def test_an_expert_of_another_device_adds_nothing(arrays):
     np.testing.assert_allclose(
         found, by_token(arrays["h"], weights, chosen, *matrices(arrays), experts=(2, 3)), atol=2e-6
     )
+
+
+def test_what_kernels_leave_in_rows_of_no_expert_reaches_neither_result_nor_gradients(arrays, monkeypatch):
+    weights, chosen, _ = route(arrays["h"], arrays["router"], CFG)
+    half = [x[2:4] for x in matrices(arrays)]
+
+    def result_and_gradients():
+        def loss(h, shares):
+            out = grouped_mlp(h, shares, chosen - 2, *half)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(arrays["h"], weights)
+
+    expected, product = result_and_gradients(), experts._grouped
+
+    def beyond(x, sizes):
+        return jnp.where(jnp.arange(len(x))[:, None] < jnp.sum(sizes), x, jnp.nan)
+
+    @jax.custom_vjp
+    def leaving(x, weight, sizes):
+        return beyond(product(x, weight, sizes), sizes)
+
+    def forward(x, weight, sizes):
+        return leaving(x, weight, sizes), (x, weight, sizes)
+
+    def backward(saved, g):
+        x, weight, sizes = saved
+        inside = jnp.where(jnp.arange(len(g))[:, None] < jnp.sum(sizes), g, 0.0)
+        dx, dw = jax.vjp(lambda x, w: product(x, w, sizes), x, weight)[1](inside)
+        return beyond(dx, sizes), dw, None
+
+    leaving.defvjp(forward, backward)
+    monkeypatch.setattr(experts, "_grouped", leaving)
+    for found, exact in zip(jax.tree.leaves(result_and_gradients()), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(found, exact)
 
 
 @pytest.mark.parametrize("normalised", [True, False])

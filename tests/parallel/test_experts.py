@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from solar_jax.growth.operators import identity
 from solar_jax.model.shapes import param_shapes
 from solar_jax.orbax_store.store import CheckpointStore
 from solar_jax.parallel import rules
+from solar_jax.parallel.experts import LETTERS, expert_dispatch
+from solar_jax.parallel.rules import EXPERTS
 from solar_jax.training.partition import Partition, everything, make_partition
 from solar_jax.training.state import abstract_state, state_shardings
 from solar_jax.training.step import make_train_step
@@ -124,6 +127,31 @@ def test_experts_lie_on_their_devices_and_dense_arrays_are_sharded_over_all():
     assert found["q_proj"] == NamedSharding(mesh, PartitionSpec(None, rules.FSDP, "tensor", None))
     with pytest.raises(UserError, match=r"config\.mesh\.expert=8 does not divide the model's num_local_experts=4"):
         rules.parameter_shardings(CFG, mesh_of(1, 1, 1, 1, 1, 8))
+
+
+def test_experts_weights_are_gathered_and_their_gradients_scattered_never_all_reduced_in_full():
+    mesh, E, D, F, k = mesh_of(1, 4, 1, 1, 1, 2), 4, 32, 64, 2
+    dispatch = expert_dispatch(mesh)
+
+    def on(letters: str, table: dict[str, rules.MeshAxes]) -> NamedSharding:
+        return NamedSharding(mesh, rules.spec(letters, table))
+
+    matrices = [
+        jax.ShapeDtypeStruct([{"E": E, "D": D, "F": F}[x] for x in letters], np.float32, sharding=on(letters, EXPERTS))
+        for letters in LETTERS
+    ]
+    h = jax.ShapeDtypeStruct((8, 16, D), np.float32, sharding=on("BTD", rules.ACTIVATIONS))
+    shares, chosen = (
+        jax.ShapeDtypeStruct((8, 16, k), t, sharding=on("BT.", rules.ACTIVATIONS)) for t in (np.float32, np.int32)
+    )
+    gradients = jax.grad(lambda *operands: dispatch(*operands).sum(), argnums=(3, 4, 5))
+    at_rest = tuple(x.sharding for x in matrices)
+    text = jax.jit(gradients, out_shardings=at_rest).lower(h, shares, chosen, *matrices).compile().as_text()
+    assert text.count(" reduce-scatter(") >= 3
+    full = E // 2 * D * F  # elements of a device's experts
+    for line in text.splitlines():
+        if found := re.search(r"= \w+\[([\d,]+)\]\S* all-reduce\(", line):
+            assert np.prod([int(n) for n in found[1].split(",")]) < full, line
 
 
 def test_a_dense_model_has_no_router_to_train_and_experts_no_adapters_of_an_mlp():

@@ -10,7 +10,7 @@ import pytest
 
 from solar_jax.config import MeshConfig
 from solar_jax.errors import UserError
-from solar_jax.parallel.mesh import fsdp_stages, make_mesh, mesh_shape, platform
+from solar_jax.parallel.mesh import fsdp_groups, fsdp_stages, make_mesh, mesh_shape, platform
 
 
 def mesh_of(*sizes: int) -> jax.sharding.Mesh:
@@ -123,7 +123,7 @@ def torus(*shape: int) -> Any:
     """Stands in for a mesh whose fsdp axis runs over a torus, its last dimension fastest."""
     line = np.empty(int(np.prod(shape)), object)
     line[:] = [Chip(*place) for place in np.ndindex(*shape)]
-    return types.SimpleNamespace(devices=line.reshape(1, 1, -1, 1, 1, 1))
+    return types.SimpleNamespace(devices=line.reshape(1, 1, -1, 1, 1, 1), shape={"fsdp": len(line)})
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,18 @@ def torus(*shape: int) -> Any:
 )
 def test_parameters_are_gathered_in_two_stages_over_three_dimensions_and_in_one_otherwise(shape, expected):
     assert fsdp_stages(torus(*shape)) == expected
+
+
+@pytest.mark.parametrize(("shape", "stages"), [((4, 4, 4), 2), ((2, 4, 8), 2), ((4, 4, 1), 1)])
+def test_gathering_group_by_group_leaves_the_shards_in_order_on_every_device(shape, stages):
+    mesh = torus(*shape)
+    held = [[i] for i in range(mesh.shape["fsdp"])]  # the shards of each device
+    assert len(fsdp_groups(mesh)) == stages
+    for groups in fsdp_groups(mesh):
+        assert sorted(i for group in groups for i in group) == list(range(len(held)))
+        together = {i: [shard for j in group for shard in held[j]] for group in groups for i in group}
+        held = [together[i] for i in range(len(held))]
+    assert held == [list(range(len(held)))] * len(held)
 
 
 def test_devices_without_a_place_are_one_stage():
