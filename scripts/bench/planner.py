@@ -35,6 +35,7 @@ MODELS = {
     "llama3.2-1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),
     "llama3-70b": ModelConfig(128256, 8192, 28672, 80, 64, 8, 128),
     "small": ModelConfig(32000, 1024, 4096, 8, 8, 8, 128),
+    "mixtral": ModelConfig(32000, 4096, 14336, 32, 32, 8, 128, num_local_experts=8, num_experts_per_tok=2),
 }
 MODELS["solar-new"] = MODELS["solar"]  # with train.trainable=new: the 16 layers that dus(m=8) adds to Mistral's 32
 PARTITIONS = {"solar-new": make_partition("new", make_layer_map(32, GrowthConfig("dus", m=8)))}
@@ -64,6 +65,8 @@ COMBINATIONS = (
     ("llama3-70b", "v5p-1024", 2, 4096, "mid", PLAIN, 1),
     ("solar", "v5p-128", 1, 32768, "mid", PLAIN, 1),
     ("solar", "v5p-256", 1, 131072, "mid", (1, -1, 1, 4), 1),
+    ("mixtral", "v5p-128", 4, 4096, "mlp", PLAIN, 1),
+    ("mixtral", "v6e-256", 2, 4096, "mid", PLAIN, 1),
 )
 
 
