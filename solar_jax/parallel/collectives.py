@@ -64,8 +64,13 @@ def _in_layers(path: Any) -> bool:
     return [getattr(key, "key", None) for key in path[-2:-1]] == ["layers"] and path[-1].key in LAYER_AXES
 
 
-def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> Callable[[jax.Array, str], jax.Array]:
-    """Returns a `model.llama.Constrain` that lays out activations and gathered parameters on `mesh`."""
+def constrain_on(
+    mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS, *, gather_experts: bool = True
+) -> Callable[[jax.Array, str], jax.Array]:
+    """Returns a `model.llama.Constrain` that lays out activations and gathered parameters on `mesh`.
+
+    Where `expert_dispatch` is used, it takes experts' weights as they are at rest: without `gather_experts`.
+    """
 
     def one(x: Any, letters: Any) -> Any:
         if isinstance(letters, tuple):
@@ -87,8 +92,9 @@ def constrain_on(mesh: Mesh, activations: dict[str, MeshAxes] = ACTIVATIONS) -> 
 
     def split(x: jax.Array, letters: str, over: int) -> jax.Array:
         """Shards a parameter over the outermost `over` FSDP stages; other axes as at rest."""
-        if table_of(letters) is EXPERTS:  # gathered by `expert_dispatch`
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, EXPERTS)))
+        if table_of(letters) is EXPERTS:  # in one stage: experts stay on their devices
+            table = EXPERTS if over or not gather_experts else EXPERTS | {"D": None}
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(letters, table)))
         entries = ((names[:over] or None) if PARAMETERS[a] == FSDP else PARAMETERS[a] for a in letters)
         return jax.lax.with_sharding_constraint(x, NamedSharding(staged, PartitionSpec(*entries)))
 

@@ -65,7 +65,7 @@ def make_forward(
     if train.remat not in REMAT:
         raise UserError(f"config.train.remat must be one of {', '.join(REMAT)}, found {train.remat!r}.")
 
-    constrain, kernel = constrain_on(mesh), attention_kernel(cfg, train, length, mesh)
+    constrain, kernel = constrain_on(mesh, gather_experts=False), attention_kernel(cfg, train, length, mesh)
     experts: dict[str, Any] = {"dispatch": expert_dispatch(mesh)} if cfg.num_local_experts else {}
     shards = axis_size(mesh, "data", "fsdp", "expert", "context")
 
