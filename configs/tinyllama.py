@@ -5,7 +5,7 @@
 
 v5e_8 (the default)
   trains    1 B tokens, 64 rows of 2,048 a step, AdamW with float32 state
-  needs     14.9 GiB of a chip's 15.8 GiB; predicted 2.9 hours and 28 dollars
+  needs     14.5 GiB of a chip's 15.8 GiB; predicted 2.9 hours and 27 dollars
 
 v5p_128
   trains    10 B tokens, 512 rows of 2,048 a step
